@@ -1,0 +1,17 @@
+"""ftp_jax: fine-grained token-wise pruning (FTP, arXiv 2412.11494) of frozen LLMs in JAX.
+
+Legend of the axis letters used in array names (`x_BxTxD`, `keep_BxT`, ...):
+
+    B  sequences in a batch          T  token positions of a sequence
+    L  transformer blocks            D  hidden size
+    H  query heads                   G  key/value heads (G divides H)
+    K  capacity: token slots a block computes
+    N  dimension of one head         F  hidden size of the MLP
+    V  vocabulary                    P  candidates of a population
+    C  continuation positions that are scored
+
+Rows are padded on the right: row b is valid at t < length_B[b] and its context is
+t < context_B[b] (see docs/method.md for the semantics of context and continuation).
+"""
+
+__version__ = "0.1.0"

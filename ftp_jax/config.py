@@ -1,0 +1,103 @@
+"""The default configuration: every key of a run, each with a one-line comment.
+
+Run configs (`experiments/configs/*.py`) start from `get_config()` and only override. Keys are
+declared here and nowhere else; the dict is locked, so an unknown key is an error.
+"""
+
+from ml_collections import config_dict
+
+from ftp_jax.errors import UserError
+
+
+def get_config() -> config_dict.ConfigDict:
+  """The `default` preset."""
+  c = config_dict.ConfigDict()
+  c.seeds = (0,)  # one router and schedule is searched and trained per seed
+  c.sparsities = (0.30,)  # global sparsity targets S, each in [0, 1)
+
+  c.model = config_dict.ConfigDict()
+  c.model.source = "smollm2-135m"  # known name, Hugging Face directory, .gguf file or hub id
+  c.model.dtype = "float32"  # compute dtype of the blocks: float32 or bfloat16
+  c.model.remat = "none"  # what backward passes recompute: none, dots or full
+
+  c.data = config_dict.ConfigDict()
+  c.data.source = "embedded"  # embedded, prompts (JSONL), text (plain or JSONL documents) or hub
+  c.data.path = ""  # file of `prompts` and `text`, data set name of `hub`
+  c.data.split = "train"  # split of a hub data set
+  c.data.chat = False  # wrap prompts in the model's chat template
+  c.data.min_context = 32  # shortest context in tokens; shorter prompts are dropped
+  c.data.max_context = 96  # longest context in tokens; longer prompts are dropped, text is cut
+  c.data.continuation = 32  # scored continuation tokens (longest)
+  c.data.min_continuation = 8  # shortest continuation in tokens; shorter prompts are dropped
+  c.data.num_search = 32  # prompts on which candidates of the search are judged
+  c.data.num_train = 256  # prompts on which the router is trained
+  c.data.num_validation = 32  # prompts that choose among generations and checkpoints
+  c.data.num_test = 64  # held prompts; only evaluation reads them
+  c.data.seed = 0  # which prompts go where, and their order
+
+  c.routing = config_dict.ConfigDict()
+  c.routing.kv_mode = "project"  # keys and values of skipped tokens: evict or project
+  c.routing.selection = "topk"  # topk (always K) or argmax (at most K)
+  c.routing.bucket_multiple = 1  # capacities are rounded up to a multiple of this many tokens
+  c.routing.score_window = 8  # context queries whose attention scores the context tokens
+  c.routing.decode_sparsity = 0.0  # sparsity asked of continuation tokens; 0 computes them all
+  c.routing.decode_threshold = 0.5  # skip probability above which a continuation token skips
+
+  c.router = config_dict.ConfigDict()
+  c.router.kind = "global"  # global, per_block or recurrent
+  c.router.factors = ("position", "score", "rank", "sparsity")  # low-dimensional inputs, any subset
+  c.router.hidden_states = False  # feed the normed hidden state as well
+  c.router.hidden_size = 64  # width of the router's MLP
+
+  c.search = config_dict.ConfigDict()
+  c.search.schedule = "ga"  # ga, uniform, influence, fisher or file
+  c.search.schedule_path = ""  # JSON list of L sparsities, for schedule=file
+  c.search.grid = 40  # sparsities are multiples of 1/grid
+  c.search.max_sparsity = 0.975  # largest sparsity of one block
+  c.search.population = 16  # candidates of one generation
+  c.search.generations = 12  # generations of the search
+  c.search.elite = 4  # best candidates that survive unchanged
+  c.search.tournament = 3  # candidates among which a parent is chosen
+  c.search.crossover_rate = 0.5  # share of children with two parents
+  c.search.mutation_moves = 3  # transfers of sparsity between two blocks a child receives (at most)
+  c.search.batch = 8  # prompts evaluated at once
+
+  c.train = config_dict.ConfigDict()
+  c.train.steps = 150  # optimizer steps
+  c.train.batch = 8  # prompts a step
+  c.train.learning_rate = 1e-3  # peak of the cosine schedule
+  c.train.warmup = 10  # steps of linear warm-up
+  c.train.clip = 1.0  # global gradient norm above which gradients are scaled down
+  c.train.distill = "kl"  # distillation loss: kl of scored positions or mse of final hidden states
+  c.train.distill_weight = 1.0  # w_d
+  c.train.sparsity_weight = 1.0  # w_s
+  c.train.sparsity_two_sided = False  # also punish skipping more than asked
+  c.train.guide = "fisher"  # target of the guide loss: static or fisher
+  c.train.guide_weight = 1.0  # w_g at step 0
+  c.train.guide_decay = "cosine"  # decay of w_g to 0 over the steps: cosine, linear or none
+  c.train.fisher_draws = 4  # backward passes behind one Fisher score
+  c.train.fisher_prompts = 64  # training prompts whose gates are scored
+  c.train.validate_every = 25  # steps between two validations; the best router is kept
+  c.train.checkpoint_every = 25  # steps between two checkpoints
+
+  c.finetune = config_dict.ConfigDict()
+  c.finetune.rounds = 1  # rounds of (schedule fine-tuning; training again before every further one)
+  c.finetune.generations = 8  # generations of the fine-tuning search
+
+  c.evaluation = config_dict.ConfigDict()
+  c.evaluation.batch = 8  # prompts evaluated at once
+  c.evaluation.perplexity_path = ""  # text whose all-position perplexity is measured; "" = the data source's
+  c.evaluation.perplexity_windows = 8  # windows of that text
+  c.evaluation.perplexity_length = 256  # tokens of one window
+  c.evaluation.redundancy_prompts = 16  # prompts of the redundancy analysis
+  c.lock()
+  return c
+
+
+def paper_preset(config: config_dict.ConfigDict) -> config_dict.ConfigDict:
+  """Changes a config to the recipe of the paper (METHOD section 3); returns it."""
+  config.routing.kv_mode = "evict"
+  config.routing.selection = "argmax"
+  config.train.guide = "static"
+  config.train.batch = 1
+  return config

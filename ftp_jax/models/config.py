@@ -1,0 +1,146 @@
+"""Architecture of a decoder-only LLM, read from a Hugging Face `config.json`.
+
+Supported: Llama 1/2/3.x (with llama3 and linear rope scaling), Mistral (sliding window),
+Qwen1.5/2/2.5 (QKV bias), Qwen3 (q/k norm). Everything else is refused by naming the field.
+"""
+
+import dataclasses
+import json
+import pathlib
+from typing import Any
+
+from ftp_jax.errors import UserError
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+  """Frequency scaling of rotary embeddings.
+
+  kind: "none", "linear" (all frequencies divided by `factor`) or "llama3" (long wavelengths
+  divided by `factor`, short ones kept, a smooth ramp between).
+  """
+
+  kind: str = "none"
+  factor: float = 1.0
+  low_freq_factor: float = 1.0
+  high_freq_factor: float = 4.0
+  original_max_position: int = 8192
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+  """Static description of a decoder; hashable, so it can be a static jit argument."""
+
+  family: str
+  vocab_size: int
+  hidden_size: int
+  intermediate_size: int
+  num_blocks: int
+  num_heads: int
+  num_kv_heads: int
+  head_dim: int
+  norm_eps: float = 1e-5
+  rope_theta: float = 10_000.0
+  rope_scaling: RopeScaling = RopeScaling()
+  max_positions: int = 2048
+  sliding_window: int = 0  # 0: full attention; else a query sees this many latest positions
+  qkv_bias: bool = False
+  qk_norm: bool = False
+  tie_embeddings: bool = False
+
+  @classmethod
+  def from_hf(cls, hf: dict[str, Any]) -> "ModelConfig":
+    """Reads a `config.json` as a dict.
+
+    Raises:
+      UserError: the config asks for something this decoder does not compute.
+    """
+    family = hf.get("model_type")
+    if family not in FAMILIES:
+      raise UserError(f"model_type={family!r} is not supported; supported are {', '.join(FAMILIES)}.")
+    required = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    for name in required:
+      if not isinstance(hf.get(name), int) or hf[name] <= 0:
+        raise UserError(f"config.json has no valid {name!r} (got {hf.get(name)!r}); restore the model's own config.json.")
+    refused = {
+        "hidden_act": lambda v: v not in (None, "silu"),
+        "attention_bias": bool,
+        "mlp_bias": bool,
+        "quantization_config": bool,
+        "use_sliding_window": bool,
+        "attention_multiplier": bool,
+        "partial_rotary_factor": lambda v: v not in (None, 1.0, 1),
+        "pretraining_tp": lambda v: v not in (None, 1),
+    }
+    for name, is_bad in refused.items():
+      if is_bad(hf.get(name)):
+        raise UserError(f"config.json sets {name}={hf[name]!r}, which this decoder does not support; use a checkpoint without it.")
+    layer_types = set(hf.get("layer_types") or ())
+    window = hf.get("sliding_window") if family == "mistral" else None
+    expected = {"sliding_attention"} if window else {"full_attention"}
+    if layer_types - expected:
+      raise UserError(f"config.json sets layer_types={sorted(layer_types)}, but only uniform {sorted(expected)[0]} is supported.")
+    heads = hf["num_attention_heads"]
+    kv_heads = hf.get("num_key_value_heads") or heads
+    if heads % kv_heads:
+      raise UserError(f"num_attention_heads={heads} is not a multiple of num_key_value_heads={kv_heads}; fix config.json.")
+    head_dim = hf.get("head_dim") or (128 if family == "qwen3" else hf["hidden_size"] // heads)
+    if head_dim % 2:
+      raise UserError(f"head_dim={head_dim} is odd, but rotary embeddings need an even one; fix config.json.")
+    theta, scaling = _read_rope(hf)
+    return cls(
+        family=family,
+        vocab_size=hf["vocab_size"],
+        hidden_size=hf["hidden_size"],
+        intermediate_size=hf["intermediate_size"],
+        num_blocks=hf["num_hidden_layers"],
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=head_dim,
+        norm_eps=float(hf.get("rms_norm_eps", 1e-6)),
+        rope_theta=theta,
+        rope_scaling=scaling,
+        max_positions=int(hf.get("max_position_embeddings", 2048)),
+        sliding_window=int(window or 0),
+        qkv_bias=family == "qwen2",
+        qk_norm=family == "qwen3",
+        tie_embeddings=bool(hf.get("tie_word_embeddings", False)),
+    )
+
+  @classmethod
+  def from_directory(cls, path: str | pathlib.Path) -> "ModelConfig":
+    """Reads `config.json` of a Hugging Face model directory."""
+    file = pathlib.Path(path) / "config.json"
+    try:
+      hf = json.loads(file.read_text())
+    except FileNotFoundError:
+      raise UserError(f"{file} does not exist; point the model at a Hugging Face directory, a .gguf file or a hub id.") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+      raise UserError(f"{file} is not valid JSON ({error}); download the model again.") from None
+    return cls.from_hf(hf)
+
+
+def _read_rope(hf: dict[str, Any]) -> tuple[float, RopeScaling]:
+  """Rope base and scaling from either spelling (`rope_parameters`, or `rope_theta` + `rope_scaling`)."""
+  rope = dict(hf.get("rope_scaling") or {})
+  rope.update(hf.get("rope_parameters") or {})
+  theta = float(rope.get("rope_theta") or hf.get("rope_theta") or 10_000.0)
+  kind = rope.get("rope_type") or rope.get("type") or "default"
+  if kind == "default":
+    return theta, RopeScaling()
+  try:
+    if kind == "linear":
+      return theta, RopeScaling("linear", float(rope["factor"]))
+    if kind == "llama3":
+      return theta, RopeScaling(
+          "llama3",
+          float(rope["factor"]),
+          float(rope["low_freq_factor"]),
+          float(rope["high_freq_factor"]),
+          int(rope["original_max_position_embeddings"]),
+      )
+  except KeyError as missing:
+    raise UserError(f"config.json asks for rope scaling {kind!r} without {missing}; restore the model's own config.json.") from None
+  raise UserError(f"config.json asks for rope scaling {kind!r}; supported are default, linear and llama3.")

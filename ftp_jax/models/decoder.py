@@ -1,0 +1,232 @@
+"""The decoder: Flax Linen modules used functionally, block weights stacked on a leading axis.
+
+`Block` offers its parts as methods (`qkv`, `attention_out`, `mlp`), so that an execution which
+skips tokens can put its own gather, mask or cache between them; `forward` is the plain dense
+composition and the reference for all others. This module knows nothing of routing.
+
+Every parameter is declared once, in the module that uses it, with its logical axes
+("vocab", "embed", "heads", "kv_heads", "mlp", "norm"; stacked ones get "blocks" in front).
+"""
+
+import functools
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from ftp_jax.models.attention import attend
+from ftp_jax.models.config import ModelConfig
+from ftp_jax.models.rope import apply_rope, rope_frequencies
+
+REMAT = ("none", "full", "dots")
+
+
+class RMSNorm(nn.Module):
+  """Root-mean-square norm over the last axis, computed in fp32."""
+
+  eps: float
+  axis: str = "norm"
+
+  @nn.compact
+  def __call__(self, x):
+    scale = self.param("scale", nn.with_logical_partitioning(nn.initializers.ones, (self.axis,)), (x.shape[-1],))
+    x32 = x.astype(jnp.float32)
+    x32 = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
+    return (scale.astype(jnp.float32).reshape((1,) * (x.ndim - 1) + (-1,)) * x32).astype(x.dtype)
+
+
+class Dense(nn.Module):
+  """x @ kernel (+ bias); kernel (in, out)."""
+
+  features: int
+  axes: tuple[str, str]
+  use_bias: bool = False
+
+  @nn.compact
+  def __call__(self, x):
+    kernel = self.param(
+        "kernel", nn.with_logical_partitioning(nn.initializers.normal(0.02), self.axes), (x.shape[-1], self.features)
+    )
+    y = x @ kernel.astype(x.dtype)
+    if self.use_bias:
+      bias = self.param("bias", nn.with_logical_partitioning(nn.initializers.zeros, self.axes[1:]), (self.features,))
+      y = y + bias.astype(x.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
+    return y
+
+
+class Block(nn.Module):
+  """One transformer block: x + attention(norm(x)), then + mlp(norm(.))."""
+
+  config: ModelConfig
+
+  def setup(self):
+    c = self.config
+    heads, kv_heads = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+    self.attn_norm = RMSNorm(c.norm_eps)
+    self.q = Dense(heads, ("embed", "heads"), c.qkv_bias)
+    self.k = Dense(kv_heads, ("embed", "kv_heads"), c.qkv_bias)
+    self.v = Dense(kv_heads, ("embed", "kv_heads"), c.qkv_bias)
+    self.o = Dense(c.hidden_size, ("heads", "embed"))
+    if c.qk_norm:
+      self.q_norm = RMSNorm(c.norm_eps, "head_dim")
+      self.k_norm = RMSNorm(c.norm_eps, "head_dim")
+    self.mlp_norm = RMSNorm(c.norm_eps)
+    self.gate = Dense(c.intermediate_size, ("embed", "mlp"))
+    self.up = Dense(c.intermediate_size, ("embed", "mlp"))
+    self.down = Dense(c.hidden_size, ("mlp", "embed"))
+
+  def qkv(self, x_BxTxD, sin_BxTxN, cos_BxTxN):
+    """Queries (B,T,H,N), keys and values (B,T,G,N) of the block's input, rope applied."""
+    c = self.config
+    y = self.attn_norm(x_BxTxD)
+    split = lambda z, n: z.reshape(z.shape[:-1] + (n, c.head_dim))
+    q, k, v = split(self.q(y), c.num_heads), split(self.k(y), c.num_kv_heads), split(self.v(y), c.num_kv_heads)
+    if c.qk_norm:
+      q, k = self.q_norm(q), self.k_norm(k)
+    return apply_rope(q, sin_BxTxN, cos_BxTxN), apply_rope(k, sin_BxTxN, cos_BxTxN), v
+
+  def attention_out(self, x_BxTxD, context_BxTxHxN):
+    """Adds the output projection of the attended values to the residual stream."""
+    return x_BxTxD + self.o(context_BxTxHxN.reshape(context_BxTxHxN.shape[:-2] + (-1,)))
+
+  def mlp(self, x_BxTxD):
+    """Adds the gated MLP to the residual stream."""
+    y = self.mlp_norm(x_BxTxD)
+    return x_BxTxD + self.down(nn.silu(self.gate(y)) * self.up(y))
+
+  def __call__(self, x_BxTxD, sin_BxTxN, cos_BxTxN, mask_BxTxT):
+    q, k, v = self.qkv(x_BxTxD, sin_BxTxN, cos_BxTxN)
+    return self.mlp(self.attention_out(x_BxTxD, attend(q, k, v, mask_BxTxT)))
+
+
+class Embedding(nn.Module):
+  """Token embedding and, when the weights are tied, the output head."""
+
+  config: ModelConfig
+
+  def setup(self):
+    shape = (self.config.vocab_size, self.config.hidden_size)
+    init = nn.with_logical_partitioning(nn.initializers.normal(0.02), ("vocab", "embed"))
+    self.embedding = self.param("embedding", init, shape)
+    if not self.config.tie_embeddings:
+      self.lm_head = self.param("lm_head", init, shape)
+    self.final_norm = RMSNorm(self.config.norm_eps)
+
+  def encode(self, tokens_BxT, dtype):
+    return self.embedding[tokens_BxT].astype(dtype)
+
+  def decode(self, x):
+    """Logits (..., V) in fp32 of final hidden states (..., D)."""
+    head = self.embedding if self.config.tie_embeddings else self.lm_head
+    return (self.final_norm(x) @ head.T.astype(x.dtype)).astype(jnp.float32)
+
+  def __call__(self, tokens_BxT):
+    return self.decode(self.encode(tokens_BxT, jnp.float32))
+
+
+def init_params(config: ModelConfig, key: jax.Array) -> Any:
+  """Random parameters, a plain pytree: {"embed": {...}, "blocks": {... with a leading L axis}}."""
+  embed_key, block_key = jax.random.split(key)
+  init_embed, init_block = _initialisers(config)
+  return {
+      "embed": nn.unbox(init_embed(embed_key)),
+      "blocks": jax.vmap(lambda k: nn.unbox(init_block(k)))(jax.random.split(block_key, config.num_blocks)),
+  }
+
+
+def _initialisers(config: ModelConfig):
+  x, angle = jnp.zeros((1, 1, config.hidden_size)), jnp.zeros((1, 1, config.head_dim // 2))
+  mask, token = jnp.ones((1, 1, 1), bool), jnp.zeros((1, 1), jnp.int32)
+  return (
+      lambda key: Embedding(config).init(key, token)["params"],
+      lambda key: Block(config).init(key, x, angle, angle, mask)["params"],
+  )
+
+
+@functools.lru_cache(maxsize=None)
+def _boxed_shapes(config: ModelConfig):
+  return tuple(jax.eval_shape(init, jax.random.key(0)) for init in _initialisers(config))
+
+
+def logical_axes(config: ModelConfig) -> Any:
+  """The tree of parameters with, at each leaf, the tuple of its logical axis names."""
+  embed, block = _boxed_shapes(config)
+  is_box = lambda p: isinstance(p, nn.LogicallyPartitioned)
+  return {
+      "embed": jax.tree.map(lambda p: tuple(p.names), embed, is_leaf=is_box),
+      "blocks": jax.tree.map(lambda p: ("blocks",) + tuple(p.names), block, is_leaf=is_box),
+  }
+
+
+def abstract_params(config: ModelConfig, dtype: Any = jnp.float32) -> Any:
+  """The tree of parameters as `jax.ShapeDtypeStruct`s; allocates nothing."""
+  embed, block = nn.unbox(_boxed_shapes(config))
+  stack = lambda p: jax.ShapeDtypeStruct((config.num_blocks,) + p.shape, dtype)
+  return {
+      "embed": jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, dtype), embed),
+      "blocks": jax.tree.map(stack, block),
+  }
+
+
+def remat(body, policy: str):
+  """Wraps a scanned block body in the rematerialisation that the config names."""
+  if policy == "none":
+    return body
+  saveable = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}[policy]
+  return jax.checkpoint(body, policy=saveable, prevent_cse=False)
+
+
+def causal_mask(config: ModelConfig, length_B: jax.Array, num_positions: int) -> jax.Array:
+  """(B,T,T) boolean: query row sees key column (causal, in the window, not padding)."""
+  query, key = jnp.arange(num_positions)[:, None], jnp.arange(num_positions)[None, :]
+  mask = key <= query
+  if config.sliding_window:
+    mask &= query - key < config.sliding_window
+  return mask[None] & (key[None] < length_B[:, None, None])
+
+
+def angles(config: ModelConfig, positions_BxT: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """sin and cos (B,T,N/2) of the rotary angles, fp32."""
+  angle = positions_BxT[..., None].astype(jnp.float32) * rope_frequencies(config).reshape(1, 1, -1)
+  return jnp.sin(angle), jnp.cos(angle)
+
+
+def embed(config: ModelConfig, params: Any, tokens_BxT: jax.Array, dtype: Any = jnp.float32) -> jax.Array:
+  """Hidden states (B,T,D) that enter block 0."""
+  return Embedding(config).apply({"params": params["embed"]}, tokens_BxT, dtype, method=Embedding.encode)
+
+
+def unembed(config: ModelConfig, params: Any, hidden: jax.Array) -> jax.Array:
+  """Logits (..., V) in fp32 of the hidden states (..., D) that leave the last block."""
+  return Embedding(config).apply({"params": params["embed"]}, hidden, method=Embedding.decode)
+
+
+def forward(
+    config: ModelConfig,
+    params: Any,
+    tokens_BxT: jax.Array,
+    length_B: jax.Array,
+    *,
+    dtype: Any = jnp.float32,
+    remat_policy: str = "none",
+    collect: bool = False,
+) -> jax.Array:
+  """Dense forward pass.
+
+  Returns:
+    Hidden states (B,T,D) that leave the last block, before the final norm; with `collect` the
+    states that enter every block and leave the last, (L+1,B,T,D). Rows beyond their length are
+    meaningless.
+  """
+  num_positions = tokens_BxT.shape[1]
+  sin, cos = angles(config, jnp.arange(num_positions)[None])
+  mask = causal_mask(config, length_B, num_positions)
+  block = Block(config)
+
+  def body(x, block_params):
+    y = block.apply({"params": block_params}, x, sin, cos, mask)
+    return y, (x if collect else None)
+
+  x, states = jax.lax.scan(remat(body, remat_policy), embed(config, params, tokens_BxT, dtype), params["blocks"])
+  return jnp.concatenate([states, x[None]]) if collect else x

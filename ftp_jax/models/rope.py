@@ -1,0 +1,31 @@
+"""Rotary position embeddings, in the half-split layout of Hugging Face checkpoints."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ftp_jax.models.config import ModelConfig
+
+
+def rope_frequencies(config: ModelConfig) -> np.ndarray:
+  """Angular frequencies (N/2,) in radians a position, fp32, with the config's scaling."""
+  half = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
+  frequencies = (1.0 / np.float32(config.rope_theta) ** half).astype(np.float32)
+  scaling = config.rope_scaling
+  if scaling.kind == "none":
+    return frequencies
+  slowed = frequencies / np.float32(scaling.factor)
+  if scaling.kind == "linear":
+    return slowed
+  # llama3: full speed below the short wavelength, slowed beyond the long one, a ramp between.
+  turns = scaling.original_max_position * frequencies / np.float32(2 * np.pi)
+  ramp = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+  ramp = np.clip(ramp, 0.0, 1.0).astype(np.float32)
+  return ((1 - ramp) * slowed + ramp * frequencies).astype(np.float32)
+
+
+def apply_rope(x_BxTxHxN: jax.Array, sin_BxTxN: jax.Array, cos_BxTxN: jax.Array) -> jax.Array:
+  """Rotates (x[:N/2], x[N/2:]) pairs by their angles; sin and cos are (B or 1, T, N/2)."""
+  sin, cos = sin_BxTxN[:, :, None], cos_BxTxN[:, :, None]
+  first, second = jnp.split(x_BxTxHxN.astype(jnp.float32), 2, axis=-1)
+  return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_BxTxHxN.dtype)

@@ -1,0 +1,58 @@
+"""Capacity and selection: margins -> keep mask. Every execution calls these functions.
+
+Source: docs/method.md section 4. Ties break by position, the later token first, so that routes
+are reproducible in every execution and framework.
+"""
+
+import jax
+import jax.numpy as jnp
+
+# (1 - s) * m is computed in fp32: 0.7 * 10 must need 7 slots, not 8.
+_ROUNDING = 1e-3
+
+
+def capacity(sparsity: jax.Array, context_B: jax.Array, bucket_multiple: int = 1) -> jax.Array:
+  """Token slots (B,) a block computes for each row's context.
+
+  ceil((1 - s) m) rounded up to a multiple of `bucket_multiple`, at least the forced tokens
+  (the first and the last), at most m.
+  """
+  wanted = jnp.ceil((1 - sparsity) * context_B.astype(jnp.float32) - _ROUNDING).astype(jnp.int32)
+  wanted = -(-jnp.maximum(wanted, 2) // bucket_multiple) * bucket_multiple
+  return jnp.minimum(wanted, context_B)
+
+
+def descending_rank(values_BxT: jax.Array, valid_BxT: jax.Array) -> jax.Array:
+  """Rank (B,T) of each value in its row, 0 = largest; equal values rank the later one first.
+
+  Invalid positions rank behind all valid ones.
+  """
+  order = jnp.argsort(jnp.where(valid_BxT, -values_BxT, jnp.inf)[:, ::-1], axis=-1, stable=True)
+  return jnp.argsort(order, axis=-1)[:, ::-1].astype(jnp.int32)
+
+
+def forced_tokens(context_B: jax.Array, num_positions: int) -> jax.Array:
+  """(B,T) boolean: the first (attention sink) and the last context token, always computed."""
+  t = jnp.arange(num_positions)[None]
+  return (t == 0) | (t == context_B[:, None] - 1)
+
+
+def select(margin_BxT, capacity_B, forced_BxT, valid_BxT, selection: str) -> jax.Array:
+  """Which context tokens are computed.
+
+  Args:
+    margin_BxT: compute logit minus skip logit, fp32.
+    capacity_B: slots of each row, at least its number of forced tokens.
+    forced_BxT: tokens computed whatever their margin; they take slots first.
+    valid_BxT: the context tokens.
+    selection: `topk` or `argmax`.
+
+  Returns:
+    keep_BxT, boolean; False outside `valid_BxT`.
+  """
+  forced_BxT &= valid_BxT
+  rank = descending_rank(jnp.where(forced_BxT, jnp.inf, margin_BxT), valid_BxT)
+  keep = valid_BxT & (rank < capacity_B[:, None])
+  if selection == "argmax":
+    keep &= (margin_BxT > 0) | forced_BxT
+  return keep

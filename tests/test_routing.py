@@ -1,0 +1,298 @@
+"""Selection, factors, routers and masked execution: hand-worked cases, causality, exactness."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ftp_jax.errors import UserError
+from ftp_jax.models import decoder
+from ftp_jax.routing import factors, masked, routers
+from ftp_jax.routing.config import FACTORS, RouterConfig, RoutingConfig
+from ftp_jax.routing.selection import capacity, descending_rank, forced_tokens, select
+from tests import tiny
+
+KINDS = ("global", "per_block", "recurrent")
+
+
+def dynamic(model_config, seed=1, **changes):
+  router_config = RouterConfig(**changes)
+  params = routers.init_router(router_config, jax.random.key(seed), model_config.num_blocks, model_config.hidden_size)
+  return masked.Router("dynamic", router_config, params)
+
+
+# --- capacity and selection -----------------------------------------------------------------
+
+
+def test_capacity_counts_the_slots_of_each_row():
+  m = jnp.array([10, 5, 3, 1])
+  np.testing.assert_array_equal(capacity(jnp.float32(0.3), m), [7, 4, 3, 1])
+  np.testing.assert_array_equal(capacity(jnp.float32(0.9), m), [2, 2, 2, 1])  # forced tokens need 2
+  np.testing.assert_array_equal(capacity(jnp.float32(0.3), m, 4), [8, 4, 3, 1])
+  np.testing.assert_array_equal(capacity(jnp.float32(0.0), m, 4), m)
+
+
+def test_descending_rank_breaks_ties_towards_the_later_token():
+  values = jnp.array([[3.0, 1.0, 3.0, 2.0, 9.0]])
+  valid = jnp.array([[True, True, True, True, False]])
+  np.testing.assert_array_equal(descending_rank(values, valid), [[1, 3, 0, 2, 4]])
+
+
+def test_topk_keeps_forced_tokens_then_the_largest_margins():
+  margin = jnp.array([[-5.0, 2.0, 1.0, 2.0, -9.0, 7.0]])
+  valid = jnp.arange(6)[None] < 5
+  keep = select(margin, jnp.array([3]), forced_tokens(jnp.array([5]), 6), valid, "topk")
+  np.testing.assert_array_equal(keep, [[True, False, False, True, True, False]])  # tie 1 ~ 3: the later
+
+
+def test_argmax_keeps_winners_only_and_at_most_the_capacity():
+  margin = jnp.array([[-5.0, 2.0, -1.0, 3.0, 1.0, -2.0]])
+  valid = jnp.ones((1, 6), bool)
+  forced = forced_tokens(jnp.array([6]), 6)
+  keep = lambda k: np.flatnonzero(select(margin, jnp.array([k]), forced, valid, "argmax")[0]).tolist()
+  assert keep(6) == [0, 1, 3, 4, 5]
+  assert keep(4) == [0, 1, 3, 5]
+
+
+def test_static_router_is_the_papers_priority_order():
+  margin = routers.static_margin(1, 6)
+  for slots, kept in [(2, [0, 5]), (3, [0, 4, 5]), (5, [0, 2, 3, 4, 5])]:
+    keep = select(margin, jnp.array([slots]), forced_tokens(jnp.array([6]), 6), jnp.ones((1, 6), bool), "topk")
+    assert np.flatnonzero(keep[0]).tolist() == kept
+
+
+# --- factors ---------------------------------------------------------------------------------
+
+
+def test_factors_of_the_prefill_view_by_hand():
+  tables = factors.ScoreTables(jnp.array([[0.5, 0.25, 0.25, 0.0, 0.0]]), None)
+  values = factors.factors(FACTORS, tables, jnp.full((1, 5), 0.3), jnp.array([4]))[0]
+  np.testing.assert_allclose(values[:4, 0], [0, 1 / 3, 2 / 3, 1], atol=1e-6)
+  np.testing.assert_allclose(values[:4, 1], [2 / 3, 0.5, 0.5, 0.0], atol=1e-6)
+  np.testing.assert_allclose(values[:4, 2], [0, 2 / 3, 1 / 3, 1], atol=1e-6)  # tie: the later ranks first
+  np.testing.assert_allclose(values[:, 3], 0.3, atol=1e-6)
+
+
+def test_factors_of_the_causal_view_by_hand():
+  causal = jnp.zeros((1, 4, 4)).at[0, 3].set(jnp.array([0.4, 0.1, 0.3, 0.2]))
+  values = factors.factors(FACTORS, factors.ScoreTables(jnp.zeros((1, 4)), causal), jnp.zeros((1, 4)), jnp.array([1]))
+  # The newest of 4 tokens: position 1, own score 0.2 -> 0.8 / 1.8, two tokens score higher.
+  np.testing.assert_allclose(values[0, 3], [1.0, 0.8 / 1.8, 2 / 3, 0.0], atol=1e-6)
+
+
+def test_skipped_tokens_keep_their_latest_score():
+  q = jax.random.normal(jax.random.key(0), (1, 4, 2, 8))
+  k = jax.random.normal(jax.random.key(1), (1, 4, 2, 8))
+  mask = jnp.tril(jnp.ones((1, 4, 4), bool))
+  context = jnp.array([4])
+  first = factors.update_tables(factors.init_tables(1, 4, True), q, k, mask, jnp.ones((1, 4), bool), context, 2)
+  keep = jnp.array([[True, False, True, True]])
+  second = factors.update_tables(first, 2 * q, k, mask & keep[:, None, :], keep, context, 2)
+  assert second.prefill_BxT[0, 1] == first.prefill_BxT[0, 1]
+  assert np.all(second.prefill_BxT[0, [0, 2, 3]] != first.prefill_BxT[0, [0, 2, 3]])
+  np.testing.assert_array_equal(second.causal_BxTxT[0, 1], first.causal_BxTxT[0, 1])
+  np.testing.assert_allclose(np.sum(second.causal_BxTxT[0, 3, jnp.array([0, 2, 3])]), 1.0, atol=1e-6)
+
+
+def test_score_window_averages_the_last_computed_context_queries():
+  q = jax.random.normal(jax.random.key(0), (1, 4, 1, 8))
+  k = jax.random.normal(jax.random.key(1), (1, 4, 1, 8))
+  mask = jnp.tril(jnp.ones((1, 4, 4), bool))
+  keep = jnp.array([[True, True, False, True]])
+  table = factors.update_tables(factors.init_tables(1, 4, False), q, k, mask, keep, jnp.array([4]), 3).prefill_BxT
+  rows = jax.nn.softmax(jnp.where(mask, jnp.einsum("bthn,bshn->bts", q, k) / np.sqrt(8), -jnp.inf))[0]
+  expected = (rows[1] + rows[3]) / 2  # window 1..3, query 2 is skipped
+  np.testing.assert_allclose(table[0], jnp.where(keep[0], expected, 0), atol=1e-6)
+
+
+# --- execution -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kv_mode", ["evict", "project"])
+@pytest.mark.parametrize("router_kind", ["static", "random", "dynamic"])
+def test_schedule_zero_equals_dense_exactly(kv_mode, router_kind):
+  c = tiny.config()
+  p = tiny.params(c)
+  tokens, context, length = tiny.batch(c, [7, 4, 1], [10, 9, 6], 10)
+  router = {
+      "static": masked.STATIC, "random": masked.Router("random", None, jax.random.key(0)), "dynamic": dynamic(c),
+  }[router_kind]
+  out = masked.forward(c, RoutingConfig(kv_mode), p, router, tokens, context, length, jnp.zeros(c.num_blocks))
+  dense = decoder.forward(c, p, tokens, length)
+  valid = np.arange(10)[None] < length[:, None]
+  np.testing.assert_array_equal(np.asarray(out.keep_LxBxT), np.broadcast_to(valid, out.keep_LxBxT.shape))
+  np.testing.assert_array_equal(np.asarray(out.hidden_BxTxD)[valid], np.asarray(dense)[valid])
+
+
+@pytest.mark.parametrize("kv_mode", ["evict", "project"])
+def test_masked_blocks_against_a_loop_over_kept_tokens(kv_mode):
+  """The definition, token by token: kept tokens run through the block, alone (evict) or seeing all keys (project)."""
+  c = tiny.config()
+  p = tiny.params(c)
+  tokens, context, length = tiny.batch(c, [8], [8], 8)
+  schedule = jnp.array([0.0, 0.5, 0.25, 0.5])
+  out = masked.forward(c, RoutingConfig(kv_mode), p, masked.STATIC, tokens, context, length, schedule)
+  block = decoder.Block(c)
+  x = decoder.embed(c, p, tokens)
+  sin, cos = decoder.angles(c, jnp.arange(8)[None])
+  for i, slots in enumerate([8, 4, 6, 4]):
+    kept = np.array([0] + list(range(8 - slots + 1, 8)))
+    weights = {"params": jax.tree.map(lambda a: a[i], p["blocks"])}
+    if kv_mode == "evict":
+      y = block.apply(weights, x[:, kept], sin[:, kept], cos[:, kept], jnp.tril(jnp.ones((1, slots, slots), bool)))
+    else:
+      y = block.apply(weights, x, sin, cos, jnp.tril(jnp.ones((1, 8, 8), bool)))[:, kept]
+    x = x.at[:, kept].set(y)
+    np.testing.assert_array_equal(np.flatnonzero(out.keep_LxBxT[i, 0]), kept)
+  np.testing.assert_allclose(out.hidden_BxTxD, x, atol=1e-5)
+
+
+def test_static_uniform_evict_is_truncation_of_the_oldest_context():
+  c = tiny.config()
+  p = tiny.params(c)
+  tokens, context, length = tiny.batch(c, [8], [12], 12)
+  out = masked.forward(c, RoutingConfig("evict"), p, masked.STATIC, tokens, context, length, jnp.full(4, 0.5))
+  kept = np.array([0, 5, 6, 7, 8, 9, 10, 11])
+  sin, cos = decoder.angles(c, jnp.asarray(kept)[None])
+  x = decoder.embed(c, p, tokens[:, kept])
+  for i in range(4):
+    weights = {"params": jax.tree.map(lambda a: a[i], p["blocks"])}
+    x = decoder.Block(c).apply(weights, x, sin, cos, jnp.tril(jnp.ones((1, 8, 8), bool)))
+  np.testing.assert_allclose(out.hidden_BxTxD[:, kept], x, atol=1e-5)
+
+
+def test_sink_and_last_context_token_are_always_computed():
+  c = tiny.config()
+  tokens, context, length = tiny.batch(c, [9, 6, 1], [12, 6, 5], 12)
+  for router in (masked.Router("random", None, jax.random.key(3)), dynamic(c)):
+    out = masked.forward(
+        c, RoutingConfig("evict"), tiny.params(c), router, tokens, context, length, jnp.full(4, 0.9),
+        decode_schedule_L=jnp.full(4, 0.9),
+    )
+    keep = np.asarray(out.keep_LxBxT)
+    assert keep[:, :, 0].all()
+    assert all(keep[:, b, m - 1].all() for b, m in enumerate(context))
+    in_context = np.arange(12)[None] < context[:, None]
+    np.testing.assert_array_equal((keep & in_context).sum(-1), np.broadcast_to([2, 2, 1], (4, 3)))
+
+
+@pytest.mark.parametrize("kv_mode", ["evict", "project"])
+@pytest.mark.parametrize("kind,hidden", [("global", False), ("per_block", False), ("recurrent", True)])
+def test_padding_and_neighbours_change_nothing(kv_mode, kind, hidden):
+  c = tiny.config()
+  p = tiny.params(c)
+  router = dynamic(c, kind=kind, hidden_states=hidden)
+  schedule = jnp.array([0.0, 0.4, 0.6, 0.3])
+  run = lambda tokens, context, length: masked.forward(
+      c, RoutingConfig(kv_mode), p, router, tokens, context, length, schedule, decode_schedule_L=schedule
+  )
+  tokens, context, length = tiny.batch(c, [9, 5, 7], [11, 9, 7], 16)
+  together = run(tokens, context, length)
+  for b in range(3):
+    n = int(length[b])
+    alone = run(tokens[b : b + 1, :n], context[b : b + 1], length[b : b + 1])
+    np.testing.assert_array_equal(alone.keep_LxBxT[:, 0], together.keep_LxBxT[:, b, :n])
+    np.testing.assert_allclose(alone.hidden_BxTxD[0], together.hidden_BxTxD[b, :n], atol=1e-5)
+
+
+@pytest.mark.parametrize("kv_mode", ["evict", "project"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("selection", ["topk", "argmax"])
+def test_no_gate_sees_the_future(kv_mode, kind, selection):
+  """Replacing every later token leaves the gates of a continuation token as they were; replacing
+  the continuation leaves the gates of the context."""
+  c = tiny.config()
+  p = tiny.params(c)
+  router = dynamic(c, kind=kind, hidden_states=True)
+  schedule = jnp.array([0.3, 0.5, 0.4, 0.5])
+  run = jax.jit(lambda tokens: masked.forward(
+      c, RoutingConfig(kv_mode, selection), p, router, tokens, jnp.array([6]), jnp.array([12]), schedule,
+      decode_schedule_L=schedule,
+  ))
+  tokens, _, _ = tiny.batch(c, [6], [12], 12)
+  base = run(tokens)
+  assert not np.asarray(base.keep_LxBxT[:, 0, 6:]).all()  # some continuation token does skip
+  for known in (6, 7, 9, 11):
+    changed = tokens.copy()
+    changed[:, known:] = (changed[:, known:] + 17) % c.vocab_size
+    out = run(changed)
+    np.testing.assert_array_equal(out.keep_LxBxT[..., :known], base.keep_LxBxT[..., :known])
+    np.testing.assert_array_equal(out.margin_LxBxT[..., :known], base.margin_LxBxT[..., :known])
+
+
+def test_margins_have_no_gradient_from_later_embeddings():
+  c = tiny.config()
+  p = tiny.params(c)
+  router = dynamic(c, hidden_states=True)
+  tokens = np.arange(1, 11, dtype=np.int32)[None]  # distinct tokens: an embedding row is a position
+
+  def margins(embedding):
+    weights = {**p, "embed": {**p["embed"], "embedding": embedding}}
+    return masked.forward(
+        c, RoutingConfig("evict"), weights, router, tokens, jnp.array([5]), jnp.array([10]), jnp.full(4, 0.4),
+        decode_schedule_L=jnp.full(4, 0.4),
+    ).margin_LxBxT[:, 0]
+
+  jacobian = np.abs(jax.jacrev(margins)(p["embed"]["embedding"])).sum(-1)[..., 1:11]  # (L, T, source)
+  for t in range(10):
+    last_known = max(t, 4)
+    assert (jacobian[:, t, last_known + 1 :] == 0).all()
+  assert (jacobian[1:, 9, :9].max(axis=-1) > 0).all()  # and the test can see dependence where it exists
+
+
+@pytest.mark.parametrize("kv_mode", ["evict", "project"])
+def test_straight_through_changes_no_value_and_reaches_the_router(kv_mode):
+  c = tiny.config()
+  p = tiny.params(c)
+  router = dynamic(c)
+  tokens, context, length = tiny.batch(c, [9, 7], [12, 12], 12)
+  run = lambda router_params, st: masked.forward(
+      c, RoutingConfig(kv_mode), p, masked.Router("dynamic", router.config, router_params), tokens, context, length,
+      jnp.array([0.0, 0.5, 0.5, 0.3]), straight_through=st,
+  ).hidden_BxTxD
+  np.testing.assert_allclose(run(router.params, True), run(router.params, False), atol=1e-5)
+  grads = jax.grad(lambda r: jnp.sum(jnp.square(run(r, True)[:, -3:])))(router.params)
+  assert all(np.isfinite(g).all() for g in jax.tree.leaves(grads))
+  assert np.abs(grads["out"]["kernel"]).max() > 0
+
+
+def test_evict_gradient_knows_what_a_removed_key_was_worth():
+  """At a closed gate the derivative equals the finite difference of opening it a little."""
+  c = tiny.config(num_blocks=1)
+  p = tiny.params(c)
+  tokens, context, length = tiny.batch(c, [6], [8], 8)
+
+  def loss(g):
+    gate = jnp.ones((1, 1, 8)).at[0, 0, 3].set(g)
+    out = masked.forward(
+        c, RoutingConfig("evict"), p, masked.Router("given", None, gate), tokens, context, length, jnp.zeros(1)
+    )
+    return jnp.sum(jnp.sin(out.hidden_BxTxD[0, 6:]))
+
+  step = 1e-2
+  difference = (loss(step) - loss(0.0)) / step
+  assert abs(difference) > 1e-3
+  np.testing.assert_allclose(jax.grad(loss)(0.0), difference, rtol=0.1)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_router_size_and_inputs(kind):
+  count = lambda **changes: sum(p.size for p in jax.tree.leaves(dynamic(tiny.config(), kind=kind, **changes).params))
+  expected = {"global": 450, "per_block": 4 * 450, "recurrent": 450 + 64 * 64}[kind]
+  assert count() == expected
+  per = {"global": 64, "per_block": 256, "recurrent": 64}[kind]
+  assert count() - count(factors=("score",)) == 3 * per
+  assert count(hidden_states=True) - count() == 32 * per
+
+
+def test_wrong_settings_are_named():
+  with pytest.raises(UserError, match="router.factors"):
+    RouterConfig(factors=("position", "colour"))
+  with pytest.raises(UserError, match="no input"):
+    RouterConfig(factors=())
+  with pytest.raises(UserError, match="kv_mode"):
+    RoutingConfig(kv_mode="drop")
+  with pytest.raises(UserError, match="router.kind"):
+    dataclasses.replace(RouterConfig(), kind="local")
