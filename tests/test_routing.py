@@ -149,6 +149,23 @@ def test_masked_blocks_against_a_loop_over_kept_tokens(kv_mode):
   np.testing.assert_allclose(out.hidden_BxTxD, x, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["global", "per_block"])
+def test_starting_after_a_dense_prefix_is_exact(kind):
+  c = tiny.config()
+  p = tiny.params(c)
+  router = dynamic(c, kind=kind)
+  batch = tiny.batch(c, [9, 5], [12, 9], 12)
+  schedule = jnp.array([0.0, 0.0, 0.5, 0.4])
+  entries, last = masked.dense_entries(c, RoutingConfig(), p, *batch)
+  np.testing.assert_allclose(last, decoder.forward(c, p, batch[0], batch[2]), atol=1e-5)
+  full = masked.forward(c, RoutingConfig(), p, router, *batch, schedule)
+  for start in (1, 2):
+    entry = jax.tree.map(lambda a: a[start], entries)
+    out = masked.forward(c, RoutingConfig(), p, router, *batch, schedule, start=start, entry=entry)
+    np.testing.assert_array_equal(out.keep_LxBxT, full.keep_LxBxT)
+    np.testing.assert_allclose(out.hidden_BxTxD[full.keep_LxBxT[0]], full.hidden_BxTxD[full.keep_LxBxT[0]], atol=1e-5)
+
+
 def test_static_uniform_evict_is_truncation_of_the_oldest_context():
   c = tiny.config()
   p = tiny.params(c)

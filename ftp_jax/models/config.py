@@ -63,7 +63,9 @@ class ModelConfig:
     required = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     for name in required:
       if not isinstance(hf.get(name), int) or hf[name] <= 0:
-        raise UserError(f"config.json has no valid {name!r} (got {hf.get(name)!r}); restore the model's own config.json.")
+        raise UserError(
+            f"config.json has no valid {name!r} (got {hf.get(name)!r}); restore the model's own config.json."
+        )
     refused = {
         "hidden_act": lambda v: v not in (None, "silu"),
         "attention_bias": bool,
@@ -76,16 +78,23 @@ class ModelConfig:
     }
     for name, is_bad in refused.items():
       if is_bad(hf.get(name)):
-        raise UserError(f"config.json sets {name}={hf[name]!r}, which this decoder does not support; use a checkpoint without it.")
+        raise UserError(
+            f"config.json sets {name}={hf[name]!r}, which this decoder does not support; use a checkpoint without it."
+        )
     layer_types = set(hf.get("layer_types") or ())
     window = hf.get("sliding_window") if family == "mistral" else None
     expected = {"sliding_attention"} if window else {"full_attention"}
     if layer_types - expected:
-      raise UserError(f"config.json sets layer_types={sorted(layer_types)}, but only uniform {sorted(expected)[0]} is supported.")
+      raise UserError(
+          f"config.json sets layer_types={sorted(layer_types)}, but only {sorted(expected)[0]} in every block is "
+          "supported; use another model."
+      )
     heads = hf["num_attention_heads"]
     kv_heads = hf.get("num_key_value_heads") or heads
     if heads % kv_heads:
-      raise UserError(f"num_attention_heads={heads} is not a multiple of num_key_value_heads={kv_heads}; fix config.json.")
+      raise UserError(
+          f"num_attention_heads={heads} is not a multiple of num_key_value_heads={kv_heads}; fix config.json."
+      )
     head_dim = hf.get("head_dim") or (128 if family == "qwen3" else hf["hidden_size"] // heads)
     if head_dim % 2:
       raise UserError(f"head_dim={head_dim} is odd, but rotary embeddings need an even one; fix config.json.")
@@ -116,9 +125,13 @@ class ModelConfig:
     try:
       hf = json.loads(file.read_text())
     except FileNotFoundError:
-      raise UserError(f"{file} does not exist; point the model at a Hugging Face directory, a .gguf file or a hub id.") from None
+      raise UserError(
+          f"{file} does not exist; point the model at a Hugging Face directory, a .gguf file or a hub id."
+      ) from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
       raise UserError(f"{file} is not valid JSON ({error}); download the model again.") from None
+    if not isinstance(hf, dict):
+      raise UserError(f"{file} holds no JSON object; download the model again.")
     return cls.from_hf(hf)
 
 
@@ -127,6 +140,11 @@ def _read_rope(hf: dict[str, Any]) -> tuple[float, RopeScaling]:
   rope = dict(hf.get("rope_scaling") or {})
   rope.update(hf.get("rope_parameters") or {})
   theta = float(rope.get("rope_theta") or hf.get("rope_theta") or 10_000.0)
+  if rope.get("partial_rotary_factor") not in (None, 1):
+    raise UserError(
+        "config.json rotates only a part of each head (partial_rotary_factor), which is not supported; "
+        "use another model."
+    )
   kind = rope.get("rope_type") or rope.get("type") or "default"
   if kind == "default":
     return theta, RopeScaling()
@@ -142,5 +160,9 @@ def _read_rope(hf: dict[str, Any]) -> tuple[float, RopeScaling]:
           int(rope["original_max_position_embeddings"]),
       )
   except KeyError as missing:
-    raise UserError(f"config.json asks for rope scaling {kind!r} without {missing}; restore the model's own config.json.") from None
-  raise UserError(f"config.json asks for rope scaling {kind!r}; supported are default, linear and llama3.")
+    raise UserError(
+        f"config.json asks for rope scaling {kind!r} without {missing}; restore the model's own config.json."
+    ) from None
+  raise UserError(
+      f"config.json asks for rope scaling {kind!r}, but only default, linear and llama3 are supported; use another model."
+  )

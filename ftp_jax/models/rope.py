@@ -10,7 +10,8 @@ from ftp_jax.models.config import ModelConfig
 def rope_frequencies(config: ModelConfig) -> np.ndarray:
   """Angular frequencies (N/2,) in radians a position, fp32, with the config's scaling."""
   half = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
-  frequencies = (1.0 / np.float32(config.rope_theta) ** half).astype(np.float32)
+  # The power is rounded once, as torch does: an ulp here is an angle far off at late positions.
+  frequencies = np.float32(1.0) / np.power(float(config.rope_theta), half.astype(np.float64)).astype(np.float32)
   scaling = config.rope_scaling
   if scaling.kind == "none":
     return frequencies

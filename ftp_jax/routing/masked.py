@@ -39,6 +39,52 @@ jax.tree_util.register_pytree_node(
 STATIC = Router("static")
 
 
+class Entry(NamedTuple):
+  """What enters a block after a dense prefix of blocks: where routed execution can start.
+
+  Attributes:
+    x_BxTxD: hidden states.
+    score_BxT: prefill scores of the block before; zeros at block 0.
+  """
+
+  x_BxTxD: jax.Array
+  score_BxT: jax.Array
+
+
+def dense_entries(
+    config: ModelConfig,
+    routing: RoutingConfig,
+    params: Any,
+    tokens_BxT: jax.Array,
+    context_B: jax.Array,
+    length_B: jax.Array,
+    *,
+    dtype: Any = jnp.float32,
+) -> tuple[Entry, jax.Array]:
+  """One dense pass, kept at every block: (Entry with leading L, the states that leave the last block).
+
+  Schedules that compute the first blocks densely share that part of the work.
+  """
+  batch, num_positions = tokens_BxT.shape
+  t = jnp.arange(num_positions)[None]
+  valid = t < length_B[:, None]
+  sin, cos = decoder.angles(config, t)
+  mask = decoder.causal_mask(config, length_B, num_positions)
+  block = decoder.Block(config)
+
+  def body(carry, block_params):
+    x, tables = carry
+    apply = lambda method, *args: block.apply({"params": block_params}, *args, method=method)
+    q, k, v = apply(decoder.Block.qkv, x, sin, cos)
+    y = apply(decoder.Block.mlp, apply(decoder.Block.attention_out, x, attend(q, k, v, mask)))
+    after = factor_lib.update_tables(tables, q, k, mask, valid, context_B, routing.score_window)
+    return (y, after), Entry(x, tables.prefill_BxT)
+
+  carry = (decoder.embed(config, params, tokens_BxT, dtype), factor_lib.init_tables(batch, num_positions, False))
+  (x, _), entries = jax.lax.scan(body, carry, params["blocks"])
+  return entries, x
+
+
 class Routed(NamedTuple):
   """Result of a masked pass.
 
@@ -66,6 +112,8 @@ def forward(
     schedule_L: jax.Array,
     *,
     decode_schedule_L: jax.Array | None = None,
+    start: int = 0,
+    entry: Entry | None = None,
     straight_through: bool = False,
     collect_factors: bool = False,
     dtype: Any = jnp.float32,
@@ -79,6 +127,8 @@ def forward(
     length_B: valid lengths n >= m.
     schedule_L: sparsity asked of each block, for context tokens.
     decode_schedule_L: the same for continuation tokens; None computes them all (strict).
+    start: blocks before this one are dense and not run: `entry` is what enters block `start`. Not for
+      `given` and recurrent routers, nor with a decode schedule.
     straight_through: let gradients reach the router through the hard gates, as if each gate
       were the sigmoid of its margin.
     collect_factors: also return the factors of every block.
@@ -150,18 +200,30 @@ def forward(
 
   num_blocks = config.num_blocks
   per_block = router.kind == "given" or (dynamic and router.config.kind == "per_block")
-  decode = jnp.zeros(num_blocks) if decode_schedule_L is None else decode_schedule_L
-  carry = (
-      decoder.embed(config, params, tokens_BxT, dtype),
-      factor_lib.init_tables(batch, num_positions, causal_view),
-      routers.init_state(router.config, batch, num_positions) if dynamic else None,
+  tables = factor_lib.init_tables(batch, num_positions, causal_view)
+  if entry is None:
+    x = decoder.embed(config, params, tokens_BxT, dtype)
+  else:
+    assert router.kind != "given" and not causal_view and not (dynamic and router.config.kind == "recurrent")
+    x, tables = entry.x_BxTxD, tables._replace(prefill_BxT=entry.score_BxT)
+  state = routers.init_state(router.config, batch, num_positions) if dynamic else None
+  xs = (
+      params["blocks"],
+      schedule_L,
+      jnp.zeros(num_blocks) if decode_schedule_L is None else decode_schedule_L,
+      jnp.arange(num_blocks),
+      router.params if per_block else None,
   )
-  shared = None if per_block or router.kind != "dynamic" else router.params
 
   def scanned(carry, xs):
     *rest, router_slice = xs
-    return body(carry, (*rest, router_slice if per_block else shared))
+    return body(carry, (*rest, router_slice if per_block else router.params))
 
-  xs = (params["blocks"], schedule_L, decode, jnp.arange(num_blocks), router.params if per_block else jnp.arange(num_blocks))
-  (x, _, _), (keep, margin, features) = jax.lax.scan(decoder.remat(scanned, remat_policy), carry, xs)
+  xs = jax.tree.map(lambda a: a[start:], xs)
+  (x, _, _), (keep, margin, features) = jax.lax.scan(decoder.remat(scanned, remat_policy), (x, tables, state), xs)
+  if start:
+    prefix = lambda value, like: jnp.broadcast_to(value, (start,) + like.shape[1:]).astype(like.dtype)
+    keep = jnp.concatenate([prefix(valid, keep), keep])
+    margin = jnp.concatenate([prefix(0.0, margin), margin])
+    features = None if features is None else jnp.concatenate([prefix(0.0, features), features])
   return Routed(x, keep, margin, features)

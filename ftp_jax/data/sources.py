@@ -1,0 +1,139 @@
+"""The four disjoint sets of prompts of a run: search, train, validation and test.
+
+Who goes where is decided by whole documents (a prompt with all its answers counts as one), drawn
+in an order that `data.seed` fixes:
+  1. test, validation and search, in this order, take document after document until they have their
+     number, at most a quarter of it from one document (half or all of it where documents run out
+     otherwise); train draws from all documents left. So while documents suffice, the test prompts
+     do not change with the sizes of the other sets.
+  2. Where even that runs out of documents (a single book), the windows of all documents lie in a
+     line that is cut into test, validation, search and train; one window between two sets is
+     dropped, so that no two sets hold neighbouring text.
+"""
+
+import numpy as np
+
+from ftp_jax.data.encoding import encode_pairs, encode_windows
+from ftp_jax.data.prompts import Prompts, pack, shuffled, take
+from ftp_jax.data.records import Pair, read_source
+from ftp_jax.errors import UserError
+
+SPLITS = ("search", "train", "validation", "test")
+_DRAWN = ("test", "validation", "search", "train")  # the order in which the sets draw their documents
+_SPREADS = (4, 2, 1)  # documents, at least, behind a held set; tried in this order
+
+
+def load_splits(data, tokenizer) -> dict[str, Prompts]:
+  """Reads, tokenises and divides the data of `config.data`.
+
+  A document gives non-overlapping windows of full length: max_context context tokens and
+  `continuation` continuation tokens. Pairs outside [min_context, max_context], or with an answer
+  shorter than min_continuation, are dropped; longer answers are cut at `continuation`.
+
+  Args:
+    data: the `data` part of a config (ftp_jax.config).
+    tokenizer: a transformers fast tokenizer.
+
+  Returns:
+    Prompts (num_<split>, max_context + continuation) for each of SPLITS: no two equal rows, no
+    document in two of them unless the second rule above had to be used.
+
+  Raises:
+    UserError: a setting is out of range, the data cannot be read, or there is too little of it.
+  """
+  _check(data)
+  prompts, documents, found = load_prompts(data, tokenizer)
+  counts = {split: getattr(data, f"num_{split}") for split in _DRAWN}
+  attempts = (_by_document(documents, counts, data.seed, spread) for spread in _SPREADS)
+  indices = next(filter(None, attempts), None) or _by_position(documents, counts, data.seed)
+  if indices is None:
+    wanted = " + ".join(f"{counts[split]} {split}" for split in SPLITS)
+    raise UserError(
+        f"{sum(counts.values())} prompts are needed ({wanted}; up to 3 more where two sets share a document), but "
+        f"data.source={data.source!r} gives {len(documents)} distinct ones ({found}); "
+        "lower the data.num_* settings, relax the lengths or give more data."
+    )
+  return {split: take(prompts, indices[split]) for split in SPLITS}
+
+
+def load_prompts(data, tokenizer) -> tuple[Prompts, np.ndarray, str]:
+  """All distinct prompts (N, T) of the source, the document (N,) of each, and a count in words."""
+  records = read_source(data)
+  width = data.max_context + data.continuation
+  if isinstance(records[0], Pair):
+    keyed, found = _pair_rows(encode_pairs(records, tokenizer, data.chat), data)
+  else:
+    windows = encode_windows(records, tokenizer, width)
+    keyed = [(number, window, data.max_context) for number, rows in enumerate(windows) for window in rows]
+    long_enough = sum(map(bool, windows))
+    found = f"{len(records)} documents, of which {long_enough} have at least one window of {width} tokens"
+  distinct = {}
+  for key, ids, context in keyed:
+    distinct.setdefault((tuple(ids), context), key)
+  numbers = {key: number for number, key in enumerate(dict.fromkeys(distinct.values()))}
+  return pack(list(distinct), width), np.array([numbers[key] for key in distinct.values()], np.int64), found
+
+
+def _pair_rows(encoded, data):
+  """Rows (document key, ids, context length) of the pairs whose lengths fit, and a count in words."""
+  rows, outside, short = [], 0, 0
+  for context, answer in encoded:
+    answer = answer[: data.continuation]
+    if not data.min_context <= len(context) <= data.max_context:
+      outside += 1
+    elif len(answer) < data.min_continuation:
+      short += 1
+    else:
+      rows.append((tuple(context), context + answer, len(context)))
+  found = (
+      f"{len(encoded)} records, of which {outside} have a context outside {data.min_context}..{data.max_context} "
+      f"tokens and {short} an answer below {data.min_continuation}"
+  )
+  return rows, found
+
+
+def _by_document(
+    documents: np.ndarray, counts: dict[str, int], seed: int, spread: int
+) -> dict[str, np.ndarray] | None:
+  """Rule 1 of the module: row indices of each split, or None if there are too few documents."""
+  left = [np.flatnonzero(documents == number) for number in shuffled(documents.max(initial=-1) + 1, seed)]
+  indices = {}
+  for stream, split in enumerate(_DRAWN, start=1):
+    count = counts[split]
+    most = len(documents) if split == "train" else -(-count // spread)
+    pool = []
+    while left and (split == "train" or len(pool) < count):
+      rows = left.pop(0)
+      pool.extend(rows[shuffled(len(rows), seed, stream)][:most])
+    if len(pool) < count:
+      return None
+    indices[split] = np.array(pool, np.int64)[shuffled(len(pool), seed, stream)][:count]
+  return indices
+
+
+def _by_position(documents: np.ndarray, counts: dict[str, int], seed: int) -> dict[str, np.ndarray] | None:
+  """Rule 2 of the module: row indices of each split, or None if there are too few rows."""
+  order = np.argsort(shuffled(documents.max(initial=-1) + 1, seed)[documents], kind="stable")
+  start, indices = 0, {}
+  for stream, split in enumerate(_DRAWN, start=1):
+    rows = order[start : start + counts[split]]
+    if len(rows) < counts[split]:
+      return None
+    indices[split] = rows[shuffled(len(rows), seed, stream)]
+    start += len(rows) + bool(len(rows))
+  return indices
+
+
+def _check(data) -> None:
+  if data.seed < 0 or min(data.num_search, data.num_train, data.num_validation, data.num_test) < 0:
+    raise UserError("data.seed or a data.num_* setting is negative; use 0 or more.")
+  if not 1 <= data.min_context <= data.max_context:
+    raise UserError(
+        f"data.min_context={data.min_context} and data.max_context={data.max_context} are not in order; "
+        "use 1 <= min_context <= max_context."
+    )
+  if not 1 <= data.min_continuation <= data.continuation:
+    raise UserError(
+        f"data.min_continuation={data.min_continuation} and data.continuation={data.continuation} are not in order; "
+        "use 1 <= min_continuation <= continuation."
+    )

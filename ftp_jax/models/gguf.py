@@ -1,0 +1,172 @@
+"""GGUF files: dequantised into a Hugging Face directory, tokenizer included.
+
+Only architecture "llama" is read. Its converter permutes the rows of the query and key weights
+(interleaved rotary pairs instead of halves); they are put back here.
+"""
+
+import contextlib
+import json
+import os
+import pathlib
+import shutil
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import gguf
+import numpy as np
+
+from ftp_jax.errors import UserError
+from ftp_jax.models.config import ModelConfig
+from ftp_jax.models.huggingface import MAX_SHARD_BYTES, write_checkpoint
+from ftp_jax.models.tokenizer import build_tokenizer, tokenizer_config
+
+# GGUF name of a block's tensor -> its name in a Hugging Face checkpoint.
+_BLOCK = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+_OUTSIDE = {
+    "token_embd.weight": "model.embed_tokens.weight",
+    "output_norm.weight": "model.norm.weight",
+    "output.weight": "lm_head.weight",
+}
+
+
+def convert_gguf(gguf_path: str | os.PathLike, out_dir: str | os.PathLike) -> None:
+  """Writes a Hugging Face directory with the dequantised weights in fp32 (4 bytes a parameter).
+
+  The directory appears whole or not at all; nothing is done where it already exists.
+
+  Raises:
+    UserError: the file is corrupt or holds a model that is not read here, or the disk refuses.
+  """
+  gguf_path, out_dir = pathlib.Path(gguf_path), pathlib.Path(out_dir)
+  if out_dir.exists():
+    return
+  try:
+    reader = gguf.GGUFReader(gguf_path)
+    metadata = {name: field.contents() for name, field in reader.fields.items()}
+  except FileNotFoundError:
+    raise UserError(f"{gguf_path} does not exist; check the path.") from None
+  except (ValueError, IndexError, KeyError, TypeError, AttributeError, OverflowError, OSError) as error:
+    reason = " ".join(str(error).split())[:120]
+    raise UserError(f"{gguf_path} is truncated or not a GGUF file ({reason}); download it again.") from None
+  names = {tensor.name for tensor in reader.tensors}
+  config = _hf_config(metadata, tied="output.weight" not in names)
+  tokenizer, settings = build_tokenizer(metadata), tokenizer_config(metadata, config["max_position_embeddings"])
+  tensors = [_entry(tensor, config) for tensor in reader.tensors]
+  with _new_directory(out_dir) as directory:
+    write_checkpoint(tensors, directory, MAX_SHARD_BYTES)
+    tokenizer.save(str(directory / "tokenizer.json"))
+    generation = {name: config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id") if name in config}
+    for name, content in (
+        ("config.json", config),
+        ("tokenizer_config.json", settings),
+        ("generation_config.json", generation),
+    ):
+      (directory / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _hf_config(metadata: Mapping[str, Any], tied: bool) -> dict[str, Any]:
+  """`config.json` of the model that the metadata describe."""
+  architecture = metadata.get("general.architecture")
+  if architecture != "llama":
+    raise UserError(
+        f"the GGUF file holds architecture {architecture!r}, but only 'llama' is read from GGUF; "
+        "use the model's Hugging Face directory or hub id."
+    )
+  if metadata.get("llama.rope.scaling.type", "none") != "none" or metadata.get("llama.expert_count"):
+    raise UserError(
+        "the GGUF file asks for rope scaling or experts, which are not read from GGUF; "
+        "use the model's Hugging Face directory or hub id."
+    )
+  try:
+    value = lambda name: metadata[f"llama.{name}"]
+    heads, hidden = value("attention.head_count"), value("embedding_length")
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": len(metadata["tokenizer.ggml.tokens"]),
+        "hidden_size": hidden,
+        "intermediate_size": value("feed_forward_length"),
+        "num_hidden_layers": value("block_count"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": metadata.get("llama.attention.head_count_kv", heads),
+        "head_dim": metadata.get("llama.attention.key_length", hidden // heads),
+        "hidden_act": "silu",
+        "max_position_embeddings": value("context_length"),
+        # Stored in fp32: the shortest decimal that rounds to it is the number that was meant.
+        "rms_norm_eps": float(str(np.float32(value("attention.layer_norm_rms_epsilon")))),
+        "rope_theta": float(metadata.get("llama.rope.freq_base", 10_000.0)),
+        "tie_word_embeddings": tied,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "dtype": "float32",
+    }
+  except KeyError as missing:
+    raise UserError(f"the GGUF file has no {missing} in its metadata; download it again.") from None
+  rotary = metadata.get("llama.rope.dimension_count", config["head_dim"])
+  if rotary != config["head_dim"]:
+    raise UserError(
+        f"the GGUF file rotates {rotary} of {config['head_dim']} dimensions of a head, which is not supported; "
+        "use another model."
+    )
+  for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
+    token_id = metadata.get(f"tokenizer.ggml.{key}_token_id")
+    if token_id is not None:
+      config[f"{name}_token_id"] = token_id
+  ModelConfig.from_hf(config)
+  return config
+
+
+def _entry(tensor: gguf.ReaderTensor, config: Mapping[str, Any]):
+  """What `write_checkpoint` takes: name, bytes in fp32 and a function that makes the array."""
+  name = _OUTSIDE.get(tensor.name)
+  kind = ""
+  if tensor.name.startswith("blk.") and tensor.name.endswith(".weight"):
+    _, block, kind, _ = tensor.name.split(".")
+    name = f"model.layers.{block}.{_BLOCK[kind]}.weight" if kind in _BLOCK else None
+  if name is None:
+    raise UserError(
+        f"the GGUF file holds {tensor.name}, which is not read from GGUF; "
+        "use the model's Hugging Face directory or hub id."
+    )
+  heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}.get(kind)
+
+  def make():
+    weight = gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float32, copy=False)
+    return weight if heads is None else _unpermute(weight, heads)
+
+  return name, 4 * int(tensor.n_elements), make
+
+
+def _unpermute(weight: np.ndarray, heads: int) -> np.ndarray:
+  """Rows (2j, 2j+1) of each head, a rotary pair, back to (j, j + N/2); weight (heads * N, D)."""
+  pairs = weight.reshape(heads, weight.shape[0] // heads // 2, 2, -1)
+  return pairs.swapaxes(1, 2).reshape(weight.shape)
+
+
+@contextlib.contextmanager
+def _new_directory(final: pathlib.Path) -> Iterator[pathlib.Path]:
+  """Yields a scratch directory that becomes `final` in one step, or is removed on failure."""
+  scratch = final.with_name(f".{final.name}.{os.getpid()}.partial")
+  try:
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    yield scratch
+    try:
+      scratch.rename(final)
+    except OSError:
+      if not final.exists():  # else another process was faster, and its result is the same
+        raise
+  except OSError as error:
+    raise UserError(f"cannot write {final} ({error.strerror}); free disk space or choose another place.") from None
+  finally:
+    shutil.rmtree(scratch, ignore_errors=True)

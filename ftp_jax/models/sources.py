@@ -1,0 +1,98 @@
+"""One way in for every model source: known name, Hugging Face directory, GGUF file or hub id."""
+
+import dataclasses
+import hashlib
+import os
+import pathlib
+import re
+from typing import Any
+
+import huggingface_hub
+import jax.numpy as jnp
+import transformers
+
+from ftp_jax.errors import UserError
+from ftp_jax.models.config import ModelConfig
+from ftp_jax.models.fetch import KNOWN, cache_root, fetch
+from ftp_jax.models.gguf import convert_gguf
+from ftp_jax.models.huggingface import load_params
+from ftp_jax.models.tokenizer import load_tokenizer
+
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_HUB_FILES = ("*.json", "*.safetensors", "tokenizer.model", "merges.txt", "*.jinja")
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+  """A frozen model: architecture, parameters (tree of `decoder.init_params`), tokenizer, directory."""
+
+  config: ModelConfig
+  params: Any
+  tokenizer: transformers.PreTrainedTokenizerBase
+  directory: pathlib.Path
+
+
+def resolve(source: str, cache_dir: str | os.PathLike | None = None) -> pathlib.Path:
+  """Local Hugging Face directory of a model source; fetches or converts it where needed.
+
+  Args:
+    source: known name, existing directory, existing `.gguf` file, or hub id `org/name`.
+    cache_dir: see `fetch.cache_root`; hub models stay in the hub's own cache.
+
+  Raises:
+    UserError: the source is none of these or cannot be had.
+  """
+  if source in KNOWN:
+    return fetch(source, cache_dir)
+  path = pathlib.Path(source).expanduser()
+  if path.is_dir():
+    return path
+  if path.is_file() and path.suffix == ".gguf":
+    with path.open("rb") as file:
+      digest = hashlib.file_digest(file, "sha256").hexdigest()[:16]
+    directory = cache_root(cache_dir) / f"gguf-{digest}"
+    convert_gguf(path, directory)
+    return directory
+  if path.exists() or path.suffix == ".gguf" or not _HUB_ID.fullmatch(source):
+    raise UserError(
+        f"{source!r} is no model source; pass a known name ({', '.join(sorted(KNOWN))}), an existing Hugging Face "
+        "directory, an existing .gguf file, or a hub id of the form org/name."
+    )
+  try:
+    # Subfolders hold other formats of the same weights.
+    found = huggingface_hub.snapshot_download(source, allow_patterns=_HUB_FILES, ignore_patterns="*/*")
+  except Exception as error:  # the hub client raises its own, httpx's and the system's
+    reason = " ".join(str(error).split())[:160]
+    raise UserError(
+        f"{source!r} is no local directory and the hub does not give it ({type(error).__name__}: {reason}); "
+        "check the name, the network and your access, or pass a local directory."
+    ) from error
+  return pathlib.Path(found)
+
+
+def load_model(source: str, dtype: str = "float32", shardings: Any = None) -> Model:
+  """Loads a model from any source.
+
+  Args:
+    source: see `resolve`.
+    dtype: of the parameters, "float32" or "bfloat16".
+    shardings: tree of shardings like the parameters, or a function that makes it from the
+      `ModelConfig`; None: all on the default device.
+
+  Raises:
+    UserError: the source, the weights or the tokenizer are unusable.
+  """
+  if dtype not in DTYPES:
+    raise UserError(f"dtype {dtype!r} is not supported; use one of {', '.join(DTYPES)}.")
+  directory = resolve(source)
+  config = ModelConfig.from_directory(directory)
+  tokenizer = load_tokenizer(directory)
+  largest = max(tokenizer.get_vocab().values())
+  if largest >= config.vocab_size:
+    raise UserError(
+        f"the tokenizer in {directory} has token id {largest}, but the model has only {config.vocab_size} embeddings; "
+        "use the model's own tokenizer."
+    )
+  placed = shardings(config) if callable(shardings) else shardings
+  return Model(config, load_params(directory, config, DTYPES[dtype], placed), tokenizer, directory)

@@ -1,0 +1,50 @@
+"""The three losses of router training (docs/method.md section 3): distillation, sparsity, guide."""
+
+import jax
+import jax.numpy as jnp
+
+from ftp_jax.models import scoring
+from ftp_jax.routing.selection import capacity, descending_rank, forced_tokens
+
+
+def distill_kl(teacher_BxCxV, student_BxCxV, weight_BxC) -> jax.Array:
+  """L_d: mean KL(dense || pruned) over the scored positions, in nats."""
+  return scoring.weighted_mean(scoring.kl_divergence(teacher_BxCxV, student_BxCxV), weight_BxC)
+
+
+def distill_mse(teacher_BxCxD, student_BxCxD, weight_BxC) -> jax.Array:
+  """L_d, option mse: mean squared error of the final hidden states at the scored positions."""
+  error = jnp.mean(jnp.square(teacher_BxCxD.astype(jnp.float32) - student_BxCxD.astype(jnp.float32)), axis=-1)
+  return scoring.weighted_mean(error, weight_BxC)
+
+
+def skipped_share(gate_LxBxT, in_context_BxT) -> jax.Array:
+  """Share (L,) of context tokens that each block skips; gates may be soft."""
+  mask = in_context_BxT[None].astype(jnp.float32)
+  return jnp.sum((1 - gate_LxBxT) * mask, axis=(1, 2)) / jnp.sum(mask)
+
+
+def sparsity_loss(asked_L, achieved_L, two_sided: bool) -> jax.Array:
+  """L_s = sum_i max(asked_i - achieved_i, 0); two-sided: sum_i |asked_i - achieved_i|."""
+  short = asked_L - achieved_L
+  return jnp.sum(jnp.abs(short) if two_sided else jnp.maximum(short, 0.0))
+
+
+def top_targets(score_LxBxT, schedule_L, context_B, bucket_multiple: int) -> jax.Array:
+  """Guide targets (L,B,T): 1 for the tokens of highest score that fill each block's capacity."""
+  num_positions = score_LxBxT.shape[-1]
+  in_context = jnp.arange(num_positions)[None] < context_B[:, None]
+  forced = forced_tokens(context_B, num_positions)
+
+  def one(score_BxT, sparsity):
+    rank = descending_rank(jnp.where(forced, jnp.inf, score_BxT), in_context)
+    return (rank < capacity(sparsity, context_B, bucket_multiple)[:, None]).astype(jnp.float32)
+
+  return jax.vmap(one)(score_LxBxT, schedule_L)
+
+
+def guide_loss(margin_LxBxT, target_LxBxT, schedule_L, in_context_BxT) -> jax.Array:
+  """L_g: cross-entropy (nats a token and block) towards target decisions, over blocks that skip."""
+  cross_entropy = jnp.logaddexp(0.0, margin_LxBxT) - margin_LxBxT * target_LxBxT
+  weight = in_context_BxT[None] * (schedule_L > 0)[:, None, None]
+  return scoring.weighted_mean(cross_entropy, weight.astype(jnp.float32))

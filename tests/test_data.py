@@ -1,0 +1,387 @@
+"""Data: fixed-shape prompts, resumable batches, sources, disjoint splits and perplexity windows."""
+
+import json
+
+import datasets
+import numpy as np
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from ftp_jax.config import get_config
+from ftp_jax.data.encoding import chat_turn
+from ftp_jax.data.prompts import Prompts, batch_at, batches, pack, shuffled, take
+from ftp_jax.data.records import embedded_documents, read_documents
+from ftp_jax.data.sources import SPLITS, load_prompts, load_splits
+from ftp_jax.data.windows import perplexity_windows
+from ftp_jax.errors import UserError
+
+SPECIALS = ["<|bos|>", "<|user|>", "<|assistant|>", "<|system|>", "<|end|>"]
+CHAT = (
+    "{{ bos_token }}{% if messages[0]['role'] != 'system' %}<|system|>You are helpful<|end|>\n{% endif %}"
+    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+# Like Qwen3's: the last answer of a conversation is preceded by an empty thought, and there is no BOS.
+THINKING_CHAT = (
+    "<|system|>You are helpful<|end|>\n"
+    "{% for m in messages %}<|{{ m['role'] }}|>"
+    "{% if loop.last and m['role'] == 'assistant' %}<think></think>{% endif %}"
+    "{{ m['content'] }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% if not enable_thinking %}<think></think>{% endif %}{% endif %}"
+)
+
+
+def byte_tokenizer(chat_template=None, adds_bos=False):
+  """One token a byte (ids in the order of the alphabet), the single merge "xy", and SPECIALS."""
+  vocab = {letter: number for number, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+  vocab["xy"] = len(vocab)
+  backend = Tokenizer(models.BPE(vocab=vocab, merges=[("x", "y")]))
+  backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+  backend.decoder = decoders.ByteLevel()
+  backend.add_special_tokens(SPECIALS)
+  if adds_bos:
+    backend.post_processor = processors.TemplateProcessing(
+        single="<|bos|> $A", special_tokens=[("<|bos|>", backend.token_to_id("<|bos|>"))]
+    )
+  return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<|bos|>", chat_template=chat_template)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+  return byte_tokenizer(CHAT)
+
+
+def data_config(**settings):
+  """The data config with small defaults: at most 20 + 10 tokens, two prompts a split."""
+  data = get_config().data
+  data.update(source="prompts", min_context=1, max_context=20, continuation=10, min_continuation=1)
+  data.update(num_search=2, num_train=2, num_validation=2, num_test=2)
+  data.update(settings)
+  return data
+
+
+def write_jsonl(path, records):
+  path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+  return str(path)
+
+
+def rows_as_text(prompts, tokenizer):
+  """(context text, continuation text) of every row; checks the padding."""
+  texts = []
+  for ids, context, length in zip(*prompts):
+    assert 0 < context <= length <= len(ids) and not ids[length:].any()
+    texts.append((tokenizer.decode(ids[:context]), tokenizer.decode(ids[context:length])))
+  return texts
+
+
+def numbered(count):
+  return pack([([number], 1) for number in range(1, count + 1)], 2)
+
+
+# Prompts and batches
+
+
+def test_pack_pads_on_the_right_and_take_keeps_the_asked_order():
+  prompts = pack([([5, 6, 7], 2), ([8], 1)], 4)
+  swapped = take(prompts, [1, 0])
+  np.testing.assert_array_equal(prompts.tokens, [[5, 6, 7, 0], [8, 0, 0, 0]])
+  np.testing.assert_array_equal(swapped.tokens, [[8, 0, 0, 0], [5, 6, 7, 0]])
+  assert swapped.context.tolist() == [1, 2] and swapped.length.tolist() == [1, 3]
+  assert all(array.dtype == np.int32 for array in swapped)
+  assert take(prompts, []).tokens.shape == (0, 4)
+
+
+def test_batches_are_full_and_weight_every_prompt_once():
+  got = list(batches(numbered(5), 2))
+  assert [batch.tokens[:, 0].tolist() for batch, _ in got] == [[1, 2], [3, 4], [5, 5]]
+  assert [weight.tolist() for _, weight in got] == [[1, 1], [1, 1], [1, 0]]
+
+
+def test_batch_at_visits_every_prompt_once_an_epoch_across_batch_boundaries():
+  prompts, size = numbered(5), 3
+  stream = np.concatenate([batch_at(prompts, size, step, seed=7).tokens[:, 0] for step in range(10)])
+  epochs = stream.reshape(6, 5)
+  assert all(sorted(epoch) == [1, 2, 3, 4, 5] for epoch in epochs.tolist())
+  assert len({tuple(epoch) for epoch in epochs.tolist()}) > 1
+
+
+def test_batch_at_depends_on_seed_and_step_alone():
+  prompts = numbered(50)
+  late = batch_at(prompts, 8, 1000, seed=3)
+  batch_at(prompts, 8, 5, seed=3)
+  again = batch_at(prompts, 8, 1000, seed=3)
+  np.testing.assert_array_equal(late.tokens, again.tokens)
+  assert (late.tokens != batch_at(prompts, 8, 1000, seed=4).tokens).any()
+
+
+def test_batch_at_larger_than_the_data_repeats_whole_epochs():
+  assert sorted(batch_at(numbered(2), 4, 0, seed=0).tokens[:, 0].tolist()) == [1, 1, 2, 2]
+
+
+def test_shuffled_order_never_changes():
+  # A resumed run must see the data of the interrupted one, whatever numpy it runs on.
+  assert shuffled(8, 0, 1).tolist() == [7, 4, 5, 1, 6, 2, 0, 3]
+  assert shuffled(0, 0).tolist() == []
+
+
+# Prompts with answers
+
+
+ALPACA = [
+    {"instruction": "Add.", "input": "1 2", "output": "3"},
+    {"instruction": "Greet me", "input": "", "output": "hello, dear reader"},
+]
+
+
+def test_alpaca_rows_hold_the_instruction_and_nothing_else(tmp_path, tokenizer):
+  path = write_jsonl(tmp_path / "a.jsonl", ALPACA)
+  prompts, _, _ = load_prompts(data_config(path=path), tokenizer)
+  assert rows_as_text(prompts, tokenizer) == [("Add.\n1 2\n", "3"), ("Greet me\n", "hello, dea")]
+  assert prompts.tokens.shape == (2, 30)
+
+
+def test_chat_drops_the_default_system_turn_and_keeps_bos_and_end_of_turn(tmp_path, tokenizer):
+  path = write_jsonl(tmp_path / "a.jsonl", ALPACA)
+  prompts, _, _ = load_prompts(data_config(path=path, chat=True), tokenizer)
+  assert rows_as_text(prompts, tokenizer) == [
+      ("<|bos|><|user|>Add.\n1 2<|end|>\n<|assistant|>", "3<|end|>"),
+      ("<|bos|><|user|>Greet me<|end|>\n<|assistant|>", "hello, dea"),  # no room for the end of turn
+  ]
+  assert prompts.tokens[0, 0] == tokenizer.bos_token_id
+
+
+def test_chat_template_that_writes_the_last_answer_differently():
+  turn = chat_turn(byte_tokenizer(THINKING_CHAT))
+  assert (turn.before, turn.after) == ("<|user|>", "<|end|>\n<|assistant|><think></think>")
+
+
+def test_context_and_continuation_are_tokenised_apart(tmp_path, tokenizer):
+  path = write_jsonl(tmp_path / "a.jsonl", [{"context": "xy x", "continuation": "y xy", "id": 1}])
+  prompts, _, _ = load_prompts(data_config(path=path), tokenizer)
+  assert prompts.context.tolist() == [3] and prompts.length.tolist() == [6]  # xy,' ',x | y,' ',xy
+  assert rows_as_text(prompts, tokenizer) == [("xy x", "y xy")]
+
+
+def test_prompts_of_other_lengths_are_dropped(tmp_path, tokenizer):
+  pairs = [("a" * 4, "bbb"), ("a" * 5, "bbb"), ("a" * 6, "bb"), ("a" * 7, "bbb"), ("a" * 8, "bbb")]
+  path = write_jsonl(tmp_path / "a.jsonl", [{"context": c, "continuation": a} for c, a in pairs])
+  data = data_config(path=path, min_context=5, max_context=7, min_continuation=3)
+  prompts, _, found = load_prompts(data, tokenizer)
+  assert prompts.context.tolist() == [5, 7]
+  assert "5 records, of which 2 have a context outside 5..7 tokens and 1 an answer below 3" in found
+
+
+def test_a_tokenizer_that_starts_texts_with_bos_starts_rows_so(tmp_path):
+  tokenizer = byte_tokenizer(adds_bos=True)
+  path = write_jsonl(tmp_path / "a.jsonl", [{"context": "ab", "continuation": "cd"}])
+  prompts, _, _ = load_prompts(data_config(path=path), tokenizer)
+  assert rows_as_text(prompts, tokenizer) == [("<|bos|>ab", "cd")]
+  text = tmp_path / "a.txt"
+  text.write_text("abcdefgh")
+  prompts, _, _ = load_prompts(data_config(source="text", path=str(text), max_context=3, continuation=2), tokenizer)
+  assert rows_as_text(prompts, tokenizer) == [("<|bos|>ab", "cd"), ("<|bos|>ef", "gh")]
+  windows = perplexity_windows(str(text), tokenizer, num_windows=2, length=4)
+  assert tokenizer.batch_decode(windows.tokens) == ["<|bos|>abc", "defg"]
+
+
+# Splits
+
+
+def test_splits_have_the_asked_sizes_no_common_row_and_no_common_prompt(tmp_path, tokenizer):
+  records = [{"context": f"question {n % 30}", "continuation": f"answer {n % 45}"} for n in range(180)]
+  data = data_config(path=write_jsonl(tmp_path / "a.jsonl", records), num_train=20, num_test=5)
+  splits = load_splits(data, tokenizer)
+  assert set(splits) == set(SPLITS)
+  assert {name: len(prompts.tokens) for name, prompts in splits.items()} == dict(
+      search=2, train=20, validation=2, test=5
+  )
+  rows = [row for prompts in splits.values() for row in rows_as_text(prompts, tokenizer)]
+  assert len(set(rows)) == len(rows)
+  asked = {name: {context for context, _ in rows_as_text(prompts, tokenizer)} for name, prompts in splits.items()}
+  assert sum(map(len, asked.values())) == len(set().union(*asked.values()))
+
+
+def test_splits_depend_on_the_seed_alone_and_held_sets_not_on_the_training_size(tmp_path, tokenizer):
+  path = write_jsonl(tmp_path / "a.jsonl", [{"context": f"q{n}", "continuation": f"a{n}"} for n in range(60)])
+  first = load_splits(data_config(path=path), tokenizer)
+  more = load_splits(data_config(path=path, num_train=40), tokenizer)
+  other = load_splits(data_config(path=path, seed=1), tokenizer)
+  for name in ("test", "validation", "search"):
+    np.testing.assert_array_equal(first[name].tokens, more[name].tokens)
+  np.testing.assert_array_equal(first["train"].tokens, more["train"].tokens[:2])
+  assert (first["test"].tokens != other["test"].tokens).any()
+
+
+def test_exactly_enough_prompts_are_enough_and_a_set_may_be_empty(tmp_path, tokenizer):
+  path = write_jsonl(tmp_path / "a.jsonl", [{"context": f"q{n}", "continuation": "a"} for n in range(6)])
+  splits = load_splits(data_config(path=path, num_validation=0), tokenizer)
+  assert splits["validation"].tokens.shape == (0, 30)
+  texts = [context for prompts in splits.values() for context, _ in rows_as_text(prompts, tokenizer)]
+  assert sorted(texts) == [f"q{n}" for n in range(6)]
+
+
+def test_duplicates_count_once(tmp_path, tokenizer):
+  path = write_jsonl(tmp_path / "a.jsonl", [{"context": f"q{n % 7}", "continuation": "a"} for n in range(70)])
+  with pytest.raises(UserError, match=r"8 prompts are needed .* gives 7 distinct ones \(70 records"):
+    load_splits(data_config(path=path), tokenizer)
+
+
+def test_windows_of_one_document_stay_in_one_split(tmp_path, tokenizer):
+  documents = [{"text": "".join(f"{letter}{n:02d}" for n in range(35))} for letter in "abcdefghijklmnopqrst"]
+  path = write_jsonl(tmp_path / "a.jsonl", [*documents, {"text": "too short"}])
+  data = data_config(source="text", path=path, num_test=8, num_train=18)
+  splits = load_splits(data, tokenizer)
+  letters = {}
+  for name, prompts in splits.items():
+    assert prompts.context.tolist() == [20] * len(prompts.context)
+    assert prompts.length.tolist() == [30] * len(prompts.context)
+    letters[name] = [tokenizer.decode(row[:1]) for row in prompts.tokens]
+  assert len(set(letters["test"])) == 4  # at most a quarter of the set from one document
+  assert sum(len(set(group)) for group in letters.values()) == len({x for group in letters.values() for x in group})
+  assert {name: len(group) for name, group in letters.items()} == dict(search=2, train=18, validation=2, test=8)
+
+
+def test_few_documents_are_still_kept_whole(tmp_path, tokenizer):
+  path = write_jsonl(tmp_path / "a.jsonl", [{"text": "".join(f"{x}{n:02d}" for n in range(42))} for x in "abcd"])
+  splits = load_splits(data_config(source="text", path=path), tokenizer)
+  letters = [{tokenizer.decode(row[:1]) for row in prompts.tokens} for prompts in splits.values()]
+  assert sorted(map(sorted, letters)) == [["a"], ["b"], ["c"], ["d"]]
+
+
+def test_a_single_text_is_cut_so_that_no_two_sets_are_neighbours(tmp_path, tokenizer):
+  path = tmp_path / "book.txt"
+  path.write_text("".join(f"{n:05d}" for n in range(11 * 6)))  # windows of 30 tokens = 6 numbers; 11 windows
+  data = data_config(source="text", path=str(path))
+  owner = {}
+  for name, prompts in load_splits(data, tokenizer).items():
+    for row in prompts.tokens:
+      owner[int(tokenizer.decode(row[:5])) // 6] = name
+  assert len(owner) == 8
+  assert all(owner[n] == owner[n + 1] for n in owner if n + 1 in owner)
+  path.write_text("".join(f"{n:05d}" for n in range(10 * 6)))
+  with pytest.raises(UserError, match="8 prompts are needed .*up to 3 more.* gives 10 distinct"):
+    load_splits(data, tokenizer)
+
+
+# Sources
+
+
+def test_embedded_text_needs_no_file_and_no_two_documents_share_a_paragraph(tokenizer):
+  data = data_config(source="embedded", max_context=96, continuation=32, num_train=256, num_test=64)
+  splits = load_splits(data, tokenizer)
+  assert splits["train"].tokens.shape == (256, 128)
+  documents = embedded_documents(held=False) + embedded_documents(held=True)
+  paragraphs = [{p.strip() for p in text.split("\n\n") if len(p.strip()) >= 40} for text in documents]
+  assert len(set().union(*paragraphs)) == sum(map(len, paragraphs)) > 1000
+
+
+def test_hub_reads_rows_of_either_shape(tmp_path, tokenizer, monkeypatch):
+  monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+  for name, rows in {"pairs": ALPACA, "texts": [{"text": "w" * 65}]}.items():
+    (tmp_path / name).mkdir()
+    write_jsonl(tmp_path / name / "train.jsonl", rows)
+  pairs, _, _ = load_prompts(data_config(source="hub", path=str(tmp_path / "pairs")), tokenizer)
+  assert rows_as_text(pairs, tokenizer)[0] == ("Add.\n1 2\n", "3")
+  texts, _, found = load_prompts(data_config(source="hub", path=str(tmp_path / "texts")), tokenizer)
+  assert rows_as_text(texts, tokenizer) == [("w" * 20, "w" * 10)]  # two equal windows count once
+  assert "1 documents" in found
+
+
+def test_wikitext_is_split_into_articles_that_join_to_the_usual_text(tmp_path):
+  rows = [" \n", " = One = \n", " \n", " Text . \n", " = = Part = = \n", " \n", " = Two = \n", " End . \n"]
+  path = tmp_path / "wiki.txt"
+  path.write_text("".join(rows))
+  articles = read_documents(str(path))
+  assert articles[1:] == [
+      " = One = \n\n\n\n\n Text . \n\n\n = = Part = = \n\n\n",
+      " = Two = \n\n\n End . \n",
+  ]
+  assert "\n\n".join(articles) == "\n\n".join("" if row == " \n" else row for row in rows)
+
+
+BAD_FILES = {
+    "missing": (None, "cannot be read"),
+    "empty": ("", "holds no records"),
+    "bad line": ('{"context": "a", "continuation": "b"}\n\n{"context": \n', "^Line 3 of .*x.jsonl is not JSON"),
+    "not an object": ("[1]\n", "^Line 1 of .* is not a JSON object"),
+    "other fields": ('{"question": "a", "reply": "b"}\n', "^Line 1 of .* has the fields question, reply; rename"),
+    "wrong type": ('{"context": 3, "continuation": "b"}\n', "^Line 1 of .* has 'context' of type int"),
+    "not UTF-8": (b"\xff\xfe", "is not UTF-8"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FILES)
+def test_bad_prompt_files_are_refused_in_one_sentence(name, tmp_path, tokenizer):
+  content, message = BAD_FILES[name]
+  path = tmp_path / "x.jsonl"
+  if content is not None:
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+  refused(data_config(path=str(path)), tokenizer, message)
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        (dict(source="web"), "data.source='web' is unknown; use one of embedded, prompts, text, hub"),
+        (dict(path=""), "data.path is empty"),
+        (dict(source="hub", path=""), "data.path is empty"),
+        (dict(source="hub", path="no-one/nothing"), "'no-one/nothing' .* cannot be loaded"),
+        (dict(source="embedded", num_train=10**6), "^1000006 prompts are needed"),
+        (dict(min_context=21), "data.min_context=21 and data.max_context=20 are not in order"),
+        (dict(min_continuation=0), "data.min_continuation=0"),
+        (dict(num_test=-1), "is negative"),
+    ],
+)
+def test_bad_settings_are_refused_in_one_sentence(settings, message, tokenizer):
+  refused(data_config(**settings), tokenizer, message)
+
+
+def test_text_records_without_text_are_refused(tmp_path, tokenizer):
+  path = write_jsonl(tmp_path / "x.jsonl", [{"body": "a"}])
+  refused(data_config(source="text", path=path), tokenizer, "^Line 1 of .* has no 'text'")
+
+
+@pytest.mark.parametrize(
+    "template, message",
+    [
+        (None, "has no chat template"),
+        ("{{ raise_exception('roles must alternate') }}", r"fails \(roles must alternate\)"),
+        ("{{ messages[0]['content'] }}", "does not write turn after turn"),
+    ],
+)
+def test_chat_without_a_usable_template_is_refused(template, message, tmp_path):
+  path = write_jsonl(tmp_path / "x.jsonl", ALPACA)
+  refused(data_config(path=path, chat=True), byte_tokenizer(template), message)
+
+
+def refused(data, tokenizer, message):
+  with pytest.raises(UserError, match=message) as caught:
+    load_splits(data, tokenizer)
+  assert str(caught.value).endswith(".") and "\n" not in str(caught.value)
+
+
+# Perplexity windows
+
+
+def test_perplexity_windows_are_consecutive_and_causal_everywhere(tmp_path, tokenizer):
+  path = write_jsonl(tmp_path / "x.jsonl", [{"text": "abcdef"}, {"text": "ghijkl"}])
+  windows = perplexity_windows(path, tokenizer, num_windows=3, length=4)
+  assert tokenizer.batch_decode(windows.tokens) == ["abcd", "ef\n\n", "ghij"]
+  assert windows.context.tolist() == [1, 1, 1] and windows.length.tolist() == [4, 4, 4]
+
+
+def test_perplexity_text_defaults_to_embedded_prose_outside_the_splits(tokenizer):
+  windows = perplexity_windows("", tokenizer, num_windows=4, length=64)
+  text = "".join(tokenizer.batch_decode(windows.tokens))
+  assert isinstance(windows, Prompts) and windows.tokens.shape == (4, 64)
+  assert "\n\n".join(embedded_documents(held=True)).startswith(text)
+
+
+def test_perplexity_text_that_is_too_short_is_refused(tmp_path, tokenizer):
+  path = tmp_path / "x.txt"
+  path.write_text("abc")
+  with pytest.raises(UserError, match="1 perplexity windows of 4 tokens need 4 tokens, but .* has 3; ask for fewer"):
+    perplexity_windows(str(path), tokenizer, num_windows=1, length=4)
+  with pytest.raises(UserError, match="score nothing"):
+    perplexity_windows(str(path), tokenizer, num_windows=1, length=1)

@@ -1,0 +1,209 @@
+"""The decoder against transformers + torch in fp32, and what ModelConfig refuses."""
+
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from ftp_jax.errors import UserError
+from ftp_jax.models.attention import attend
+from ftp_jax.models.config import ModelConfig, RopeScaling
+from ftp_jax.models.decoder import REMAT, abstract_params, forward, init_params, logical_axes, unembed
+from ftp_jax.models.huggingface import load_params
+
+TINY = dict(
+    vocab_size=97,
+    hidden_size=48,
+    intermediate_size=80,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=64,
+    tie_word_embeddings=False,
+)
+LLAMA3 = dict(
+    rope_type="llama3",
+    rope_theta=10000.0,
+    factor=8.0,
+    low_freq_factor=1.0,
+    high_freq_factor=4.0,
+    # Short enough for tiny heads to have wavelengths below, on and beyond the ramp.
+    original_max_position_embeddings=32,
+)
+CASES = {
+    "llama-mha": (transformers.LlamaConfig, dict(num_key_value_heads=4)),
+    "llama-gqa": (transformers.LlamaConfig, {}),
+    "llama-mqa": (transformers.LlamaConfig, dict(num_key_value_heads=1)),
+    "llama-tied": (transformers.LlamaConfig, dict(tie_word_embeddings=True)),
+    "llama-head-dim": (transformers.LlamaConfig, dict(head_dim=20)),
+    "llama-theta-eps": (
+        transformers.LlamaConfig,
+        dict(rms_norm_eps=1e-2, rope_parameters=dict(rope_type="default", rope_theta=50.0)),
+    ),
+    "llama-rope-llama3": (transformers.LlamaConfig, dict(rope_parameters=LLAMA3)),
+    "llama-rope-linear": (
+        transformers.LlamaConfig,
+        dict(rope_parameters=dict(rope_type="linear", rope_theta=10000.0, factor=4.0)),
+    ),
+    "mistral-window": (transformers.MistralConfig, dict(sliding_window=5)),
+    "mistral-full": (transformers.MistralConfig, dict(sliding_window=None)),
+    "qwen2": (transformers.Qwen2Config, {}),
+    "qwen2-tied": (transformers.Qwen2Config, dict(tie_word_embeddings=True)),
+    "qwen3": (transformers.Qwen3Config, dict(head_dim=20)),
+}
+
+
+def random_model(case: str):
+  """A torch model whose every weight, norms and biases included, is random and matters."""
+  make_config, changes = CASES[case]
+  torch.manual_seed(0)
+  model = transformers.AutoModelForCausalLM.from_config(make_config(**(TINY | changes)), dtype=torch.float32).eval()
+  with torch.no_grad():
+    for name, weight in model.named_parameters():
+      if weight.ndim == 2:
+        weight.normal_(std=0.2)
+      elif name.endswith("bias"):
+        weight.normal_(std=0.5)
+      else:
+        weight.normal_(mean=1.0, std=0.3)
+  return model
+
+
+def ours(config: ModelConfig, params, tokens, lengths):
+  return np.asarray(unembed(config, params, forward(config, params, jnp.asarray(tokens), jnp.asarray(lengths))))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_logits_equal_transformers(case, tmp_path):
+  model = random_model(case)
+  model.save_pretrained(tmp_path)
+  config = ModelConfig.from_directory(tmp_path)
+  params = load_params(tmp_path, config)
+  lengths = np.array([16, 9, 1])
+  tokens = np.random.default_rng(0).integers(0, config.vocab_size, (3, 16))
+  valid = np.arange(16) < lengths[:, None]
+  with torch.no_grad():
+    theirs = model(torch.from_numpy(tokens), attention_mask=torch.from_numpy(valid).long()).logits.numpy()
+  logits = ours(config, params, tokens, lengths)
+  assert 1 <= np.abs(theirs[valid]).max() <= 50  # else the tolerance below would say nothing
+  np.testing.assert_allclose(logits[valid], theirs[valid], rtol=0, atol=1e-4)
+  # The padding's content must not matter.
+  padded = np.where(valid, tokens, 0)
+  np.testing.assert_array_equal(ours(config, params, padded, lengths)[valid], logits[valid])
+
+
+def test_sliding_window_changes_logits_only_beyond_it():
+  config = ModelConfig.from_hf(TINY | dict(model_type="mistral", sliding_window=5))
+  full = ModelConfig.from_hf(TINY | dict(model_type="mistral", sliding_window=None))
+  params = jax.tree.map(lambda p: 10 * p, random_params(config, jax.random.key(0)))
+  tokens = np.arange(12)[None]
+  difference = np.abs(ours(config, params, tokens, [12]) - ours(full, params, tokens, [12])).max(axis=(0, 2))
+  assert (difference[:5] == 0).all() and (difference[5:] > 1e-3).all()
+
+
+def test_collect_gives_the_states_between_blocks():
+  config = ModelConfig.from_hf(TINY | dict(model_type="llama"))
+  params, tokens = random_params(config, jax.random.key(0)), jnp.arange(6)[None]
+  run = jax.jit(functools.partial(forward, config), static_argnames="collect")
+  states = run(params, tokens, jnp.array([6]), collect=True)
+  assert states.shape == (4, 1, 6, 48)
+  np.testing.assert_array_equal(states[0], params["embed"]["embedding"][tokens])
+  np.testing.assert_array_equal(states[-1], run(params, tokens, jnp.array([6])))
+
+
+def test_remat_changes_memory_not_gradients():
+  config = ModelConfig.from_hf(TINY | dict(model_type="llama"))
+  params, tokens = random_params(config, jax.random.key(0)), jnp.arange(6)[None]
+
+  @functools.partial(jax.jit, static_argnums=1)
+  def pullback(params, policy):
+    """The gradient as a pytree function, whose leaves are what the backward pass keeps."""
+    states = lambda params: forward(config, params, tokens, jnp.array([6]), remat_policy=policy)
+    return jax.vjp(states, params)[1]
+
+  kept, gradients = {}, {}
+  for policy in REMAT:
+    backward = pullback(params, policy)
+    kept[policy] = sum(leaf.nbytes for leaf in jax.tree.leaves(backward))
+    gradients[policy] = jax.jit(lambda f: f(jnp.ones((1, 6, 48))))(backward)
+  assert kept["full"] < kept["dots"] < kept["none"]
+  for policy in REMAT:
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
+    jax.tree.map(close, gradients[policy], gradients["none"])
+
+
+def test_trees_of_parameters_agree():
+  config = ModelConfig.from_hf(TINY | dict(model_type="qwen3"))
+  params, shapes, axes = random_params(config, jax.random.key(0)), abstract_params(config), logical_axes(config)
+  assert jax.tree.map(jnp.shape, params) == jax.tree.map(lambda s: s.shape, shapes)
+  jax.tree.map(lambda s, a: None if len(s.shape) == len(a) else pytest.fail(f"{s} {a}"), shapes, axes)
+
+
+def test_key_gate_zero_removes_a_key():
+  q, k, v = (jax.random.normal(key, (1, 3, 2, 4)) for key in jax.random.split(jax.random.key(0), 3))
+  mask = jnp.ones((1, 3, 3), bool)
+  gated = attend(q, k, v, mask, jnp.array([[1.0, 0.0, 1.0]]))
+  np.testing.assert_allclose(gated, attend(q, k, v, mask.at[:, :, 1].set(False)), atol=1e-6)
+  slope = jax.grad(lambda g: attend(q, k, v, mask, g).sum())(jnp.array([[1.0, 0.0, 1.0]]))
+  assert np.isfinite(slope).all() and (slope[0, 1] != 0)
+
+
+def test_query_that_sees_nothing_gets_zeros():
+  q = k = v = jnp.ones((1, 2, 1, 4))
+  assert (attend(q, k, v, jnp.zeros((1, 2, 2), bool)) == 0).all()
+
+
+@pytest.mark.parametrize(
+    "change, named",
+    [
+        (dict(model_type="gpt2"), "model_type"),
+        (dict(model_type=None), "model_type"),
+        (dict(vocab_size=None), "vocab_size"),
+        (dict(num_hidden_layers=0), "num_hidden_layers"),
+        (dict(hidden_act="gelu"), "hidden_act"),
+        (dict(attention_bias=True), "attention_bias"),
+        (dict(mlp_bias=True), "mlp_bias"),
+        (dict(quantization_config={"bits": 4}), "quantization_config"),
+        (dict(model_type="qwen2", use_sliding_window=True), "use_sliding_window"),
+        (dict(layer_types=["full_attention", "sliding_attention"]), "layer_types"),
+        (dict(num_key_value_heads=3), "num_key_value_heads"),
+        (dict(head_dim=15), "head_dim"),
+        (dict(partial_rotary_factor=0.5), "partial_rotary_factor"),
+        (dict(rope_parameters=dict(rope_type="default", partial_rotary_factor=0.5)), "partial_rotary_factor"),
+        (dict(rope_scaling=dict(rope_type="yarn", factor=4.0)), "yarn"),
+        (dict(rope_scaling=dict(type="dynamic", factor=4.0)), "dynamic"),
+        (dict(rope_scaling=dict(rope_type="llama3", factor=8.0)), "low_freq_factor"),
+    ],
+)
+def test_config_refuses_what_is_not_computed(change, named):
+  with pytest.raises(UserError, match=named) as error:
+    ModelConfig.from_hf(TINY | dict(model_type="llama") | change)
+  assert "\n" not in str(error.value)
+
+
+def test_config_reads_both_spellings_of_rope():
+  old = dict(rope_theta=5e5, rope_scaling={k: v for k, v in LLAMA3.items() if k != "rope_theta"})
+  new = dict(rope_parameters=LLAMA3 | dict(rope_theta=5e5))
+  read = lambda rope: ModelConfig.from_hf(TINY | dict(model_type="llama") | rope)
+  assert read(old) == read(new)
+  assert read(old).rope_theta == 5e5 and read(old).rope_scaling == RopeScaling("llama3", 8.0, 1.0, 4.0, 32)
+
+
+@pytest.mark.parametrize("content", [None, "{", "[]", "\xff"])
+def test_unreadable_config_is_one_sentence(content, tmp_path):
+  if content is not None:
+    (tmp_path / "config.json").write_bytes(content.encode("latin-1"))
+  with pytest.raises(UserError, match="config.json"):
+    ModelConfig.from_directory(tmp_path)
+
+
+def test_config_is_hashable_and_json_is_read(tmp_path):
+  (tmp_path / "config.json").write_text(json.dumps(TINY | dict(model_type="llama")))
+  config = ModelConfig.from_directory(tmp_path)
+  assert hash(config) == hash(ModelConfig.from_hf(TINY | dict(model_type="llama")))
+  assert (config.num_blocks, config.num_kv_heads, config.head_dim) == (3, 2, 12)
