@@ -74,8 +74,16 @@ def random_model(case: str):
   return model
 
 
-def ours(config: ModelConfig, params, tokens, lengths):
-  return np.asarray(unembed(config, params, forward(config, params, jnp.asarray(tokens), jnp.asarray(lengths))))
+random_params = jax.jit(init_params, static_argnums=0)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _logits(config, params, tokens, lengths):
+  return unembed(config, params, forward(config, params, tokens, lengths))
+
+
+def ours(config: ModelConfig, params, tokens, lengths) -> np.ndarray:
+  return np.asarray(_logits(config, params, jnp.asarray(tokens), jnp.asarray(lengths)))
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -164,5 +164,6 @@ def _read_rope(hf: dict[str, Any]) -> tuple[float, RopeScaling]:
         f"config.json asks for rope scaling {kind!r} without {missing}; restore the model's own config.json."
     ) from None
   raise UserError(
-      f"config.json asks for rope scaling {kind!r}, but only default, linear and llama3 are supported; use another model."
+      f"config.json asks for rope scaling {kind!r}, but only default, linear and llama3 are supported; "
+      "use another model."
   )

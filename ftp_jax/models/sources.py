@@ -46,7 +46,7 @@ def resolve(source: str, cache_dir: str | os.PathLike | None = None) -> pathlib.
   if source in KNOWN:
     return fetch(source, cache_dir)
   path = pathlib.Path(source).expanduser()
-  if path.is_dir():
+  if source and path.is_dir():
     return path
   if path.is_file() and path.suffix == ".gguf":
     with path.open("rb") as file:

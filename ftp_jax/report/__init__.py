@@ -1,0 +1,41 @@
+"""Run directory -> results.json, results.csv, plots/*.png, report.html and the table on the terminal."""
+
+import json
+import os
+
+from ml_collections import ConfigDict
+
+from ftp_jax.report import html, plots, tables
+from ftp_jax.report.machine import describe_machine
+from ftp_jax.report.rundir import read_run
+
+
+def results(workdir: str, config: ConfigDict) -> dict:
+  """Everything that was measured, ready for JSON: machine, config, records and their aggregation over seeds.
+
+  Raises:
+    UserError: the run was not evaluated.
+  """
+  records = tables.read_records(workdir)
+  return {
+      "machine": describe_machine(),
+      "config": config.to_dict(),
+      "records": records,
+      "aggregated": tables.aggregate(records),
+  }
+
+
+def write_report(workdir: str, config: ConfigDict) -> str:
+  """Writes all reports of a finished run into its directory; returns the table as plain text.
+
+  Raises:
+    UserError: a stage that the report needs has not run; the message names it.
+  """
+  found = results(workdir, config)
+  run = read_run(workdir, config)
+  with open(os.path.join(workdir, "results.json"), "w", encoding="utf-8") as file:
+    json.dump(found, file, indent=2)
+  tables.write_csv(found["aggregated"], os.path.join(workdir, "results.csv"))
+  figures = plots.write_plots(run, found["aggregated"], os.path.join(workdir, "plots"))
+  html.write_html(found, run, figures, os.path.join(workdir, "report.html"))
+  return tables.format_table(found["aggregated"])

@@ -1,0 +1,157 @@
+"""One training step of the router: the frozen model is an argument, the state holds the router only."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+
+from ftp_jax.errors import UserError
+from ftp_jax.models import scoring
+from ftp_jax.models.config import ModelConfig
+from ftp_jax.routing import masked
+from ftp_jax.routing.config import RouterConfig, RoutingConfig
+from ftp_jax.training import losses
+
+GUIDES = ("static", "fisher")
+DISTILL = ("kl", "mse")
+DECAYS = ("cosine", "linear", "none")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainSettings:
+  """The keys of `config.train` that shape a step; see config.py for each."""
+
+  steps: int
+  learning_rate: float
+  warmup: int
+  clip: float
+  distill: str
+  distill_weight: float
+  sparsity_weight: float
+  sparsity_two_sided: bool
+  guide: str
+  guide_weight: float
+  guide_decay: str
+
+  def __post_init__(self):
+    for name, allowed in (("distill", DISTILL), ("guide", GUIDES), ("guide_decay", DECAYS)):
+      if getattr(self, name) not in allowed:
+        raise UserError(f"train.{name}={getattr(self, name)!r} is unknown; choose one of {', '.join(allowed)}.")
+    if self.steps < 1 or self.learning_rate <= 0 or self.clip <= 0:
+      raise UserError("train.steps, train.learning_rate and train.clip must be positive.")
+
+  @classmethod
+  def from_config(cls, train_config) -> "TrainSettings":
+    return cls(**{field.name: train_config[field.name] for field in dataclasses.fields(cls)})
+
+
+class TrainState(flax.struct.PyTreeNode):
+  """All that training changes: a few hundred numbers and the optimizer's moments.
+
+  step: steps done; the position in the data and the guide's weight follow from it.
+  """
+
+  step: jax.Array
+  router: Any
+  optimizer: Any
+
+
+class Batch(flax.struct.PyTreeNode):
+  """Prompts of one step. fisher_LxBxT: gate scores, None when the guide is static."""
+
+  tokens_BxT: jax.Array
+  context_B: jax.Array
+  length_B: jax.Array
+  fisher_LxBxT: jax.Array | None
+
+
+@dataclasses.dataclass(frozen=True)
+class StepSpec:
+  """Everything static about a step; hashable."""
+
+  model: ModelConfig
+  routing: RoutingConfig
+  router: RouterConfig
+  train: TrainSettings
+  num_scored: int
+  start: int = 0  # blocks before it are dense under the schedule; the pass below them has no gradient
+  dtype: Any = jnp.float32
+  remat: str = "none"
+
+
+def make_optimizer(settings: TrainSettings) -> optax.GradientTransformation:
+  """AdamW with warm-up, cosine decay and a bound on the global gradient norm."""
+  warmup = min(settings.warmup, settings.steps - 1)
+  rate = optax.warmup_cosine_decay_schedule(0.0 if warmup else settings.learning_rate, settings.learning_rate, warmup, settings.steps)
+  return optax.chain(optax.clip_by_global_norm(settings.clip), optax.adamw(rate, weight_decay=1e-4))
+
+
+def init_state(settings: TrainSettings, router_params: Any) -> TrainState:
+  return TrainState(jnp.zeros((), jnp.int32), router_params, make_optimizer(settings).init(router_params))
+
+
+def guide_weight(settings: TrainSettings, step: jax.Array) -> jax.Array:
+  """w_g at a step: decays from `guide_weight` to 0 at the last step."""
+  left = 1 - step / settings.steps
+  shape = {"none": 1.0, "linear": left, "cosine": 0.5 * (1 - jnp.cos(jnp.pi * left))}[settings.guide_decay]
+  return settings.guide_weight * shape
+
+
+def guide_scores(spec: StepSpec, batch: Batch) -> jax.Array:
+  """Scores (L,B,T) whose largest fill each block: recency (static order) or Fisher."""
+  if spec.train.guide == "fisher":
+    return batch.fisher_LxBxT
+  recency = jnp.arange(batch.tokens_BxT.shape[1], dtype=jnp.float32)[None, None]
+  return jnp.broadcast_to(recency, (spec.model.num_blocks,) + batch.tokens_BxT.shape)
+
+
+def loss_fn(spec: StepSpec, params: Any, router: Any, batch: Batch, schedule_L, step) -> tuple[jax.Array, dict]:
+  """w_d L_d + w_s L_s + w_g L_g and its parts."""
+  tokens, context, length = batch.tokens_BxT, batch.context_B, batch.length_B
+  entries, dense = masked.dense_entries(spec.model, spec.routing, params, tokens, context, length, dtype=spec.dtype)
+  entry = jax.lax.stop_gradient(jax.tree.map(lambda a: a[spec.start], entries))
+  out = masked.forward(
+      spec.model, spec.routing, params, masked.Router("dynamic", spec.router, router), tokens, context, length, schedule_L,
+      **({} if spec.router.kind == "recurrent" else dict(start=spec.start, entry=entry)),
+      straight_through=True, dtype=spec.dtype, remat_policy=spec.remat,
+  )
+  source, _, weight = scoring.continuation(tokens, context, length, spec.num_scored)
+  if spec.train.distill == "kl":
+    teacher = jax.lax.stop_gradient(scoring.log_probs(spec.model, params, dense, source))
+    distill = losses.distill_kl(teacher, scoring.log_probs(spec.model, params, out.hidden_BxTxD, source), weight)
+  else:
+    states = lambda x: scoring.gather_positions(x, source)
+    distill = losses.distill_mse(jax.lax.stop_gradient(states(dense)), states(out.hidden_BxTxD), weight)
+  in_context = jnp.arange(tokens.shape[1])[None] < context[:, None]
+  routed = (jnp.arange(spec.model.num_blocks) >= spec.start).astype(jnp.float32)
+  soft = losses.skipped_share(jax.nn.sigmoid(out.margin_LxBxT), in_context)
+  sparsity = losses.sparsity_loss(schedule_L * routed, soft * routed, spec.train.sparsity_two_sided)
+  target = losses.top_targets(guide_scores(spec, batch), schedule_L, context, spec.routing.bucket_multiple)
+  guide = losses.guide_loss(out.margin_LxBxT, target, schedule_L, in_context)
+  weight_g = guide_weight(spec.train, step)
+  total = spec.train.distill_weight * distill + spec.train.sparsity_weight * sparsity + weight_g * guide
+  return total, {
+      "loss": total,
+      "distill": distill,
+      "sparsity": sparsity,
+      "guide": guide,
+      "guide_weight": weight_g,
+      "asked": schedule_L,
+      "achieved": losses.skipped_share(out.keep_LxBxT.astype(jnp.float32), in_context),
+  }
+
+
+def train_step(spec: StepSpec, params: Any, state: TrainState, batch: Batch, schedule_L) -> tuple[TrainState, dict]:
+  """One optimizer step; gradients with respect to the router alone."""
+  grad = jax.grad(lambda router: loss_fn(spec, params, router, batch, schedule_L, state.step), has_aux=True)
+  grads, metrics = grad(state.router)
+  updates, optimizer = make_optimizer(spec.train).update(grads, state.optimizer, state.router)
+  router = optax.apply_updates(state.router, updates)
+  return TrainState(state.step + 1, router, optimizer), metrics | {"grad_norm": optax.global_norm(grads)}
+
+
+jitted_step = functools.partial(jax.jit, static_argnames="spec", donate_argnames="state")(train_step)
