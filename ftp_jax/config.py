@@ -22,7 +22,7 @@ def get_config() -> config_dict.ConfigDict:
 
   c.data = config_dict.ConfigDict()
   c.data.source = "embedded"  # embedded, prompts (JSONL), text (plain or JSONL documents) or hub
-  c.data.path = ""  # file of `prompts` and `text`, data set name of `hub`
+  c.data.path = ""  # file of `prompts` and `text`, name or name:subset of `hub`
   c.data.split = "train"  # split of a hub data set
   c.data.chat = False  # wrap prompts in the model's chat template
   c.data.min_context = 32  # shortest context in tokens; shorter prompts are dropped
@@ -50,8 +50,9 @@ def get_config() -> config_dict.ConfigDict:
   c.router.hidden_size = 64  # width of the router's MLP
 
   c.search = config_dict.ConfigDict()
-  c.search.schedule = "ga"  # ga, uniform, influence, fisher or file
+  c.search.schedule = "ga"  # ga, uniform, middle, late, influence, fisher or file
   c.search.schedule_path = ""  # JSON list of L sparsities, for schedule=file
+  c.search.seed_schedules = ("uniform", "middle", "late", "influence", "fisher")  # where the search starts
   c.search.grid = 40  # sparsities are multiples of 1/grid
   c.search.max_sparsity = 0.975  # largest sparsity of one block
   c.search.population = 16  # candidates of one generation
@@ -73,10 +74,11 @@ def get_config() -> config_dict.ConfigDict:
   c.train.sparsity_weight = 1.0  # w_s
   c.train.sparsity_two_sided = False  # also punish skipping more than asked
   c.train.guide = "fisher"  # target of the guide loss: static or fisher
+  c.train.warmup_guide_steps = 300  # steps on the guide alone (fisher), without passing the model
+  c.train.warmup_guide_learning_rate = 3e-3  # peak learning rate of those steps
   c.train.guide_weight = 1.0  # w_g at step 0
   c.train.guide_decay = "cosine"  # decay of w_g to 0 over the steps: cosine, linear or none
-  c.train.fisher_draws = 4  # backward passes behind one Fisher score
-  c.train.fisher_prompts = 64  # training prompts whose gates are scored
+  c.train.fisher_draws = 2  # backward passes behind one Fisher score; every training prompt is scored
   c.train.validate_every = 25  # steps between two validations; the best router is kept
   c.train.checkpoint_every = 25  # steps between two checkpoints
 
@@ -86,7 +88,7 @@ def get_config() -> config_dict.ConfigDict:
 
   c.evaluation = config_dict.ConfigDict()
   c.evaluation.batch = 8  # prompts evaluated at once
-  c.evaluation.perplexity_path = ""  # text whose all-position perplexity is measured; "" = the data source's
+  c.evaluation.perplexity_path = ""  # text whose all-position perplexity is measured; "" = embedded prose of no split
   c.evaluation.perplexity_windows = 8  # windows of that text
   c.evaluation.perplexity_length = 256  # tokens of one window
   c.evaluation.redundancy_prompts = 16  # prompts of the redundancy analysis
@@ -99,5 +101,6 @@ def paper_preset(config: config_dict.ConfigDict) -> config_dict.ConfigDict:
   config.routing.kv_mode = "evict"
   config.routing.selection = "argmax"
   config.train.guide = "static"
+  config.search.seed_schedules = ("uniform",)
   config.train.batch = 1
   return config

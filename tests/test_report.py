@@ -17,8 +17,11 @@ from ftp_jax.report import plots, tables
 from ftp_jax.report.rundir import cell_directory, read_run
 
 BLOCKS, CONTEXT = 12, 14
-TOKENS = ["<|im_start|>", "user", "Ċ", "What", "Ġis", "Ġ$", "2", "^", "3", "$", "?", "日", "Ġunbelievably-long", "Ġend", "x"]
-KL = {"truncation": 1.5, "random": 8.0, "static_uniform": 6.0, "static_ga": 0.45, "dynamic_ga": 0.4, "dynamic_finetuned": 0.37}
+TOKENS = "<|im_start|> user Ċ What Ġis Ġ$ 2 ^ 3 $ ? 日 Ġunbelievably-long Ġend x".split()
+KL = {
+    "truncation": 1.5, "random": 8.0, "static_uniform": 6.0, "static_ga": 0.45, "dynamic_ga": 0.4,
+    "dynamic_finetuned": 0.37,
+}  # fmt: skip
 
 
 def record(method, asked, seed, kl, **changes):
@@ -61,14 +64,17 @@ def make_run(workdir, config):
       training = []
       for step in range(60):
         training.append({
-            "step": step, "loss": 1.0, "distill": 0.2 + 0.3 / (step + 1) + rng.uniform(0, 0.05), "sparsity": 0.02 / (step + 1),
-            "guide": 0.6 * 0.97**step, "grad_norm": 1.0, "guide_weight": 1.0, "asked": [s] * BLOCKS, "achieved": [s] * BLOCKS,
+            "step": step, "loss": 1.0, "distill": 0.2 + 0.3 / (step + 1) + rng.uniform(0, 0.05),
+            "sparsity": 0.02 / (step + 1), "guide": 0.6 * 0.97**step, "grad_norm": 1.0, "guide_weight": 1.0,
+            "asked": [s] * BLOCKS, "achieved": [s] * BLOCKS,
         })  # fmt: skip
         if step % 10 == 9:
           training.append({"step": step, "validation_kl": 0.2 + 0.2 / step})
       write(cell / "train" / "metrics.jsonl", training, lines=True)
       keep = rng.random((BLOCKS, CONTEXT)) > np.linspace(0, 0.9, BLOCKS)[:, None]
-      prompts = [{"tokens": TOKENS, "context": m, "keep": keep[:, :m].astype(int).tolist()} for m in (CONTEXT, CONTEXT - 5)]
+      prompts = [
+          {"tokens": TOKENS, "context": m, "keep": keep[:, :m].astype(int).tolist()} for m in (CONTEXT, CONTEXT - 5)
+      ]
       write(cell / "evaluate" / "routes.json", {"prompts": prompts})
   write(workdir / "evaluate" / "records.json", records)
 

@@ -29,7 +29,6 @@ def get_config():
   config.search.population = 24
   config.search.generations = 24
   config.train.steps = 400
-  config.train.fisher_prompts = 128
   config.finetune.generations = 16
   config.evaluation.perplexity_length = 1024
   return config

@@ -18,7 +18,6 @@ def get_config():
   config.search.population = 12
   config.search.generations = 6
   config.train.steps = 60
-  config.train.fisher_prompts = 24
   config.train.validate_every = 20
   config.train.checkpoint_every = 20
   config.finetune.generations = 4

@@ -26,6 +26,5 @@ def get_config():
   config.search.population = 24
   config.search.generations = 24
   config.train.steps = 400
-  config.train.fisher_prompts = 128
   config.finetune.generations = 16
   return config

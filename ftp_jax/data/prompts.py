@@ -52,14 +52,19 @@ def batches(prompts: Prompts, batch_size: int) -> Iterator[tuple[Prompts, np.nda
     yield take(prompts, np.minimum(rows, count - 1)), (rows < count).astype(np.float32)
 
 
-def batch_at(prompts: Prompts, batch_size: int, step: int, seed: int) -> Prompts:
-  """The batch of training step `step`: rows step * B ... of an endless sequence of shuffled epochs.
+def indices_at(count: int, batch_size: int, step: int, seed: int) -> np.ndarray:
+  """Rows (B,) of training step `step`: places step * B ... of an endless sequence of shuffled epochs over `count` rows.
 
-  Every epoch holds each prompt once, in an order of its own; a batch may straddle two epochs.
+  Every epoch holds each row once, in an order of its own; a batch may straddle two epochs.
   """
-  epochs, offsets = np.divmod(int(step) * batch_size + np.arange(batch_size), len(prompts.tokens))
-  orders = {epoch: shuffled(len(prompts.tokens), seed, epoch) for epoch in set(epochs.tolist())}
-  return take(prompts, [orders[epoch][offset] for epoch, offset in zip(epochs.tolist(), offsets)])
+  epochs, offsets = np.divmod(int(step) * batch_size + np.arange(batch_size), count)
+  orders = {epoch: shuffled(count, seed, epoch) for epoch in set(epochs.tolist())}
+  return np.array([orders[epoch][offset] for epoch, offset in zip(epochs.tolist(), offsets)], np.int64)
+
+
+def batch_at(prompts: Prompts, batch_size: int, step: int, seed: int) -> Prompts:
+  """The batch of training step `step`, see `indices_at`."""
+  return take(prompts, indices_at(len(prompts.tokens), batch_size, step, seed))
 
 
 def shuffled(count: int, *seed: int) -> np.ndarray:

@@ -211,8 +211,13 @@ def forward(
     dtype: Any = jnp.float32,
     remat_policy: str = "none",
     collect: bool = False,
+    visible_TxT: jax.Array | None = None,
 ) -> jax.Array:
   """Dense forward pass.
+
+  Args:
+    collect: return the states at every block.
+    visible_TxT: further restriction of which keys a query sees, boolean.
 
   Returns:
     Hidden states (B,T,D) that leave the last block, before the final norm; with `collect` the
@@ -222,6 +227,8 @@ def forward(
   num_positions = tokens_BxT.shape[1]
   sin, cos = angles(config, jnp.arange(num_positions)[None])
   mask = causal_mask(config, length_B, num_positions)
+  if visible_TxT is not None:
+    mask &= visible_TxT[None]
   block = Block(config)
 
   def body(x, block_params):

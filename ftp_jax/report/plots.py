@@ -1,4 +1,4 @@
-"""PNG plots of a run. Colours are Okabe and Ito's, told apart by colour-blind readers; methods also differ by marker."""
+"""PNG plots of a run. Colours are Okabe and Ito's, which colour-blind readers tell apart."""
 
 import functools
 import os
@@ -105,7 +105,9 @@ def plot_methods(rows):
     ranked = sorted(rows, key=lambda row: -row["kl"])
     for y, row in enumerate(ranked):
       colour, marker = STYLE[row["method"]]
-      axes.errorbar(row["kl"], y, xerr=bars(row), color=colour, marker=marker, markersize=8, capsize=4, linestyle="none")
+      axes.errorbar(
+          row["kl"], y, xerr=bars(row), color=colour, marker=marker, markersize=8, capsize=4, linestyle="none"
+      )
       axes.annotate(f"{row['kl']:.3f}", (row["kl"], y), (0, 8), textcoords="offset points", ha="center", fontsize=9)
     axes.set_yticks(range(len(ranked)), [METHODS[row["method"]] for row in ranked])
     axes.set_ylim(-0.6, len(ranked) - 0.3)
@@ -257,7 +259,8 @@ def plot_routes(prompts):
     axes.set_yticks(blocks + 0.5, blocks)
     axes.set_ylabel("block")
     axes.grid(False)
-    axes.set_title(f"{context} context tokens, {100 * (1 - keep.mean()):.1f} % of (token, block) pairs skipped", loc="left")
+    skipped = _percent(1 - keep.mean())
+    axes.set_title(f"{context} context tokens, {skipped} of (token, block) pairs skipped", loc="left")
   panels[-1, 0].set_xlabel("context token")
   return figure, "Blue: the block computes the token; pale: the token skips the block. First seed, fine-tuned schedule."
 
@@ -293,7 +296,8 @@ def plot_redundancy(run: Run):
       f"Cosine of a token before and after each block, {found['num_sequences']} sequences of {found['length']} tokens: "
       f"above 0.8 for {_percent(found['share_above_0.8_all'])} of (token, block) pairs, "
       f"{_percent(found['share_above_0.8_edge'])} in the first and last three blocks, "
-      f"{_percent(found['share_above_0.8_middle'])} between. Below: Fisher score of skipping a context token in the block."
+      f"{_percent(found['share_above_0.8_middle'])} between. "
+      "Below: Fisher score of skipping a context token in the block."
   )
   return figure, caption
 

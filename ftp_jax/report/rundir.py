@@ -45,7 +45,8 @@ class Run(NamedTuple):
 
   def by_sparsity(self) -> dict[float, list[Cell]]:
     """Cells of every S, in the order of the config."""
-    return {s: [cell for cell in self.cells if cell.sparsity == s] for s in dict.fromkeys(c.sparsity for c in self.cells)}
+    sparsities = dict.fromkeys(cell.sparsity for cell in self.cells)
+    return {s: [cell for cell in self.cells if cell.sparsity == s] for s in sparsities}
 
 
 def cell_directory(workdir: str, sparsity: float, seed: int) -> str:

@@ -56,12 +56,22 @@ def init_state(config: RouterConfig, batch: int, num_positions: int) -> jax.Arra
   return jnp.zeros((batch, num_positions, config.hidden_size if config.kind == "recurrent" else 0))
 
 
-def dynamic_margin(config, params, factors_BxTxF, x_BxTxD, state_BxTxR) -> tuple[jax.Array, jax.Array]:
-  """Margins (B,T) in fp32 and the carried state, for the states that enter one block."""
+def normed(x_BxTxD: jax.Array) -> jax.Array:
+  """Hidden states with root mean square 1, fp32."""
+  x = x_BxTxD.astype(jnp.float32)
+  return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + 1e-6)
+
+
+def margin_of_inputs(config, params, factors_BxTxF, normed_BxTxD, state_BxTxR) -> tuple[jax.Array, jax.Array]:
+  """Margins (B,T) in fp32 and the carried state; `normed_BxTxD` is read only if the config asks for it."""
   inputs = factors_BxTxF
   if config.hidden_states:
-    x = x_BxTxD.astype(jnp.float32)
-    x *= jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + 1e-6)
-    inputs = jnp.concatenate([inputs, x], axis=-1)
+    inputs = jnp.concatenate([inputs, normed_BxTxD.astype(jnp.float32)], axis=-1)
   logits, state = RouterMLP(config).apply({"params": params}, inputs, state_BxTxR)
   return logits[..., 1] - logits[..., 0], state
+
+
+def dynamic_margin(config, params, factors_BxTxF, x_BxTxD, state_BxTxR) -> tuple[jax.Array, jax.Array]:
+  """As `margin_of_inputs`, for the states (B,T,D) that enter one block."""
+  hidden = normed(x_BxTxD) if config.hidden_states else None
+  return margin_of_inputs(config, params, factors_BxTxF, hidden, state_BxTxR)

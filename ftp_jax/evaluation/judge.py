@@ -1,0 +1,121 @@
+"""Continuation quality of routed execution against the dense model, on one set of prompts.
+
+The teacher's log-probabilities are computed once. Dense states are kept at a few depths, so that a
+schedule whose first blocks are dense is judged from the deepest of them below its first skipping block.
+"""
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ftp_jax.data.prompts import Prompts, batches
+from ftp_jax.models import scoring
+from ftp_jax.models.config import ModelConfig
+from ftp_jax.routing import masked
+from ftp_jax.routing.config import RoutingConfig
+
+_DEPTHS = 5  # dense states are kept at this many evenly spaced blocks, block 0 included
+
+
+@dataclasses.dataclass(frozen=True)
+class Frozen:
+  """The frozen model as the executions take it: architecture, parameters, compute dtype."""
+
+  config: ModelConfig
+  params: Any
+  dtype: Any = jnp.float32
+
+
+class Quality(NamedTuple):
+  """Per prompt, (N,): KL to dense and NLL in nats a token, and share of equal next tokens; routes (L,N,T)."""
+
+  kl: np.ndarray
+  nll: np.ndarray
+  agreement: np.ndarray
+  keep_LxNxT: np.ndarray
+
+
+@functools.partial(jax.jit, static_argnames=("config", "routing", "num_scored", "depths", "dtype"))
+def _prepare(config, routing, params, tokens, context, length, *, num_scored, depths, dtype):
+  entries, last = masked.dense_entries(config, routing, params, tokens, context, length, dtype=dtype)
+  source, _, _ = scoring.continuation(tokens, context, length, num_scored)
+  return jax.tree.map(lambda a: a[jnp.array(depths)], entries), scoring.log_probs(config, params, last, source)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "routing", "num_scored", "start", "dtype"))
+def _quality(config, routing, params, router, rows, teacher, schedules_PxL, entry, *, num_scored, start, dtype):
+  """Quality of P schedules on one batch, one after the other: arrays (P,B) and keep (P,L,B,T)."""
+  source, target, weight = scoring.continuation(*rows, num_scored)
+
+  def one(schedule):
+    out = masked.forward(config, routing, params, router, *rows, schedule, start=start, entry=entry, dtype=dtype)
+    student = scoring.log_probs(config, params, out.hidden_BxTxD, source)
+    per_row = lambda values: jnp.sum(values * weight, axis=1) / jnp.maximum(jnp.sum(weight, axis=1), 1.0)
+    return Quality(
+        per_row(scoring.kl_divergence(teacher, student)),
+        per_row(-jnp.take_along_axis(student, target[:, :, None], axis=2)[:, :, 0]),
+        per_row((jnp.argmax(teacher, -1) == jnp.argmax(student, -1)).astype(jnp.float32)),
+        out.keep_LxBxT,
+    )
+
+  return jax.lax.map(one, schedules_PxL)
+
+
+class Judge:
+  """Judges routers and schedules on a fixed set of prompts."""
+
+  def __init__(self, model: Frozen, routing: RoutingConfig, prompts: Prompts, batch: int, num_scored: int):
+    """Runs the dense model over the prompts once.
+
+    Args:
+      batch: rows evaluated at once; num_scored: longest continuation (C).
+    """
+    self.model, self.routing, self.prompts, self.num_scored = model, routing, prompts, num_scored
+    blocks = model.config.num_blocks
+    self.depths = tuple(sorted({blocks * i // _DEPTHS for i in range(_DEPTHS)}))
+    self._batches = list(batches(prompts, batch))
+    self._teacher, self._entries = [], []
+    for rows, _ in self._batches:
+      entries, teacher = _prepare(
+          model.config, routing, model.params, *rows, num_scored=num_scored, depths=self.depths, dtype=model.dtype
+      )
+      self._teacher.append(np.asarray(teacher))
+      self._entries.append(jax.device_get(entries))
+
+  def quality(self, router: masked.Router, schedule_L, replaced: Prompts | None = None) -> Quality:
+    """Quality of one schedule. `replaced`: score these prompts against the teacher of the original ones."""
+    other = None if replaced is None else [rows for rows, _ in batches(replaced, len(self._batches[0][1]))]
+    parts = [
+        jax.tree.map(lambda a: a[0], jax.device_get(self._run(i, router, np.asarray(schedule_L)[None], other)))
+        for i in range(len(self._batches))
+    ]
+    count = len(self.prompts.tokens)
+    join = lambda name, axis: np.concatenate([getattr(p, name) for p in parts], axis=axis)
+    return Quality(join("kl", 0)[:count], join("nll", 0)[:count], join("agreement", 0)[:count],
+                   join("keep_LxNxT", 1)[:, :count])
+
+  def kl(self, router: masked.Router, schedules_PxL) -> np.ndarray:
+    """Mean KL to dense (P,) of P schedules: the fitness of the search. One compiled call a batch."""
+    total = np.zeros(len(schedules_PxL))
+    for i, (_, weight) in enumerate(self._batches):
+      total += np.asarray(self._run(i, router, np.asarray(schedules_PxL), None).kl) @ weight
+    return total / len(self.prompts.tokens)
+
+  def _run(self, i: int, router: masked.Router, schedules_PxL: np.ndarray, other) -> Quality:
+    rows = self._batches[i][0] if other is None else other[i]
+    start, entry = 0, None
+    recurrent = router.kind == "dynamic" and router.config.kind == "recurrent"
+    if other is None and router.kind != "given" and not recurrent:
+      skipping = np.flatnonzero(schedules_PxL.max(axis=0) > 0)
+      first = skipping[0] if len(skipping) else self.model.config.num_blocks - 1
+      at = max(d for d, depth in enumerate(self.depths) if depth <= first)
+      start, entry = self.depths[at], jax.tree.map(lambda a: a[at], self._entries[i])
+    return _quality(
+        self.model.config, self.routing, self.model.params, router, rows, self._teacher[i],
+        jnp.asarray(schedules_PxL, jnp.float32), entry,
+        num_scored=self.num_scored, start=start, dtype=self.model.dtype,
+    )

@@ -1,0 +1,87 @@
+"""The methods of the results table, each measured on the same test prompts.
+
+A record holds quality (continuation KL to dense, NLL, next-token agreement, all-position perplexity
+under the causal view) and the three sparsities: asked, achieved, FLOPs saved.
+"""
+
+from typing import Any
+
+import jax
+import numpy as np
+
+from ftp_jax.data.prompts import Prompts
+from ftp_jax.evaluation import flops
+from ftp_jax.evaluation.judge import Judge, Quality
+from ftp_jax.evaluation.perplexity import routed_perplexity, truncated_perplexity
+from ftp_jax.routing import masked
+
+
+def truncate(prompts: Prompts, sparsity: float) -> Prompts:
+  """Keeps the first and the latest context tokens, ceil((1 - S) m) in all, and the whole continuation."""
+  tokens, context, length = np.zeros_like(prompts.tokens), prompts.context.copy(), prompts.length.copy()
+  for n, (m, end) in enumerate(zip(prompts.context, prompts.length)):
+    kept = min(max(int(np.ceil((1 - sparsity) * m - 1e-3)), 2), int(m))
+    rows = np.r_[0, m - kept + 1 : end]
+    tokens[n, : len(rows)], context[n], length[n] = prompts.tokens[n, rows], kept, len(rows)
+  return Prompts(tokens, context, length)
+
+
+class Bench:
+  """Test prompts and perplexity windows on which every method is measured."""
+
+  def __init__(self, judge: Judge, windows: Prompts, batch: int):
+    self.judge, self.windows, self.batch = judge, windows, batch
+    self.blocks = judge.model.config.num_blocks
+
+  def dense(self) -> dict[str, Any]:
+    quality = self.judge.quality(masked.STATIC, np.zeros(self.blocks))
+    perplexity = truncated_perplexity(self.judge.model, 0.0, self.windows, self.batch)
+    return self._record("dense", 0.0, None, quality, perplexity, 0.0, 0.0)
+
+  def truncation(self, sparsity: float) -> dict[str, Any]:
+    """The oldest context but the sink cut off, positions counted anew; then dense."""
+    shorter = truncate(self.judge.prompts, sparsity)
+    quality = self.judge.quality(masked.STATIC, np.zeros(self.blocks), shorter)
+    config, before, after = self.judge.model.config, 0.0, 0.0
+    for m, kept in zip(self.judge.prompts.context, shorter.context):
+      before += flops.prefill_flops(config, np.ones((self.blocks, m), bool), m, "project")
+      after += flops.prefill_flops(config, np.ones((self.blocks, kept), bool), kept, "project")
+    perplexity = truncated_perplexity(self.judge.model, sparsity, self.windows, self.batch)
+    dropped = 1 - shorter.context.sum() / self.judge.prompts.context.sum()
+    return self._record("truncation", sparsity, None, quality, perplexity, float(dropped), 1 - after / before)
+
+  def static_uniform(self, sparsity: float) -> dict[str, Any]:
+    return self.routed("static_uniform", sparsity, None, masked.STATIC, np.full(self.blocks, sparsity))
+
+  def random(self, sparsity: float, seed: int) -> dict[str, Any]:
+    """Random tokens, the same number in every block."""
+    router = masked.Router("random", None, jax.random.key(seed))
+    return self.routed("random", sparsity, seed, router, np.full(self.blocks, sparsity))
+
+  def routed(self, method: str, sparsity: float, seed: int | None, router: masked.Router, schedule) -> dict[str, Any]:
+    """A router with a schedule (L,)."""
+    judge = self.judge
+    quality = judge.quality(router, schedule)
+    perplexity, _ = routed_perplexity(judge.model, judge.routing, router, schedule, self.windows, self.batch)
+    context = judge.prompts.context
+    saved = flops.saved_share(
+        judge.model.config, quality.keep_LxNxT, context, judge.routing.kv_mode, router.config
+    )
+    achieved = flops.skipped_share(quality.keep_LxNxT, context)
+    return self._record(method, sparsity, seed, quality, perplexity, achieved, saved)
+
+  def _record(self, method, asked, seed, quality: Quality, perplexity, achieved, saved) -> dict[str, Any]:
+    count = len(quality.kl)
+    return {
+        "method": method,
+        "asked": float(asked),
+        "seed": seed,
+        "kl": float(quality.kl.mean()),
+        "kl_stderr": float(quality.kl.std(ddof=1) / np.sqrt(count)) if count > 1 else 0.0,
+        "nll": float(quality.nll.mean()),
+        "agreement": float(quality.agreement.mean()),
+        "perplexity": float(perplexity),
+        "achieved": float(achieved),
+        "flops_saved": float(saved),
+        "prompts": count,
+    }

@@ -1,0 +1,132 @@
+"""The artifact: what a user ships, a few kilobytes beside the untouched base model.
+
+`ftp_config.json` describes schedule, routing and router, the base model's id and fingerprint, and the
+figures measured; `router.safetensors` holds the router's weights. It loads without the training code.
+"""
+
+import dataclasses
+import json
+import os
+import pathlib
+from typing import Any
+
+import numpy as np
+import safetensors.numpy
+from safetensors import SafetensorError
+
+from ftp_jax.errors import UserError
+from ftp_jax.routing.config import RouterConfig, RoutingConfig
+
+FORMAT_VERSION = 1
+CONFIG_FILE, WEIGHTS_FILE = "ftp_config.json", "router.safetensors"
+
+
+@dataclasses.dataclass(frozen=True)
+class Artifact:
+  """A trained router with its schedule.
+
+  Attributes:
+    base_model, fingerprint, family: which model it was made for.
+    schedule: sparsity (L,) asked of each block for context tokens.
+    decode_sparsity: sparsity asked of continuation tokens; 0 computes them all.
+    params: the router's parameters, numpy, as `routing.routers.init_router` shapes them.
+    figures: what was measured (asked and achieved sparsity, KL, ...).
+  """
+
+  base_model: str
+  fingerprint: str
+  family: str
+  schedule: tuple[float, ...]
+  decode_sparsity: float
+  routing: RoutingConfig
+  router: RouterConfig
+  params: Any
+  figures: dict[str, Any]
+
+
+def save(artifact: Artifact, directory: str | os.PathLike) -> None:
+  """Writes both files; the config last, so that a half-written artifact does not load."""
+  directory = pathlib.Path(directory)
+  directory.mkdir(parents=True, exist_ok=True)
+  save_weights(artifact.params, directory / WEIGHTS_FILE)
+  described = {
+      "format_version": FORMAT_VERSION,
+      "base_model": artifact.base_model,
+      "fingerprint": artifact.fingerprint,
+      "family": artifact.family,
+      "schedule": list(artifact.schedule),
+      "decode_sparsity": artifact.decode_sparsity,
+      "routing": dataclasses.asdict(artifact.routing),
+      "router": dataclasses.asdict(artifact.router),
+      "figures": artifact.figures,
+  }
+  config = directory / (CONFIG_FILE + ".tmp")
+  config.write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
+  os.replace(config, directory / CONFIG_FILE)
+
+
+def load(directory: str | os.PathLike) -> Artifact:
+  """Reads an artifact.
+
+  Raises:
+    UserError: a file is missing, damaged, or of a newer format.
+  """
+  directory = pathlib.Path(directory)
+  try:
+    described = json.loads((directory / CONFIG_FILE).read_text(encoding="utf-8"))
+  except FileNotFoundError:
+    raise UserError(f"{directory} has no {CONFIG_FILE}; point at the artifact folder of a finished run.") from None
+  except (OSError, ValueError) as error:
+    raise UserError(f"{directory / CONFIG_FILE} cannot be read ({error}); copy the artifact again.") from None
+  version = described.get("format_version") if isinstance(described, dict) else None
+  if version != FORMAT_VERSION:
+    raise UserError(f"{directory} has artifact format {version!r}, this version reads {FORMAT_VERSION}; update ftp_jax.")
+  weights = load_weights(directory / WEIGHTS_FILE)
+  try:
+    router = dict(described["router"])
+    return Artifact(
+        base_model=described["base_model"],
+        fingerprint=described["fingerprint"],
+        family=described["family"],
+        schedule=tuple(described["schedule"]),
+        decode_sparsity=described["decode_sparsity"],
+        routing=RoutingConfig(**described["routing"]),
+        router=RouterConfig(**(router | {"factors": tuple(router["factors"])})),
+        params=weights,
+        figures=described["figures"],
+    )
+  except (KeyError, TypeError) as error:
+    raise UserError(f"{directory / CONFIG_FILE} is incomplete ({error}); export the artifact again.") from None
+
+
+def save_weights(params: Any, path: str | os.PathLike) -> None:
+  """Writes router parameters (nested dicts of arrays) to a safetensors file, atomically."""
+  path = pathlib.Path(path)
+  temporary = path.with_name(path.name + ".tmp")
+  safetensors.numpy.save_file({name: np.ascontiguousarray(a) for name, a in _flat(params).items()}, temporary)
+  os.replace(temporary, path)
+
+
+def load_weights(path: str | os.PathLike) -> Any:
+  """Reads what `save_weights` wrote; UserError if the file is missing or damaged."""
+  try:
+    return _nested(safetensors.numpy.load_file(path))
+  except (OSError, SafetensorError) as error:
+    raise UserError(f"{path} cannot be read ({error}); copy it again, or run its stage again.") from None
+
+
+def _flat(tree: Any, prefix: str = "") -> dict[str, np.ndarray]:
+  if isinstance(tree, dict):
+    return {k: v for name, part in tree.items() for k, v in _flat(part, f"{prefix}{name}.").items()}
+  return {prefix[:-1]: np.asarray(tree)}
+
+
+def _nested(flat: dict[str, np.ndarray]) -> Any:
+  tree: dict[str, Any] = {}
+  for name, array in flat.items():
+    *path, last = name.split(".")
+    node = tree
+    for part in path:
+      node = node.setdefault(part, {})
+    node[last] = array
+  return tree

@@ -1,0 +1,125 @@
+"""Which config a command runs with: a run config by name or path, or the run directory's own, with overrides.
+
+The run configs of `experiments/configs` are installed as `ftp_jax/experiments/configs`, so that
+their names work from any directory.
+"""
+
+import difflib
+import importlib.util
+import json
+import pathlib
+from collections.abc import Iterator, Sequence
+
+from absl import flags
+from ml_collections import ConfigDict
+from ml_collections.config_flags import config_flags
+
+from ftp_jax.config import get_config
+from ftp_jax.errors import UserError
+
+DEFAULT = "quickstart"
+
+
+def config_names() -> list[str]:
+  """Names of the run configs that came with the project."""
+  return sorted(path.stem for path in _directory().glob("*.py"))
+
+
+def _directory() -> pathlib.Path:
+  package = pathlib.Path(__file__).parent
+  installed = package / "experiments" / "configs"
+  return installed if installed.is_dir() else package.parent / "experiments" / "configs"
+
+
+def load_config(name: str | None, workdir: str | None, overrides: Sequence[str]) -> tuple[ConfigDict, str]:
+  """The locked config of a run and its directory.
+
+  Args:
+    name: name of a run config or path of a Python file with `get_config()`; None: what
+      `workdir/config.json` holds, or else DEFAULT.
+    workdir: the run directory; None: runs/<name of the config>.
+    overrides: arguments `--config.section.key=value`.
+
+  Raises:
+    UserError: there is no such config, it does not load, or an override names no key or has a wrong value.
+  """
+  directory = workdir or f"runs/{pathlib.Path(name or DEFAULT).stem}"
+  saved = pathlib.Path(directory) / "config.json"
+  config = _read_saved(saved) if name is None and saved.is_file() else _read_file(name or DEFAULT)
+  config.lock()
+  return _override(config, overrides), directory
+
+
+def _read_file(name: str) -> ConfigDict:
+  path = pathlib.Path(name)
+  if not path.is_file():
+    path = _directory() / f"{name}.py"
+    if name not in config_names():
+      raise UserError(f"there is no config {name!r}; pass a file or one of {', '.join(config_names())}.")
+  try:
+    spec = importlib.util.spec_from_file_location("ftp_jax_run_config", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    config = module.get_config()
+  except Exception as error:  # a config is a program: it can fail in any way
+    reason = _brief(error)
+    raise UserError(f"config {path} does not load ({type(error).__name__}: {reason}); mend the file.") from error
+  if not isinstance(config, ConfigDict):
+    raise UserError(f"get_config() of {path} gives a {type(config).__name__}; return ftp_jax.config.get_config().")
+  return config
+
+
+def _read_saved(path: pathlib.Path) -> ConfigDict:
+  """The default config with the values that a run directory holds."""
+  config = get_config()
+  try:
+    _fill(config, json.loads(path.read_text(encoding="utf-8")))
+  except (ValueError, TypeError, AttributeError, KeyError) as error:
+    reason = _brief(error)
+    raise UserError(f"{path} is not a config of this version ({reason}); name one with --config.") from error
+  return config
+
+
+def _brief(error: Exception) -> str:
+  """The message in one line, without the dump of all keys that ml_collections adds."""
+  return " ".join(str(error).partition(" Other fields present:")[0].split())[:160]
+
+
+def _fill(config: ConfigDict, values: dict) -> None:
+  for key, value in values.items():
+    if isinstance(value, dict):
+      _fill(config[key], value)
+    else:
+      config[key] = tuple(value) if isinstance(value, list) else value
+
+
+def _override(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
+  known = set(keys(config))
+  for argument in overrides:
+    key = argument.partition("=")[0].removeprefix("--config.")
+    if argument.startswith("--config.") and key not in known:
+      close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+      hint = f"did you mean {close[0]!r}?" if close else "ftp_jax/config.py lists all keys."
+      raise UserError(f"the config has no key {key!r}; {hint}")
+  argv = ["ftp-jax", *overrides]
+  values = flags.FlagValues()
+  config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=argv)
+  try:
+    stray = values(argv)[1:]
+  except flags.UnrecognizedFlagError as error:
+    raise UserError(f"there is no option --{error.flagname}; see --help.") from error
+  except flags.Error as error:
+    reason = " ".join(str(error).split())
+    raise UserError(f"{reason}; give --config.section.key=value with a value of its type.") from error
+  if stray:
+    raise UserError(f"the argument {stray[0]!r} is not understood; overrides read --config.section.key=value.")
+  return values.config
+
+
+def keys(config: ConfigDict, prefix: str = "") -> Iterator[str]:
+  """All keys of a config as `section.key`."""
+  for key, value in config.items():
+    if isinstance(value, ConfigDict):
+      yield from keys(value, f"{prefix}{key}.")
+    else:
+      yield prefix + key

@@ -1,0 +1,389 @@
+"""The pipeline: what each stage computes, from what, and where it leaves it.
+
+    data        prompts of the four splits and the perplexity windows
+    importance  redundancy of the blocks, block influence, Fisher scores of the gates
+    search      per S and seed: schedule found with the static router
+    train       per S and seed: dynamic router
+    finetune    per S and seed: schedule found with the trained router; writes the artifact
+    evaluate    every method on the test prompts
+    report      tables and plots (ftp_jax.report)
+"""
+
+import functools
+import json
+import pathlib
+import sys
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tqdm
+
+from ftp_jax.data.prompts import Prompts, take
+from ftp_jax.data.sources import SPLITS, load_splits
+from ftp_jax.data.windows import perplexity_windows
+from ftp_jax.errors import UserError
+from ftp_jax.evaluation import methods, redundancy
+from ftp_jax.evaluation.judge import Frozen, Judge
+from ftp_jax.export import artifact as artifact_lib
+from ftp_jax.models.huggingface import fingerprint
+from ftp_jax.models.sources import DTYPES, Model, load_model
+from ftp_jax.pipeline.stages import flatten, load_arrays, read_json, run_stage, save_arrays, write_json
+from ftp_jax.routing import masked, routers
+from ftp_jax.routing.config import RouterConfig, RoutingConfig
+from ftp_jax.search import schedule as schedules
+from ftp_jax.search.genetic import SearchSettings
+from ftp_jax.search.loop import run_search
+from ftp_jax.training import guide
+from ftp_jax.training.loop import train_router
+from ftp_jax.training.step import StepSpec, TrainSettings
+
+STAGES = ("data", "importance", "search", "train", "finetune", "evaluate", "report")
+SCHEDULES = ("ga", "uniform", "middle", "late", "influence", "fisher", "file")
+_MAPPED_PROMPTS = 4  # prompts whose kept tokens the report shows
+
+
+def run(config: Any, workdir: str, stages: tuple[str, ...] = STAGES) -> None:
+  """Runs the named stages of a config in `workdir`; finished ones are skipped.
+
+  Raises:
+    UserError: anything the user can mend, in one sentence.
+  """
+  pipeline = _Pipeline(config, pathlib.Path(workdir))
+  if jax.process_index() == 0:
+    write_json(pipeline.workdir / "config.json", json.loads(config.to_json()))
+  for stage in STAGES:
+    if stage in stages:
+      getattr(pipeline, stage)()
+
+
+class _Pipeline:
+  """One run directory; what several stages need is made once, on first use."""
+
+  def __init__(self, config: Any, workdir: pathlib.Path):
+    self.config, self.workdir = config, workdir
+    if not config.sparsities or not config.seeds:
+      raise UserError("The run has nothing to do: give at least one of config.sparsities and of config.seeds.")
+    if config.search.schedule not in SCHEDULES:
+      raise UserError(f"search.schedule={config.search.schedule!r} is unknown; choose one of {', '.join(SCHEDULES)}.")
+    if config.model.dtype not in DTYPES:
+      raise UserError(f"model.dtype={config.model.dtype!r} is unknown; choose one of {', '.join(DTYPES)}.")
+    keep = ("kv_mode", "selection", "bucket_multiple", "score_window", "decode_threshold")
+    self.routing = RoutingConfig(**{name: config.routing[name] for name in keep})
+    self.router_config = RouterConfig(
+        config.router.kind, tuple(config.router.factors), config.router.hidden_states, config.router.hidden_size
+    )
+    self.search_settings = SearchSettings.from_config(config.search)
+    self.train_settings = TrainSettings.from_config(config.train)
+    self.num_scored = config.data.continuation
+    self.needs_fisher = (
+        config.train.guide == "fisher" or config.search.schedule == "fisher" or "fisher" in config.search.seed_schedules
+    )
+    unknown = set(config.search.seed_schedules) - set(SCHEDULES[1:-1])
+    if unknown:
+      raise UserError(f"search.seed_schedules names {sorted(unknown)}; choose from {', '.join(SCHEDULES[1:-1])}.")
+
+  # --- what stages depend on -------------------------------------------------------------------
+
+  def settings(self, stage: str) -> dict[str, Any]:
+    """Flat settings that decide a stage's result, those of the stages before it included."""
+    c = self.config
+    own = {
+        "data": {"model.source": c.model.source, "data": c.data},
+        "importance": {
+            "model.dtype": c.model.dtype,
+            "routing": {k: c.routing[k] for k in ("kv_mode", "score_window")},
+            "evaluation.redundancy_prompts": c.evaluation.redundancy_prompts,
+            "train": {k: c.train[k] for k in ("fisher_draws", "guide")},
+            "search": {k: c.search[k] for k in ("schedule", "seed_schedules")},
+        },
+        "search": {"routing": c.routing, "search": c.search},
+        "train": {"router": c.router, "train": c.train, "model.remat": c.model.remat},
+        "finetune": {"finetune": c.finetune},
+        "evaluate": {"evaluation": c.evaluation},
+    }
+    merged: dict[str, Any] = {}
+    for name in STAGES[: STAGES.index(stage) + 1]:
+      merged |= flatten(own[name])
+    return merged
+
+  def cell(self, sparsity: float, seed: int) -> pathlib.Path:
+    return self.workdir / f"S{sparsity:.2f}" / f"seed{seed}"
+
+  @property
+  def cells(self):
+    return [(sparsity, seed) for sparsity in self.config.sparsities for seed in self.config.seeds]
+
+  # --- shared by stages --------------------------------------------------------------------------
+
+  @functools.cached_property
+  def model(self) -> Model:
+    return load_model(self.config.model.source, self.config.model.dtype)
+
+  @functools.cached_property
+  def frozen(self) -> Frozen:
+    return Frozen(self.model.config, self.model.params, DTYPES[self.config.model.dtype])
+
+  @functools.lru_cache(maxsize=None)
+  def prompts(self, split: str) -> Prompts:
+    return Prompts(**load_arrays(self.workdir / "data" / f"{split}.npz"))
+
+  @functools.lru_cache(maxsize=None)
+  def judge(self, split: str, batch: int) -> Judge:
+    return Judge(self.frozen, self.routing, self.prompts(split), batch, self.num_scored)
+
+  @functools.cached_property
+  def fisher(self) -> np.ndarray:
+    return load_arrays(self.workdir / "importance" / "fisher.npz")["fisher_LxNxT"]
+
+  @functools.cached_property
+  def guide_data(self) -> guide.GuideData:
+    score, hidden = guide.collect_inputs(
+        self.frozen.config, self.routing, self.frozen.params, self.prompts("train"), self.config.train.batch,
+        with_hidden=self.router_config.hidden_states, dtype=self.frozen.dtype,
+    )
+    return guide.GuideData(self.prompts("train").context, score, hidden, self.fisher)
+
+  def named_schedule(self, name: str, sparsity: float) -> np.ndarray:
+    """One of SCHEDULES (but ga) on the grid, int32 units (L,)."""
+    s, blocks = self.config.search, self.frozen.config.num_blocks
+    schedules.total_units(sparsity, blocks, s.grid, s.max_sparsity)
+    largest = schedules.max_units(s.grid, s.max_sparsity) / s.grid
+    real = {
+        "uniform": lambda: schedules.uniform(blocks, sparsity),
+        "middle": lambda: schedules.middle(blocks, sparsity, largest),
+        "late": lambda: schedules.late(blocks, sparsity, largest),
+        "influence": lambda: schedules.from_importance(
+            read_json(self.workdir / "importance" / "influence.json"), sparsity, largest
+        ),
+        "fisher": lambda: guide.fisher_schedule(self.fisher, self.prompts("train").context, sparsity),
+        "file": lambda: schedules.from_file(s.schedule_path, blocks),
+    }[name]()
+    return schedules.to_units(real, sparsity, s.grid, s.max_sparsity)
+
+  def find_schedule(self, directory, seeds_units, router: masked.Router, generations: int, seed: int) -> np.ndarray:
+    """Runs the search with one router, and leaves `schedule.json`; the sparsities (L,)."""
+    batch = self.config.search.batch
+    validation = self.judge("validation", batch)
+    result = run_search(
+        directory=str(directory),
+        seeds_units=seeds_units,
+        settings=self.search_settings,
+        key_seed=seed,
+        fitness=lambda candidates: self.judge("search", batch).kl(router, candidates),
+        validate=lambda candidates: [validation.kl(router, row[None])[0] for row in candidates],
+        num_generations=generations,
+    )
+    found = schedules.to_sparsity(result.units, self.search_settings.grid)
+    schedules.save(directory / "schedule.json", found)
+    return found
+
+  def schedule(self, directory: pathlib.Path) -> np.ndarray:
+    return schedules.from_file(directory / "schedule.json", self.frozen.config.num_blocks).astype(np.float32)
+
+  def load_router(self, directory: pathlib.Path) -> masked.Router:
+    params = artifact_lib.load_weights(directory / artifact_lib.WEIGHTS_FILE)
+    return masked.Router("dynamic", self.router_config, jax.tree.map(jnp.asarray, params))
+
+  # --- stages ------------------------------------------------------------------------------------
+
+  def data(self) -> None:
+    def work(directory):
+      for split, prompts in load_splits(self.config.data, self.model.tokenizer).items():
+        save_arrays(directory / f"{split}.npz", **prompts._asdict())
+      longest = self.config.data.max_context + self.config.data.continuation
+      if longest > self.model.config.max_positions:
+        raise UserError(
+            f"data.max_context + data.continuation = {longest} exceed the model's {self.model.config.max_positions} "
+            "positions; lower either."
+        )
+
+    run_stage(self.workdir / "data", self.settings("data"), work)
+
+  def importance(self) -> None:
+    def work(directory):
+      train = self.prompts("train")
+      some = take(train, np.arange(min(self.config.evaluation.redundancy_prompts, len(train.tokens))))
+      similarity = redundancy.token_similarity(self.frozen, some, self.config.evaluation.batch)
+      write_json(directory / "redundancy.json", redundancy.summary(similarity, some))
+      write_json(directory / "influence.json", redundancy.block_influence(similarity).tolist())
+      if self.needs_fisher:
+        fisher = guide.collect_fisher(
+            self.frozen.config, self.routing, self.frozen.params, self.prompts("train"), self.config.train.batch,
+            self.config.data.seed, num_scored=self.num_scored, draws=self.config.train.fisher_draws,
+            dtype=self.frozen.dtype, progress=functools.partial(tqdm.tqdm, desc="fisher scores"),
+        )
+        valid = np.arange(fisher.shape[-1])[None] < self.prompts("train").context[:, None]
+        write_json(directory / "fisher.json", fisher[:, valid].mean(axis=1).tolist())
+        save_arrays(directory / "fisher.npz", fisher_LxNxT=fisher)
+
+    run_stage(self.workdir / "importance", self.settings("importance"), work)
+
+  def search(self) -> None:
+    c = self.config.search
+    for sparsity, seed in self.cells:
+
+      def work(directory):
+        _say(f"search: S={sparsity:.2f}, seed {seed}")
+        if c.schedule != "ga":
+          units = self.named_schedule(c.schedule, sparsity)
+          schedules.save(directory / "schedule.json", schedules.to_sparsity(units, c.grid))
+          return
+        seeds = np.stack([self.named_schedule(name, sparsity) for name in c.seed_schedules])
+        self.find_schedule(directory, seeds, masked.STATIC, c.generations, seed)
+
+      settings = self.settings("search") | {"sparsity": sparsity, "seed": seed}
+      run_stage(self.cell(sparsity, seed) / "search", settings, work)
+
+  def train(self) -> None:
+    for sparsity, seed in self.cells:
+      cell = self.cell(sparsity, seed)
+
+      def work(directory):
+        _say(f"train: S={sparsity:.2f}, seed {seed}")
+        mix = self.training_schedules(self.schedule(cell / "search"), sparsity)
+        router = routers.init_router(
+            self.router_config, jax.random.key(seed), self.frozen.config.num_blocks, self.frozen.config.hidden_size
+        )
+        if self.config.train.guide == "fisher" and self.config.train.warmup_guide_steps:
+          router = self.warm_up(router, mix, seed)
+        self.fit(directory, router, mix, seed)
+
+      settings = self.settings("train") | {"sparsity": sparsity, "seed": seed}
+      run_stage(cell / "train", settings, work)
+
+  def training_schedules(self, found: np.ndarray, sparsity: float) -> np.ndarray:
+    """Schedules (M,L) that training mixes: the found one and, with a Fisher guide, the Fisher one."""
+    if self.config.train.guide != "fisher":
+      return found[None]
+    fisher = schedules.to_sparsity(self.named_schedule("fisher", sparsity), self.config.search.grid)
+    return np.stack([found, fisher])
+
+  def warm_up(self, router: Any, mix: np.ndarray, seed: int) -> Any:
+    c = self.config.train
+    settings = guide.WarmupSettings(c.warmup_guide_steps, c.batch, c.warmup_guide_learning_rate)
+    bar = functools.partial(tqdm.tqdm, desc="guided warm-up")
+    return guide.warm_up(self.router_config, self.routing, settings, router, self.guide_data, mix, seed, bar)[0]
+
+  def fit(self, directory: pathlib.Path, router: Any, mix: np.ndarray, seed: int) -> None:
+    """Trains a router with the three losses and writes it to `directory`."""
+    c = self.config
+    validation, target = self.judge("validation", c.search.batch), mix[-1]
+    skipping = np.flatnonzero(mix.max(axis=0) > 0)
+    spec = StepSpec(
+        self.frozen.config, self.routing, self.router_config, self.train_settings, self.num_scored,
+        start=int(skipping[0]) if len(skipping) else 0, dtype=self.frozen.dtype, remat=c.model.remat,
+    )
+    result = train_router(
+        directory=str(directory), spec=spec, params=self.frozen.params, router_params=router,
+        prompts=self.prompts("train"),
+        fisher_LxNxT=self.fisher if c.train.guide == "fisher" else None,
+        schedules_MxL=mix, batch_size=c.train.batch, seed=seed,
+        validate=lambda params: float(
+            validation.kl(masked.Router("dynamic", self.router_config, params), target[None])[0]
+        ),
+        validate_every=c.train.validate_every, checkpoint_every=c.train.checkpoint_every,
+    )
+    artifact_lib.save_weights(jax.device_get(result.router), directory / artifact_lib.WEIGHTS_FILE)
+
+  def finetune(self) -> None:
+    c = self.config
+    for sparsity, seed in self.cells:
+      cell = self.cell(sparsity, seed)
+
+      def work(directory):
+        found, trained = self.schedule(cell / "search"), cell / "train"
+        for r in range(c.finetune.rounds):
+          _say(f"fine-tune: S={sparsity:.2f}, seed {seed}, round {r + 1} of {c.finetune.rounds}")
+          here = directory / f"round{r}"
+          if r:
+            trained = here / "train"
+            if not (trained / artifact_lib.WEIGHTS_FILE).exists():
+              trained.mkdir(parents=True, exist_ok=True)
+              before = directory / f"round{r - 1}" / "train" if r > 1 else cell / "train"
+              self.fit(trained, self.load_router(before).params, found[None], seed + r)
+          mix = self.training_schedules(found, sparsity)
+          seeds = np.stack([schedules.to_units(s, sparsity, c.search.grid, c.search.max_sparsity) for s in mix])
+          found = self.find_schedule(here, seeds, self.load_router(trained), c.finetune.generations, seed)
+        schedules.save(directory / "schedule.json", found)
+        artifact_lib.save_weights(
+            artifact_lib.load_weights(trained / artifact_lib.WEIGHTS_FILE), directory / artifact_lib.WEIGHTS_FILE
+        )
+
+      settings = self.settings("finetune") | {"sparsity": sparsity, "seed": seed}
+      run_stage(cell / "finetune", settings, work)
+
+  def evaluate(self) -> None:
+    c = self.config
+    settings = self.settings("evaluate")
+    windows = functools.cache(lambda: perplexity_windows(
+        c.evaluation.perplexity_path, self.model.tokenizer, c.evaluation.perplexity_windows, c.evaluation.perplexity_length
+    ))
+    bench = functools.cache(lambda: methods.Bench(self.judge("test", c.evaluation.batch), windows(), c.evaluation.batch))
+
+    records = []
+    for asked in tqdm.tqdm((0.0, *c.sparsities), desc="evaluate dense, truncation, static + uniform"):
+
+      def shared(directory):
+        rows = [bench().truncation(asked), bench().static_uniform(asked)] if asked else [bench().dense()]
+        write_json(directory / "records.json", rows)
+
+      here = self.workdir / "evaluate" / f"S{asked:.2f}"
+      run_stage(here, settings | {"sparsity": asked}, shared)
+      records += read_json(here / "records.json")
+    for sparsity, seed in tqdm.tqdm(self.cells, desc="evaluate cells"):
+      cell = self.cell(sparsity, seed)
+
+      def work(directory):
+        found, tuned = self.schedule(cell / "search"), self.schedule(cell / "finetune")
+        first, final = self.load_router(cell / "train"), self.load_router(cell / "finetune")
+        rows = [
+            bench().random(sparsity, seed),
+            bench().routed("static_ga", sparsity, seed, masked.STATIC, found),
+            bench().routed("dynamic_ga", sparsity, seed, first, found),
+            bench().routed("dynamic_finetuned", sparsity, seed, final, tuned),
+        ]
+        write_json(directory / "records.json", rows)
+        write_json(directory / "routes.json", self.route_maps(final, tuned))
+        self.write_artifact(cell / "artifact", final, tuned, rows[-1])
+
+      run_stage(cell / "evaluate", settings | {"sparsity": sparsity, "seed": seed}, work)
+      records += read_json(cell / "evaluate" / "records.json")
+    write_json(self.workdir / "evaluate" / "records.json", records)
+
+  def route_maps(self, router: masked.Router, schedule: np.ndarray) -> dict[str, Any]:
+    """Kept tokens of the first few test prompts."""
+    judge = self.judge("test", self.config.evaluation.batch)
+    keep, prompts = judge.quality(router, schedule).keep_LxNxT, []
+    for n in range(min(_MAPPED_PROMPTS, len(judge.prompts.tokens))):
+      m = int(judge.prompts.context[n])
+      tokens = [self.model.tokenizer.decode([t]) for t in judge.prompts.tokens[n, :m]]
+      prompts.append({"tokens": tokens, "context": m, "keep": keep[:, n, :m].astype(int).tolist()})
+    return {"prompts": prompts}
+
+  def write_artifact(self, directory, router: masked.Router, schedule: np.ndarray, record: dict[str, Any]) -> None:
+    artifact_lib.save(
+        artifact_lib.Artifact(
+            base_model=self.config.model.source,
+            fingerprint=fingerprint(self.model.directory),
+            family=self.model.config.family,
+            schedule=tuple(float(str(s)) for s in schedule),
+            decode_sparsity=self.config.routing.decode_sparsity,
+            routing=self.routing,
+            router=self.router_config,
+            params=jax.device_get(router.params),
+            figures=record,
+        ),
+        directory,
+    )
+
+  def report(self) -> None:
+    from ftp_jax.report import write_report  # matplotlib loads slowly, and only this stage needs it
+
+    print(write_report(str(self.workdir), self.config))
+
+
+def _say(text: str) -> None:
+  if jax.process_index() == 0:
+    print(text, file=sys.stderr, flush=True)

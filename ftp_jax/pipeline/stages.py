@@ -1,0 +1,84 @@
+"""Stages of a run directory: finished ones are not repeated, changed settings are named.
+
+A stage is a folder. While it works it owns the folder; when it is through it writes `done.json` with
+every setting it depends on, its own and those of the stages before it.
+"""
+
+import json
+import os
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from ftp_jax.errors import UserError
+
+DONE = "done.json"
+
+
+def write_json(path: str | os.PathLike, value: Any) -> None:
+  """Writes JSON atomically: a killed process leaves the old file or the new one."""
+  path = pathlib.Path(path)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  temporary = path.with_name(path.name + ".tmp")
+  temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+  os.replace(temporary, path)
+
+
+def read_json(path: str | os.PathLike) -> Any:
+  """Reads JSON; a missing or damaged file is a UserError that names it."""
+  try:
+    return json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
+  except (OSError, ValueError) as error:
+    raise UserError(f"{path} cannot be read ({error}); delete the folder it is in, so that its stage runs again.") from None
+
+
+def save_arrays(path: str | os.PathLike, **arrays: np.ndarray) -> None:
+  """Writes named arrays to an .npz file, atomically and without pickle."""
+  path = pathlib.Path(path)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  temporary = path.with_name(path.name + ".tmp")
+  with temporary.open("wb") as file:
+    np.savez(file, **arrays)
+  os.replace(temporary, path)
+
+
+def load_arrays(path: str | os.PathLike) -> dict[str, np.ndarray]:
+  """Reads the arrays of `save_arrays`; a missing or damaged file is a UserError that names it."""
+  try:
+    with np.load(path, allow_pickle=False) as file:
+      return {name: file[name] for name in file.files}
+  except Exception as error:  # a damaged archive raises zipfile's, zlib's, numpy's and the system's errors
+    raise UserError(f"{path} cannot be read ({error}); delete the folder it is in, so that its stage runs again.") from None
+
+
+def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+  """Nested dicts as {"a.b": value}, with tuples as lists: comparable to what JSON gives back."""
+  if hasattr(value, "items"):
+    return {k: v for name, part in value.items() for k, v in flatten(part, f"{prefix}{name}.").items()}
+  return {prefix[:-1]: list(value) if isinstance(value, tuple) else value}
+
+
+def run_stage(directory: pathlib.Path, settings: dict[str, Any], work: Callable[[pathlib.Path], None]) -> bool:
+  """Runs `work` unless the stage is done; True if it ran.
+
+  Raises:
+    UserError: the stage is done, but with other settings than `settings`.
+  """
+  done = directory / DONE
+  if done.exists():
+    before = read_json(done)
+    changed = [k for k in settings | before if settings.get(k) != before.get(k)]
+    if changed:
+      name = changed[0]
+      raise UserError(
+          f"{directory} was made with {name}={before.get(name)!r}, now it is {settings.get(name)!r}"
+          + (f" (and {len(changed) - 1} more changed: {', '.join(changed[1:4])})" if len(changed) > 1 else "")
+          + "; use another --workdir, or delete that folder and the later stages to make them again."
+      )
+    return False
+  directory.mkdir(parents=True, exist_ok=True)
+  work(directory)
+  write_json(done, settings)
+  return True

@@ -1,0 +1,170 @@
+"""Guided warm-up: the router learns the guide's decisions before any gradient passes the model.
+
+The router's inputs are collected once in a dense pass, so a step costs the router alone and a few
+hundred steps take seconds. The target of a block is the set of tokens of highest Fisher score that
+fills its capacity; schedules are mixed at random, so that the router also ranks tokens at sparsities
+which the fine-tuning search will ask for later.
+"""
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from ftp_jax.data.prompts import Prompts, batches
+from ftp_jax.models import decoder
+from ftp_jax.models.config import ModelConfig
+from ftp_jax.routing import factors as factor_lib
+from ftp_jax.routing import masked, routers
+from ftp_jax.routing.config import FACTORS, RouterConfig, RoutingConfig
+from ftp_jax.training import losses
+from ftp_jax.training.fisher import gate_fisher
+
+
+class GuideData(NamedTuple):
+  """Router inputs and targets of N prompts, on the host.
+
+  Attributes:
+    context_N: context lengths.
+    score_LxNxT: prefill attention scores that enter each block of the dense model.
+    hidden_LxNxTxD: root-mean-square normed hidden states, float16; None for routers without them.
+    fisher_LxNxT: gate scores.
+  """
+
+  context_N: np.ndarray
+  score_LxNxT: np.ndarray
+  hidden_LxNxTxD: np.ndarray | None
+  fisher_LxNxT: np.ndarray
+
+
+@functools.partial(jax.jit, static_argnames=("config", "routing", "with_hidden", "dtype"))
+def _inputs(config, routing, params, tokens, context, length, *, with_hidden, dtype):
+  entries, _ = masked.dense_entries(config, routing, params, tokens, context, length, dtype=dtype)
+  return entries.score_BxT, routers.normed(entries.x_BxTxD).astype(jnp.float16) if with_hidden else None
+
+
+def collect_inputs(
+    config: ModelConfig, routing: RoutingConfig, params: Any, prompts: Prompts, batch: int, *, with_hidden: bool, dtype: Any
+) -> tuple[np.ndarray, np.ndarray | None]:
+  """(score_LxNxT, hidden_LxNxTxD or None) of a dense pass over all prompts."""
+  parts = [
+      jax.device_get(_inputs(config, routing, params, *rows, with_hidden=with_hidden, dtype=dtype))
+      for rows, _ in batches(prompts, batch)
+  ]
+  join = lambda arrays: np.concatenate(arrays, axis=1)[:, : len(prompts.tokens)]
+  return join([p[0] for p in parts]), join([p[1] for p in parts]) if with_hidden else None
+
+
+def collect_fisher(
+    config: ModelConfig,
+    routing: RoutingConfig,
+    params: Any,
+    prompts: Prompts,
+    batch: int,
+    seed: int,
+    *,
+    num_scored: int,
+    draws: int,
+    dtype: Any,
+    progress: Any = lambda rows: rows,
+) -> np.ndarray:
+  """Fisher scores (L,N,T) of all prompts; `progress` wraps the list of batches."""
+  parts = []
+  for i, (rows, _) in enumerate(progress(list(batches(prompts, batch)))):
+    key = jax.random.fold_in(jax.random.key(seed), i)
+    scores = gate_fisher(config, routing, params, *rows, key, num_scored=num_scored, draws=draws, dtype=dtype)
+    parts.append(np.asarray(scores))
+  return np.concatenate(parts, axis=1)[:, : len(prompts.tokens)]
+
+
+def fisher_schedule(fisher_LxNxT: np.ndarray, context_N: np.ndarray, target: float) -> np.ndarray:
+  """Sparsity (L,) of each block when every prompt skips its pairs of lowest score, averaged over prompts."""
+  skipped = []
+  for n, m in enumerate(context_N):
+    scores = fisher_LxNxT[:, n, :m].astype(np.float64)
+    scores[:, [0, m - 1]] = np.inf
+    count = round(target * scores.size)
+    threshold = np.partition(scores.ravel(), count)[count]
+    skipped.append((scores < threshold).mean(axis=1))
+  return np.mean(skipped, axis=0)
+
+
+def margins(router: RouterConfig, params: Any, factors_LxBxTxF, hidden_LxBxTxD) -> jax.Array:
+  """Margins (L,B,T) from collected inputs: what routed execution computes block by block."""
+  chosen = factors_LxBxTxF[..., [FACTORS.index(name) for name in router.factors]]
+  _, batch, num_positions, _ = factors_LxBxTxF.shape
+
+  def body(state, xs):
+    features, hidden, slice_params = xs
+    slice_params = slice_params if router.kind == "per_block" else params
+    margin, state = routers.margin_of_inputs(router, slice_params, features, hidden, state)
+    return state, margin
+
+  xs = (chosen, hidden_LxBxTxD, params if router.kind == "per_block" else None)
+  return jax.lax.scan(body, routers.init_state(router, batch, num_positions), xs)[1]
+
+
+@dataclasses.dataclass(frozen=True)
+class WarmupSettings:
+  """Steps, prompts a step, and peak learning rate of the warm-up; `config.train.warmup_guide_*`."""
+
+  steps: int
+  batch: int
+  learning_rate: float
+
+
+def warm_up(
+    router: RouterConfig,
+    routing: RoutingConfig,
+    settings: WarmupSettings,
+    params: Any,
+    data: GuideData,
+    schedules_MxL: np.ndarray,
+    seed: int,
+    progress: Any = lambda steps: steps,
+) -> tuple[Any, list[float]]:
+  """Fits the router to the Fisher targets.
+
+  Args:
+    schedules_MxL: every step asks for a random mixture of two of them.
+    progress: wraps the range of steps.
+
+  Returns:
+    The parameters and the loss of every step.
+  """
+  optimizer = optax.adamw(optax.cosine_decay_schedule(settings.learning_rate, settings.steps), weight_decay=1e-3)
+  num_positions = data.score_LxNxT.shape[-1]
+
+  def loss_fn(params, context, score, hidden, fisher, schedule):
+    in_context = jnp.arange(num_positions)[None] < context[:, None]
+    asked = lambda s: jnp.full((1, num_positions), s)
+    features = jax.vmap(
+        lambda score, s: factor_lib.factors(FACTORS, factor_lib.ScoreTables(score, None), asked(s), context)
+    )(score, schedule)
+    target = losses.top_targets(fisher, schedule, context, routing.bucket_multiple)
+    return losses.guide_loss(margins(router, params, features, hidden), target, schedule, in_context)
+
+  @jax.jit
+  def step(params, state, *batch):
+    loss, grads = jax.value_and_grad(loss_fn)(params, *batch)
+    updates, state = optimizer.update(grads, state, params)
+    return optax.apply_updates(params, updates), state, loss
+
+  rng = np.random.Generator(np.random.PCG64(seed))
+  state, history = optimizer.init(params), []
+  size = min(settings.batch, len(data.context_N))
+  for _ in progress(range(settings.steps)):
+    rows = rng.choice(len(data.context_N), size, replace=False)
+    first, second = schedules_MxL[rng.integers(len(schedules_MxL), size=2)]
+    share = rng.random()
+    schedule = jnp.asarray(share * first + (1 - share) * second, jnp.float32)
+    hidden = None if data.hidden_LxNxTxD is None else data.hidden_LxNxTxD[:, rows]
+    params, state, loss = step(
+        params, state, data.context_N[rows], data.score_LxNxT[:, rows], hidden, data.fisher_LxNxT[:, rows], schedule
+    )
+    history.append(loss)
+  return params, [float(loss) for loss in history]

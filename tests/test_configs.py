@@ -1,0 +1,151 @@
+"""Run configs, the keys of the default config, and the large models by abstract evaluation."""
+
+import ast
+import pathlib
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from ftp_jax import config as config_module
+from ftp_jax import launch
+from ftp_jax.errors import UserError
+from ftp_jax.models import decoder
+from ftp_jax.models.architectures import ARCHITECTURES, architecture
+from ftp_jax.routing import masked, routers
+from ftp_jax.routing.config import RouterConfig, RoutingConfig
+
+ROOT = pathlib.Path(__file__).parent.parent
+CONFIGS = ("llama2_13b", "llama2_7b", "llama3_8b", "quickstart", "qwen1_5_7b", "smollm2_135m")
+LARGE = {"llama2-7b": 6.74e9, "llama2-13b": 13.02e9, "llama3-8b": 8.03e9, "qwen1.5-7b": 7.72e9}
+KEYS = sorted(launch.keys(config_module.get_config()))
+
+
+def test_the_configs_that_are_there():
+  assert tuple(launch.config_names()) == CONFIGS
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_config_loads_is_locked_and_changes_only_known_keys(name):
+  config, _ = launch.load_config(name, None, [])
+  assert sorted(launch.keys(config)) == KEYS
+  assert config.is_locked
+  with pytest.raises(AttributeError):
+    config.train.nothing = 1
+  with pytest.raises(UserError, match="no key 'train.nothing'"):
+    launch.load_config(name, None, ["--config.train.nothing=1"])
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_config_is_within_range(name):
+  """What the modules that read a config would refuse at the start of a run."""
+  config, _ = launch.load_config(name, None, [])
+  assert all(0 <= s < config.search.max_sparsity for s in config.sparsities)
+  assert config.search.elite < config.search.population
+  assert config.model.dtype in ("float32", "bfloat16") and config.model.remat in decoder.REMAT
+  RoutingConfig(config.routing.kv_mode, config.routing.selection)
+  RouterConfig(config.router.kind, tuple(config.router.factors), config.router.hidden_states, config.router.hidden_size)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_header_gives_command_time_and_result(name):
+  header = ast.get_docstring(ast.parse((ROOT / "experiments" / "configs" / f"{name}.py").read_text()))
+  assert f"ftp-jax run --config={name} --workdir=runs/{name}" in header
+  assert re.search(r"^Wall time", header, re.M) and "esult: " in header
+
+
+def test_every_key_has_a_comment():
+  described = set()
+  for line in pathlib.Path(config_module.__file__).read_text().splitlines():
+    if match := re.match(r"  c\.([\w.]+) = .*[^ ]  # \w..", line):
+      described.add(match.group(1))
+  assert described == set(KEYS)
+
+
+def _reads() -> set[tuple[str, str]]:
+  """(section, key or pattern of keys) of every read in ftp_jax, found in the syntax trees."""
+  name_of = lambda node: node.attr if isinstance(node, ast.Attribute) else getattr(node, "id", "")
+  found = set()
+  for path in (ROOT / "ftp_jax").rglob("*.py"):
+    if path.name == "config.py" and path.parent.name == "ftp_jax":
+      continue
+    for node in ast.walk(ast.parse(path.read_text())):
+      if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
+        found.add((name_of(node.value), node.attr))
+      elif isinstance(node, ast.Call):
+        # f(**config.section) reads all of it, getattr(section, f"num_{x}") what fits.
+        for keyword in node.keywords:
+          if keyword.arg is None:
+            found.add((name_of(keyword.value), r"\w+"))
+        if name_of(node.func) == "getattr" and isinstance(node.args[1], ast.JoinedStr):
+          parts = (re.escape(part.value) if isinstance(part, ast.Constant) else r"\w+" for part in node.args[1].values)
+          found.add((name_of(node.args[0]), "".join(parts)))
+  return found
+
+
+READS = _reads()
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_every_key_is_read(key):
+  """As `section.key`, whatever object the section hangs on; keys of no section as `config.key`."""
+  section, _, name = key.rpartition(".")
+  assert any(where == (section or "config") and re.fullmatch(pattern, name) for where, pattern in READS)
+
+
+def test_unknown_architecture_is_refused():
+  with pytest.raises(UserError, match="no architecture is known as 'gpt2'; known are smollm2-135m, llama2-7b"):
+    architecture("gpt2")
+
+
+def test_every_large_config_names_a_known_architecture():
+  sources = {launch.load_config(name, None, [])[0].model.source for name in CONFIGS}
+  assert sources == {
+      "smollm2-135m", "meta-llama/Llama-2-7b-hf", "meta-llama/Llama-2-13b-hf", "meta-llama/Meta-Llama-3-8B",
+      "Qwen/Qwen1.5-7B",
+  }  # fmt: skip
+  assert set(ARCHITECTURES) == {"smollm2-135m", *LARGE}
+
+
+@pytest.mark.parametrize("name, count", [("smollm2-135m", 134_515_008), *LARGE.items()])
+def test_parameter_count(name, count):
+  leaves = jax.tree.leaves(decoder.abstract_params(architecture(name)))
+  assert sum(leaf.size for leaf in leaves) == pytest.approx(count, rel=0.01)
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_full_size_forward_passes_by_abstract_evaluation(name):
+  config = architecture(name)
+  params = decoder.abstract_params(config, jnp.bfloat16)
+  batch, positions = 2, 320
+  tokens = jax.ShapeDtypeStruct((batch, positions), jnp.int32)
+  lengths = jax.ShapeDtypeStruct((batch,), jnp.int32)
+  hidden = (batch, positions, config.hidden_size)
+
+  dense = jax.eval_shape(
+      lambda p, t, n: decoder.forward(config, p, t, n, dtype=jnp.bfloat16, remat_policy="full"), params, tokens, lengths
+  )
+  assert dense.shape == hidden and dense.dtype == jnp.bfloat16
+
+  router_config = RouterConfig()
+  router = jax.eval_shape(
+      lambda key: routers.init_router(router_config, key, config.num_blocks, config.hidden_size), jax.random.key(0)
+  )
+  assert sum(leaf.size for leaf in jax.tree.leaves(router)) == 450
+
+  def routed(router, params, tokens, context, length, schedule):
+    dynamic = masked.Router("dynamic", router_config, router)
+    return masked.forward(
+        config, RoutingConfig(), params, dynamic, tokens, context, length, schedule, straight_through=True,
+        dtype=jnp.bfloat16, remat_policy="full",
+    )  # fmt: skip
+
+  schedule = jax.ShapeDtypeStruct((config.num_blocks,), jnp.float32)
+  out = jax.eval_shape(routed, router, params, tokens, lengths, lengths, schedule)
+  assert out.hidden_BxTxD.shape == hidden and out.hidden_BxTxD.dtype == jnp.bfloat16
+  assert out.keep_LxBxT.shape == (config.num_blocks, batch, positions) and out.keep_LxBxT.dtype == bool
+  # Training differentiates the router alone.
+  loss = lambda *args: jnp.sum(routed(*args).hidden_BxTxD.astype(jnp.float32))
+  gradient = jax.eval_shape(jax.grad(loss), router, params, tokens, lengths, lengths, schedule)
+  assert jax.tree.map(lambda g: g.shape, gradient) == jax.tree.map(lambda p: p.shape, router)
