@@ -46,7 +46,7 @@ def get_config() -> config_dict.ConfigDict:
   c.router = config_dict.ConfigDict()
   c.router.kind = "global"  # global, per_block or recurrent
   c.router.factors = ("position", "score", "rank", "sparsity")  # low-dimensional inputs, any subset
-  c.router.hidden_states = False  # feed the normed hidden state as well
+  c.router.hidden_states = True  # feed the normed hidden state as well
   c.router.hidden_size = 64  # width of the router's MLP
 
   c.search = config_dict.ConfigDict()
@@ -74,8 +74,9 @@ def get_config() -> config_dict.ConfigDict:
   c.train.sparsity_weight = 1.0  # w_s
   c.train.sparsity_two_sided = False  # also punish skipping more than asked
   c.train.guide = "fisher"  # target of the guide loss: static or fisher
+  c.train.fisher_share = 0.5  # training asks for the found schedule, moved this far to the Fisher one
   c.train.warmup_guide_steps = 300  # steps on the guide alone (fisher), without passing the model
-  c.train.warmup_guide_learning_rate = 3e-3  # peak learning rate of those steps
+  c.train.warmup_guide_learning_rate = 1e-3  # peak learning rate of those steps
   c.train.guide_weight = 1.0  # w_g at step 0
   c.train.guide_decay = "cosine"  # decay of w_g to 0 over the steps: cosine, linear or none
   c.train.fisher_draws = 2  # backward passes behind one Fisher score; every training prompt is scored
@@ -101,6 +102,7 @@ def paper_preset(config: config_dict.ConfigDict) -> config_dict.ConfigDict:
   config.routing.kv_mode = "evict"
   config.routing.selection = "argmax"
   config.train.guide = "static"
+  config.router.hidden_states = False
   config.search.seed_schedules = ("uniform",)
   config.train.batch = 1
   return config

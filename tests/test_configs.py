@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from ftp_jax import config as config_module
 from ftp_jax import launch
+from ftp_jax.config import get_config
 from ftp_jax.errors import UserError
 from ftp_jax.models import decoder
 from ftp_jax.models.architectures import ARCHITECTURES, architecture
@@ -17,9 +17,10 @@ from ftp_jax.routing import masked, routers
 from ftp_jax.routing.config import RouterConfig, RoutingConfig
 
 ROOT = pathlib.Path(__file__).parent.parent
+CONFIG = ROOT / "ftp_jax" / "config.py"
 CONFIGS = ("llama2_13b", "llama2_7b", "llama3_8b", "quickstart", "qwen1_5_7b", "smollm2_135m")
 LARGE = {"llama2-7b": 6.74e9, "llama2-13b": 13.02e9, "llama3-8b": 8.03e9, "qwen1.5-7b": 7.72e9}
-KEYS = sorted(launch.keys(config_module.get_config()))
+KEYS = sorted(launch.keys(get_config()))
 
 
 def test_the_configs_that_are_there():
@@ -57,30 +58,48 @@ def test_header_gives_command_time_and_result(name):
 
 def test_every_key_has_a_comment():
   described = set()
-  for line in pathlib.Path(config_module.__file__).read_text().splitlines():
+  for line in CONFIG.read_text().splitlines():
     if match := re.match(r"  c\.([\w.]+) = .*[^ ]  # \w..", line):
       described.add(match.group(1))
   assert described == set(KEYS)
 
 
+def _name(node: ast.AST) -> str:
+  return node.attr if isinstance(node, ast.Attribute) else getattr(node, "id", "")
+
+
+def _aliases(function: ast.AST) -> dict[str, str]:
+  """Local names of config sections: {"c": "search"} where a function says `c = self.config.search`."""
+  found = {}
+  for node in ast.walk(function):
+    if isinstance(node, ast.Assign):
+      target, value = node.targets[0], node.value
+      unpacked = isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple)
+      pairs = zip(target.elts, value.elts) if unpacked else [(target, value)]
+      found |= {t.id: v.attr for t, v in pairs if isinstance(t, ast.Name) and isinstance(v, ast.Attribute)}
+  return found
+
+
 def _reads() -> set[tuple[str, str]]:
   """(section, key or pattern of keys) of every read in ftp_jax, found in the syntax trees."""
-  name_of = lambda node: node.attr if isinstance(node, ast.Attribute) else getattr(node, "id", "")
-  found = set()
-  for path in (ROOT / "ftp_jax").rglob("*.py"):
-    if path.name == "config.py" and path.parent.name == "ftp_jax":
-      continue
-    for node in ast.walk(ast.parse(path.read_text())):
-      if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
-        found.add((name_of(node.value), node.attr))
-      elif isinstance(node, ast.Call):
-        # f(**config.section) reads all of it, getattr(section, f"num_{x}") what fits.
-        for keyword in node.keywords:
-          if keyword.arg is None:
-            found.add((name_of(keyword.value), r"\w+"))
-        if name_of(node.func) == "getattr" and isinstance(node.args[1], ast.JoinedStr):
-          parts = (re.escape(part.value) if isinstance(part, ast.Constant) else r"\w+" for part in node.args[1].values)
-          found.add((name_of(node.args[0]), "".join(parts)))
+  trees = [ast.parse(path.read_text()) for path in (ROOT / "ftp_jax").rglob("*.py") if path != CONFIG]
+  nodes = [node for tree in trees for node in ast.walk(tree)]
+  loads = [n for n in nodes if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Load)]
+  found = {(_name(node.value), node.attr) for node in loads}
+  settings = {attr for name, attr in found if name in ("settings", "self")}
+  for node in nodes:
+    if isinstance(node, ast.FunctionDef):
+      aliases = _aliases(node)
+      inner = [n for n in ast.walk(node) if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Load)]
+      found |= {(aliases[_name(n.value)], n.attr) for n in inner if _name(n.value) in aliases}
+    elif isinstance(node, ast.ClassDef):
+      # A dataclass made of a section by its field names: a field counts if something reads it.
+      makers = [f.args.args[1].arg for f in node.body if isinstance(f, ast.FunctionDef) and f.name == "from_config"]
+      fields = {f.target.id for f in node.body if isinstance(f, ast.AnnAssign)}
+      found |= {(maker.removesuffix("_config"), name) for maker in makers for name in fields & settings}
+    elif isinstance(node, ast.Call) and _name(node.func) == "getattr" and isinstance(node.args[1], ast.JoinedStr):
+      parts = (re.escape(part.value) if isinstance(part, ast.Constant) else r"\w+" for part in node.args[1].values)
+      found.add((_name(node.args[0]), "".join(parts)))
   return found
 
 

@@ -60,7 +60,7 @@ def make_run(workdir, config):
              "best_validation": 0.12 + 0.2 / (g + 1) + 0.01 * seed}
             for g in range(generations)
         ]  # fmt: skip
-        write(cell / stage / "metrics.jsonl", history, lines=True)
+        write(cell / stage / ("round0" if stage == "finetune" else "") / "metrics.jsonl", history, lines=True)
       training = []
       for step in range(60):
         training.append({
@@ -179,6 +179,28 @@ def test_a_schedule_that_was_not_searched_has_no_search_curve(tmp_path):
   assert [axes.get_title() for axes in figure.axes] == ["S = 0.30, fine-tuning (trained router)"]
 
 
+def test_a_run_without_any_search_or_scores_is_reported(tmp_path):
+  config = make_config((0,), (0.3,))
+  make_run(tmp_path, config)
+  config.search.schedule, config.finetune.rounds = "uniform", 0
+  shutil.rmtree(tmp_path / "S0.30" / "seed0" / "finetune" / "round0")
+  (tmp_path / "importance" / "fisher.json").unlink()
+  report.write_report(str(tmp_path), config)
+  assert not (tmp_path / "plots" / "search.png").exists() and (tmp_path / "plots" / "redundancy.png").exists()
+
+
+def test_rounds_of_finetuning_stand_side_by_side(tmp_path):
+  config = make_config((0,), (0.3,))
+  make_run(tmp_path, config)
+  config.finetune.rounds = 2
+  finetune = tmp_path / "S0.30" / "seed0" / "finetune"
+  shutil.copytree(finetune / "round0", finetune / "round1")
+  figure, _ = plots.plot_search(read_run(str(tmp_path), config))
+  assert [axes.get_title().partition(", ")[2] for axes in figure.axes] == [
+      "search (static router)", "fine-tuning (trained router), round 1", "fine-tuning (trained router), round 2",
+  ]  # fmt: skip
+
+
 def test_html_is_self_contained(run):
   page = (run[0] / "report.html").read_text()
   assert page.count("data:image/png;base64,") == 7
@@ -195,6 +217,7 @@ def test_html_is_self_contained(run):
         ("S0.40/seed1/search/schedule.json", "search"),
         ("S0.40/seed1/train/metrics.jsonl", "train"),
         ("S0.40/seed1/finetune/schedule.json", "finetune"),
+        ("S0.40/seed1/finetune/round0/metrics.jsonl", "finetune"),
         ("S0.40/seed1/evaluate/routes.json", "evaluate"),
     ],
 )

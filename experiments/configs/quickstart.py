@@ -11,16 +11,21 @@ from ftp_jax.config import get_config as get_default_config
 
 def get_config():
   config = get_default_config()
+  config.data.min_context = 64
+  config.data.max_context = 64
+  config.data.continuation = 16
   config.data.num_search = 16
-  config.data.num_train = 96
+  config.data.num_train = 64
   config.data.num_validation = 16
   config.data.num_test = 32
-  config.search.population = 12
-  config.search.generations = 6
-  config.train.steps = 60
-  config.train.validate_every = 20
-  config.train.checkpoint_every = 20
-  config.finetune.generations = 4
+  config.search.population = 8
+  config.search.elite = 2
+  config.search.generations = 4
+  config.train.steps = 16
+  config.train.warmup = 2
+  config.train.validate_every = 8
+  config.train.checkpoint_every = 8
+  config.finetune.generations = 3
   config.evaluation.perplexity_windows = 4
-  config.evaluation.redundancy_prompts = 8
+  config.evaluation.redundancy_prompts = 16
   return config

@@ -41,6 +41,7 @@ from ftp_jax.training.step import StepSpec, TrainSettings
 
 STAGES = ("data", "importance", "search", "train", "finetune", "evaluate", "report")
 SCHEDULES = ("ga", "uniform", "middle", "late", "influence", "fisher", "file")
+_FINETUNE_STARTS = (0.0, 0.25, 0.5, 0.75)  # shares of the Fisher schedule where fine-tuning starts
 _MAPPED_PROMPTS = 4  # prompts whose kept tokens the report shows
 
 
@@ -242,35 +243,39 @@ class _Pipeline:
 
       def work(directory):
         _say(f"train: S={sparsity:.2f}, seed {seed}")
-        mix = self.training_schedules(self.schedule(cell / "search"), sparsity)
+        asked = self.training_schedule(self.schedule(cell / "search"), sparsity)
         router = routers.init_router(
             self.router_config, jax.random.key(seed), self.frozen.config.num_blocks, self.frozen.config.hidden_size
         )
         if self.config.train.guide == "fisher" and self.config.train.warmup_guide_steps:
-          router = self.warm_up(router, mix, seed)
-        self.fit(directory, router, mix, seed)
+          router = self.warm_up(router, asked, seed)
+        self.fit(directory, router, asked, seed)
 
       settings = self.settings("train") | {"sparsity": sparsity, "seed": seed}
       run_stage(cell / "train", settings, work)
 
-  def training_schedules(self, found: np.ndarray, sparsity: float) -> np.ndarray:
-    """Schedules (M,L) that training mixes: the found one and, with a Fisher guide, the Fisher one."""
-    if self.config.train.guide != "fisher":
-      return found[None]
-    fisher = schedules.to_sparsity(self.named_schedule("fisher", sparsity), self.config.search.grid)
-    return np.stack([found, fisher])
+  def training_schedule(self, found: np.ndarray, sparsity: float, share: float | None = None) -> np.ndarray:
+    """What training asks for, (L,): the found schedule, moved towards the Fisher schedule by a share.
 
-  def warm_up(self, router: Any, mix: np.ndarray, seed: int) -> Any:
+    The static router's best schedules leave a dynamic one little to decide: blocks skip all or nothing.
+    """
+    share = self.config.train.fisher_share if share is None else share
+    if self.config.train.guide != "fisher" or not share:
+      return found
+    fisher = schedules.to_sparsity(self.named_schedule("fisher", sparsity), self.config.search.grid)
+    return (1 - share) * found + share * fisher
+
+  def warm_up(self, router: Any, schedule: np.ndarray, seed: int) -> Any:
     c = self.config.train
     settings = guide.WarmupSettings(c.warmup_guide_steps, c.batch, c.warmup_guide_learning_rate)
     bar = functools.partial(tqdm.tqdm, desc="guided warm-up")
-    return guide.warm_up(self.router_config, self.routing, settings, router, self.guide_data, mix, seed, bar)[0]
+    return guide.warm_up(self.router_config, self.routing, settings, router, self.guide_data, schedule, seed, bar)[0]
 
-  def fit(self, directory: pathlib.Path, router: Any, mix: np.ndarray, seed: int) -> None:
+  def fit(self, directory: pathlib.Path, router: Any, schedule: np.ndarray, seed: int) -> None:
     """Trains a router with the three losses and writes it to `directory`."""
     c = self.config
-    validation, target = self.judge("validation", c.search.batch), mix[-1]
-    skipping = np.flatnonzero(mix.max(axis=0) > 0)
+    validation = self.judge("validation", c.search.batch)
+    skipping = np.flatnonzero(schedule > 0)
     spec = StepSpec(
         self.frozen.config, self.routing, self.router_config, self.train_settings, self.num_scored,
         start=int(skipping[0]) if len(skipping) else 0, dtype=self.frozen.dtype, remat=c.model.remat,
@@ -279,9 +284,9 @@ class _Pipeline:
         directory=str(directory), spec=spec, params=self.frozen.params, router_params=router,
         prompts=self.prompts("train"),
         fisher_LxNxT=self.fisher if c.train.guide == "fisher" else None,
-        schedules_MxL=mix, batch_size=c.train.batch, seed=seed,
+        schedule_L=schedule, batch_size=c.train.batch, seed=seed,
         validate=lambda params: float(
-            validation.kl(masked.Router("dynamic", self.router_config, params), target[None])[0]
+            validation.kl(masked.Router("dynamic", self.router_config, params), schedule[None])[0]
         ),
         validate_every=c.train.validate_every, checkpoint_every=c.train.checkpoint_every,
     )
@@ -302,9 +307,10 @@ class _Pipeline:
             if not (trained / artifact_lib.WEIGHTS_FILE).exists():
               trained.mkdir(parents=True, exist_ok=True)
               before = directory / f"round{r - 1}" / "train" if r > 1 else cell / "train"
-              self.fit(trained, self.load_router(before).params, found[None], seed + r)
-          mix = self.training_schedules(found, sparsity)
-          seeds = np.stack([schedules.to_units(s, sparsity, c.search.grid, c.search.max_sparsity) for s in mix])
+              self.fit(trained, self.load_router(before).params, found, seed + r)
+          starts = [self.training_schedule(found, sparsity, share) for share in _FINETUNE_STARTS]
+          units = [schedules.to_units(s, sparsity, c.search.grid, c.search.max_sparsity) for s in starts]
+          seeds = np.unique(np.stack(units), axis=0)
           found = self.find_schedule(here, seeds, self.load_router(trained), c.finetune.generations, seed)
         schedules.save(directory / "schedule.json", found)
         artifact_lib.save_weights(

@@ -58,9 +58,10 @@ def write_plots(run: Run, rows: list[dict[str, Any]], directory: str) -> list[Pl
   drawn = [
       ("methods.png", "KL to the dense model by method", *plot_methods(rows)),
       ("schedules.png", "Sparsity asked of each block", *plot_schedules(run)),
-      ("search.png", "Convergence of the two searches", *plot_search(run)),
       ("training.png", "Router training", *plot_training(run)),
   ]
+  if any(cell.search_history or cell.histories for cell in run.cells):
+    drawn.insert(2, ("search.png", "Convergence of the searches", *plot_search(run)))
   for sparsity, cells in run.by_sparsity().items():
     name = f"routes_S{sparsity:.2f}.png"
     drawn.append((name, f"Tokens kept at S = {sparsity:.2f}", *plot_routes(cells[0].prompts)))
@@ -171,10 +172,13 @@ def plot_schedules(run: Run):
 
 @_styled
 def plot_search(run: Run):
-  """Fitness and validation of both searches against generations; a row for each S."""
+  """Fitness and validation of the searches against generations; a row for each S."""
   by_sparsity = run.by_sparsity()
-  columns = [("search (static router)", "search_history"), ("fine-tuning (trained router)", "history")]
-  columns = [column for column in columns if any(getattr(cell, column[1]) for cell in run.cells)]
+  columns = [("search (static router)", lambda cell: cell.search_history)] if run.cells[0].search_history else []
+  rounds = len(run.cells[0].histories)
+  for r in range(rounds):
+    title = "fine-tuning (trained router)" + (f", round {r + 1}" if rounds > 1 else "")
+    columns.append((title, lambda cell, r=r: cell.histories[r]))
   figure, panels = _panels(len(by_sparsity), len(columns), 5, 2.9)
   curves = (
       ("mean_fitness", "mean of the population", SKY, ":"),
@@ -182,10 +186,10 @@ def plot_search(run: Run):
       ("best_validation", "best on validation prompts", VERMILION, "--"),
   )
   for row, (sparsity, cells) in zip(panels, by_sparsity.items()):
-    for axes, (title, field) in zip(row, columns):
+    for axes, (title, history_of) in zip(row, columns):
       for key, label, colour, style in curves:
         for i, cell in enumerate(cells):
-          history = getattr(cell, field)
+          history = history_of(cell)
           x, y = [line["generation"] for line in history], [line[key] for line in history]
           axes.plot(x, y, color=colour, linestyle=style, marker=".", label=None if i else label)
       axes.set_title(f"S = {sparsity:.2f}, {title}")
@@ -277,8 +281,8 @@ def plot_redundancy(run: Run):
   """How little each block changes a token, and what skipping it costs."""
   found = run.redundancy
   blocks = np.arange(len(found["similarity_mean"]))
-  figure, panels = _panels(2, 1, 8, 2.7)
-  top, bottom = panels[:, 0]
+  figure, panels = _panels(1 if run.fisher is None else 2, 1, 8, 2.7)
+  top = panels[0, 0]
   top.bar(blocks, 100 * np.asarray(found["share_above_0.8"]), color=SKY, label="tokens with cosine above 0.8 (%)")
   top.plot(blocks, 100 * np.asarray(found["similarity_mean"]), color=VERMILION, marker="o", markersize=4,
            label="mean cosine × 100")  # fmt: skip
@@ -286,19 +290,21 @@ def plot_redundancy(run: Run):
   top.set_yticks(range(0, 101, 25))
   top.set_ylabel("cosine (× 100),\nshare of tokens (%)")
   top.legend(loc="upper center", ncols=2)
-  bottom.bar(blocks, run.fisher, color=BLUE)
-  bottom.set_yscale("log")
-  bottom.set_ylabel("mean Fisher score\n(squared nats)")
-  bottom.set_xlabel("block")
-  for axes in (top, bottom):
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
   caption = (
       f"Cosine of a token before and after each block, {found['num_sequences']} sequences of {found['length']} tokens: "
       f"above 0.8 for {_percent(found['share_above_0.8_all'])} of (token, block) pairs, "
       f"{_percent(found['share_above_0.8_edge'])} in the first and last three blocks, "
-      f"{_percent(found['share_above_0.8_middle'])} between. "
-      "Below: Fisher score of skipping a context token in the block."
+      f"{_percent(found['share_above_0.8_middle'])} between."
   )
+  if run.fisher is not None:
+    bottom = panels[1, 0]
+    bottom.bar(blocks, run.fisher, color=BLUE)
+    bottom.set_yscale("log")
+    bottom.set_ylabel("mean Fisher score\n(squared nats)")
+    caption += " Below: Fisher score of skipping a context token in the block."
+  panels[-1, 0].set_xlabel("block")
+  for axes in panels[:, 0]:
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
   return figure, caption
 
 

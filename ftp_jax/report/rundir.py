@@ -1,8 +1,9 @@
 """Reads a run directory back: what the stages left for the report.
 
-    importance/redundancy.json, importance/fisher.json
-    S0.30/seed0/{search,finetune}/{schedule.json,metrics.jsonl}
+    importance/redundancy.json and, where gates were scored, importance/fisher.json
+    S0.30/seed0/search/schedule.json and, where it was searched, metrics.jsonl
     S0.30/seed0/train/metrics.jsonl
+    S0.30/seed0/finetune/schedule.json, round<r>/metrics.jsonl
     S0.30/seed0/evaluate/routes.json
 """
 
@@ -20,8 +21,9 @@ class Cell(NamedTuple):
 
   Attributes:
     search_schedule, schedule: sparsities (L,) before and after fine-tuning, lists.
-    search_history, history: metrics of the two searches, one dict a generation. The former is
-      empty where the schedule was not searched but computed or given.
+    search_history: metrics of the search, one dict a generation; empty where the schedule was not
+      searched but computed or given.
+    histories: the same of every round of fine-tuning.
     training: metrics of the router training, one dict a line.
     prompts: kept-token maps: dicts of tokens, context and keep (L, context).
   """
@@ -31,16 +33,22 @@ class Cell(NamedTuple):
   search_schedule: list[float]
   schedule: list[float]
   search_history: list[dict]
-  history: list[dict]
+  histories: list[list[dict]]
   training: list[dict]
   prompts: list[dict]
 
 
 class Run(NamedTuple):
-  """redundancy: figures of the redundancy analysis; fisher: mean score a block (L,); cells: by S, then seed."""
+  """What the report shows beside the table.
+
+  Attributes:
+    redundancy: figures of the redundancy analysis.
+    fisher: mean Fisher score of a gate by block, (L,); None where the run scored no gates.
+    cells: by S, then seed.
+  """
 
   redundancy: dict
-  fisher: list[float]
+  fisher: list[float] | None
   cells: list[Cell]
 
   def by_sparsity(self) -> dict[float, list[Cell]]:
@@ -55,7 +63,7 @@ def cell_directory(workdir: str, sparsity: float, seed: int) -> str:
 
 
 def read_run(workdir: str, config: ConfigDict) -> Run:
-  """Reads what the report shows beside the table.
+  """Reads a run directory.
 
   Raises:
     UserError: a file is missing or unreadable; names the stage that writes it.
@@ -72,13 +80,21 @@ def read_run(workdir: str, config: ConfigDict) -> Run:
               search_schedule=read_json(at("search", "schedule.json"), "search"),
               schedule=read_json(at("finetune", "schedule.json"), "finetune"),
               search_history=_read_lines(at("search", "metrics.jsonl"), "search") if searched else [],
-              history=_read_lines(at("finetune", "metrics.jsonl"), "finetune"),
+              histories=[
+                  _read_lines(at("finetune", f"round{r}", "metrics.jsonl"), "finetune")
+                  for r in range(config.finetune.rounds)
+              ],
               training=_read_lines(at("train", "metrics.jsonl"), "train"),
               prompts=read_json(at("evaluate", "routes.json"), "evaluate")["prompts"],
           )
       )
-  importance = lambda name: read_json(os.path.join(workdir, "importance", name), "importance")
-  return Run(importance("redundancy.json"), importance("fisher.json"), cells)
+  importance = lambda name: os.path.join(workdir, "importance", name)
+  scored = os.path.exists(importance("fisher.json"))
+  return Run(
+      read_json(importance("redundancy.json"), "importance"),
+      read_json(importance("fisher.json"), "importance") if scored else None,
+      cells,
+  )
 
 
 def read_json(path: str, stage: str) -> Any:

@@ -2,8 +2,7 @@
 
 The router's inputs are collected once in a dense pass, so a step costs the router alone and a few
 hundred steps take seconds. The target of a block is the set of tokens of highest Fisher score that
-fills its capacity; schedules are mixed at random, so that the router also ranks tokens at sparsities
-which the fine-tuning search will ask for later.
+fills its capacity.
 """
 
 import dataclasses
@@ -123,15 +122,11 @@ def warm_up(
     settings: WarmupSettings,
     params: Any,
     data: GuideData,
-    schedules_MxL: np.ndarray,
+    schedule_L: np.ndarray,
     seed: int,
     progress: Any = lambda steps: steps,
 ) -> tuple[Any, list[float]]:
-  """Fits the router to the Fisher targets.
-
-  Args:
-    schedules_MxL: every step asks for a random mixture of two of them.
-    progress: wraps the range of steps.
+  """Fits the router to the Fisher targets under one schedule; `progress` wraps the range of steps.
 
   Returns:
     The parameters and the loss of every step.
@@ -155,16 +150,14 @@ def warm_up(
     return optax.apply_updates(params, updates), state, loss
 
   rng = np.random.Generator(np.random.PCG64(seed))
+  schedule_L = jnp.asarray(schedule_L, jnp.float32)
   state, history = optimizer.init(params), []
   size = min(settings.batch, len(data.context_N))
   for _ in progress(range(settings.steps)):
     rows = rng.choice(len(data.context_N), size, replace=False)
-    first, second = schedules_MxL[rng.integers(len(schedules_MxL), size=2)]
-    share = rng.random()
-    schedule = jnp.asarray(share * first + (1 - share) * second, jnp.float32)
     hidden = None if data.hidden_LxNxTxD is None else data.hidden_LxNxTxD[:, rows]
     params, state, loss = step(
-        params, state, data.context_N[rows], data.score_LxNxT[:, rows], hidden, data.fisher_LxNxT[:, rows], schedule
+        params, state, data.context_N[rows], data.score_LxNxT[:, rows], hidden, data.fisher_LxNxT[:, rows], schedule_L
     )
     history.append(loss)
   return params, [float(loss) for loss in history]

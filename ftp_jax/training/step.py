@@ -151,7 +151,7 @@ def train_step(spec: StepSpec, params: Any, state: TrainState, batch: Batch, sch
   grads, metrics = grad(state.router)
   updates, optimizer = make_optimizer(spec.train).update(grads, state.optimizer, state.router)
   router = optax.apply_updates(state.router, updates)
-  return TrainState(state.step + 1, router, optimizer), metrics | {"grad_norm": optax.global_norm(grads)}
+  return TrainState(state.step + 1, router, optimizer), metrics | {"grad_norm": optax.tree.norm(grads)}
 
 
 jitted_step = functools.partial(jax.jit, static_argnames="spec", donate_argnames="state")(train_step)

@@ -1,0 +1,165 @@
+"""The whole pipeline on a tiny model: stages, resuming, changed settings, the artifact."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from ftp_jax import pipeline
+from ftp_jax.config import get_config, paper_preset
+from ftp_jax.errors import UserError
+from ftp_jax.export import artifact
+from ftp_jax.models.huggingface import fingerprint, save_params
+from tests import tiny
+from tests.test_data import byte_tokenizer
+
+
+@pytest.fixture(scope="module")
+def model_directory(tmp_path_factory):
+  directory = tmp_path_factory.mktemp("model")
+  tokenizer = byte_tokenizer()
+  c = tiny.config(vocab_size=len(tokenizer), max_positions=128)
+  hf = dict(
+      model_type="llama", vocab_size=c.vocab_size, hidden_size=c.hidden_size, intermediate_size=c.intermediate_size,
+      num_hidden_layers=c.num_blocks, num_attention_heads=c.num_heads, num_key_value_heads=c.num_kv_heads,
+      head_dim=c.head_dim, rms_norm_eps=c.norm_eps, tie_word_embeddings=True, max_position_embeddings=128,
+  )
+  save_params(tiny.params(c), c, directory, hf)
+  tokenizer.save_pretrained(directory)
+  return directory
+
+
+def tiny_run(model_directory):
+  config = get_config()
+  config.sparsities = (0.25,)
+  config.model.source = str(model_directory)
+  with config.data.ignore_type():
+    config.data.update(
+        min_context=16, max_context=16, continuation=8, min_continuation=8, num_search=4, num_train=8,
+        num_validation=4, num_test=5,
+    )
+  config.search.update(population=5, elite=2, generations=2, grid=8, max_sparsity=0.875, batch=4)
+  config.train.update(steps=4, batch=4, validate_every=2, checkpoint_every=2, warmup=1, warmup_guide_steps=5)
+  config.finetune.generations = 1
+  config.evaluation.update(batch=4, perplexity_windows=2, perplexity_length=24, redundancy_prompts=4)
+  return config
+
+
+@pytest.fixture(scope="module")
+def finished(model_directory, tmp_path_factory):
+  workdir = tmp_path_factory.mktemp("run")
+  pipeline.run(tiny_run(model_directory), str(workdir))
+  return workdir
+
+
+def test_a_run_leaves_every_figure_and_the_artifact(finished, model_directory):
+  records = json.loads((finished / "results.json").read_text())["records"]
+  assert {r["method"] for r in records} == {
+      "dense", "truncation", "static_uniform", "random", "static_ga", "dynamic_ga", "dynamic_finetuned",
+  }
+  for record in records:
+    assert all(np.isfinite(record[k]) for k in ("kl", "nll", "agreement", "perplexity", "achieved", "flops_saved"))
+  assert (finished / "results.csv").read_text().count("\n") == len(records) + 1
+  assert (finished / "report.html").stat().st_size > 10_000
+  assert len(list((finished / "plots").glob("*.png"))) >= 5
+  made = artifact.load(finished / "S0.25" / "seed0" / "artifact")
+  assert made.fingerprint == fingerprint(model_directory)
+  assert np.mean(made.schedule) == pytest.approx(0.25) and len(made.schedule) == 4
+  assert made.figures["kl"] == [r for r in records if r["method"] == "dynamic_finetuned"][0]["kl"]
+  shape = lambda tree: jax.tree.map(np.shape, tree)
+  again = artifact.load(finished / "S0.25" / "seed0" / "artifact")
+  jax.tree.map(np.testing.assert_array_equal, made.params, again.params)
+  assert shape(made.params)["out"]["kernel"] == (64, 2)
+
+
+def test_finished_stages_are_not_repeated(finished, model_directory):
+  watched = [p for p in finished.rglob("*") if p.is_file() and p.name in ("done.json", "search_state.npz", "schedule.json")]
+  before = {p: p.stat().st_mtime_ns for p in watched}
+  pipeline.run(tiny_run(model_directory), str(finished))
+  assert {p: p.stat().st_mtime_ns for p in watched} == before
+
+
+def test_a_deleted_stage_is_made_again_with_the_same_result(finished, model_directory, tmp_path):
+  copy = tmp_path / "copy"
+  shutil.copytree(finished, copy)
+  cell = copy / "S0.25" / "seed0"
+  for stage in ("search", "train", "finetune", "evaluate"):
+    shutil.rmtree(cell / stage)
+  pipeline.run(tiny_run(model_directory), str(copy), pipeline.STAGES[:-1])
+  for name in ("search/schedule.json", "train/metrics.jsonl", "finetune/schedule.json", "evaluate/records.json"):
+    assert (cell / name).read_text() == (finished / "S0.25" / "seed0" / name).read_text()
+
+
+@pytest.mark.parametrize("section,key,value,stage", [
+    ("train", "learning_rate", 1e-2, "train"), ("search", "grid", 16, "search"), ("data", "num_test", 6, "data"),
+])
+def test_changed_settings_of_a_finished_stage_are_named(finished, model_directory, section, key, value, stage):
+  config = tiny_run(model_directory)
+  config[section][key] = value
+  with pytest.raises(UserError, match=rf"{section}.{key}") as error:
+    pipeline.run(config, str(finished))
+  assert f"/{stage} was made" in str(error.value)
+
+
+def test_another_sparsity_and_seed_only_add_cells(finished, model_directory, tmp_path):
+  copy = tmp_path / "copy"
+  shutil.copytree(finished, copy)
+  config = tiny_run(model_directory)
+  config.sparsities, config.seeds = (0.25, 0.5), (0,)
+  pipeline.run(config, str(copy), pipeline.STAGES[:3])
+  assert (copy / "S0.50" / "seed0" / "search" / "schedule.json").exists()
+
+
+def test_a_damaged_stage_file_is_named(finished, model_directory, tmp_path):
+  copy = tmp_path / "copy"
+  shutil.copytree(finished, copy)
+  (copy / "data" / "test.npz").write_bytes(b"nonsense")
+  shutil.rmtree(copy / "evaluate")
+  with pytest.raises(UserError, match="test.npz"):
+    pipeline.run(tiny_run(model_directory), str(copy))
+
+
+def test_paper_preset_with_per_block_router_and_two_rounds(model_directory, tmp_path):
+  config = paper_preset(tiny_run(model_directory))
+  config.router.kind = "per_block"
+  config.finetune.rounds = 2
+  pipeline.run(config, str(tmp_path), pipeline.STAGES[:-1])
+  assert not (tmp_path / "importance" / "fisher.npz").exists()
+  assert (tmp_path / "S0.25" / "seed0" / "finetune" / "round1" / "schedule.json").exists()
+  loaded = artifact.load(tmp_path / "S0.25" / "seed0" / "artifact")
+  assert loaded.routing.kv_mode == "evict" and loaded.params["hidden"]["kernel"].shape == (4, 4, 64)
+
+
+@pytest.mark.parametrize("change,named", [
+    (lambda c: c.update(sparsities=(0.99,)), "out of reach"),
+    (lambda c: c.update(sparsities=()), "sparsities"),
+    (lambda c: c.search.update(schedule="anneal"), "search.schedule"),
+    (lambda c: c.search.update(seed_schedules=("early",)), "seed_schedules"),
+    (lambda c: c.model.update(dtype="float8"), "model.dtype"),
+    (lambda c: c.data.update(max_context=200, min_context=200), "positions"),
+])  # fmt: skip
+def test_impossible_settings_are_one_sentence(model_directory, tmp_path, change, named):
+  config = tiny_run(model_directory)
+  change(config)
+  with pytest.raises(UserError, match=named) as error:
+    pipeline.run(config, str(tmp_path), pipeline.STAGES[:3])
+  assert "\n" not in str(error.value)
+
+
+def test_damaged_artifacts_are_refused(finished, tmp_path):
+  source = finished / "S0.25" / "seed0" / "artifact"
+  for name, content, named in [
+      (artifact.CONFIG_FILE, "{", "ftp_config.json"),
+      (artifact.CONFIG_FILE, json.dumps({"format_version": 99}), "update ftp_jax"),
+      (artifact.CONFIG_FILE, json.dumps({"format_version": 1}), "incomplete"),
+      (artifact.WEIGHTS_FILE, "x", "router.safetensors"),
+  ]:
+    copy = tmp_path / named
+    shutil.copytree(source, copy)
+    (copy / name).write_text(content)
+    with pytest.raises(UserError, match=named):
+      artifact.load(copy)
+  with pytest.raises(UserError, match="no ftp_config.json"):
+    artifact.load(tmp_path / "nowhere")

@@ -1,0 +1,566 @@
+"""Router training: losses by hand, gradients, Fisher scores and guide, and a loop that resumes bit for bit."""
+
+import dataclasses
+import errno
+import functools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from ftp_jax.data.prompts import Prompts
+from ftp_jax.errors import UserError
+from ftp_jax.models import decoder, scoring
+from ftp_jax.routing import factors, masked, routers
+from ftp_jax.routing.config import FACTORS, RouterConfig, RoutingConfig
+from ftp_jax.training import checkpoint, guide, loop, losses, step
+from tests import tiny
+
+CONFIG = tiny.config()
+frozen_params = functools.cache(tiny.params)
+SCHEDULE = np.array([0, 0, 0.5, 0.25], np.float32)
+ROUTER = RouterConfig(hidden_size=8)
+SETTINGS = step.TrainSettings(
+    steps=24, learning_rate=0.1, warmup=2, clip=1.0, distill="kl", distill_weight=1.0, sparsity_weight=1.0,
+    sparsity_two_sided=False, guide="static", guide_weight=1.0, guide_decay="cosine",
+)
+SPEC = step.StepSpec(CONFIG, RoutingConfig(), ROUTER, SETTINGS, num_scored=4, start=2)
+
+
+# Half the time to compile; what a step computes is the same function.
+quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+QUICK_STEP = quick_jit(step.train_step, static_argnames="spec", donate_argnames="state")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation():
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(step, "jitted_step", QUICK_STEP)
+    yield
+
+
+def prompts(count, seed=0):
+  return Prompts(*tiny.batch(CONFIG, [12, 9] * (count // 2), [16, 13] * (count // 2), 16, seed))
+
+
+def long_prompts(count, seed):
+  return Prompts(*tiny.batch(CONFIG, [12] * count, [16] * count, 16, seed))
+
+
+@functools.cache
+def new_router(config=ROUTER, seed=0):
+  return routers.init_router(config, jax.random.key(seed), CONFIG.num_blocks, CONFIG.hidden_size)
+
+
+def stand_in(router):
+  """In place of a validation KL: lowest in the middle of the training below."""
+  return abs(float(sum(np.square(np.asarray(leaf)).sum() for leaf in jax.tree.leaves(router))) - 17)
+
+
+def train(directory, **changes):
+  """A training of 24 steps with checkpoints at 0, 6, .., 24 and validations at 0, 8, 16, 24."""
+  arguments = dict(
+      spec=SPEC, params=frozen_params(CONFIG), router_params=new_router(), prompts=prompts(10), fisher_LxNxT=None,
+      schedule_L=SCHEDULE, batch_size=4, seed=3, validate=stand_in, validate_every=8, checkpoint_every=6,
+      progress=False,
+  )
+  return loop.train_router(directory=str(directory), **{**arguments, **changes})
+
+
+def lines(directory):
+  return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+
+
+def same(tree, other):
+  return jax.tree.all(jax.tree.map(np.array_equal, tree, other))
+
+
+def saved_steps(directory):
+  return sorted(int(name) for name in os.listdir(directory / "checkpoints") if name.isdigit())
+
+
+# --- losses ----------------------------------------------------------------------------------
+
+
+def test_sparsity_loss_by_hand():
+  asked, achieved = jnp.array([0.5, 0.2, 0.0]), jnp.array([0.25, 0.3, 0.1])
+  np.testing.assert_allclose(losses.sparsity_loss(asked, achieved, False), 0.25, rtol=1e-6)
+  np.testing.assert_allclose(losses.sparsity_loss(asked, achieved, True), 0.45, rtol=1e-6)
+
+
+def test_skipped_share_counts_context_tokens_alone():
+  gate = jnp.array([[[1.0, 0.0, 0.5, 0.0], [1.0, 1.0, 1.0, 0.0]]])
+  in_context = jnp.array([[True, True, True, False], [True, False, False, False]])
+  np.testing.assert_allclose(losses.skipped_share(gate, in_context), [1.5 / 4])
+
+
+def test_guide_loss_by_hand_over_context_tokens_of_blocks_that_skip():
+  margin = jnp.array([[[9.0, -9.0, 9.0]], [[0.0, np.log(3.0), 9.0]]])
+  target = jnp.array([[[0.0, 1.0, 0.0]], [[1.0, 0.0, 0.0]]])
+  in_context = jnp.array([[True, True, False]])
+  loss = losses.guide_loss(margin, target, jnp.array([0.0, 0.5]), in_context)
+  np.testing.assert_allclose(loss, (np.log(2) + np.log(4)) / 2, rtol=1e-6)
+  assert losses.guide_loss(margin, target, jnp.zeros(2), in_context) == 0
+
+
+def test_distillation_losses_by_hand():
+  teacher = jnp.log(jnp.array([[[0.5, 0.5], [0.9, 0.1]]]))
+  student = jnp.log(jnp.array([[[0.25, 0.75], [0.1, 0.9]]]))
+  first = 0.5 * np.log(2) + 0.5 * np.log(2 / 3)
+  np.testing.assert_allclose(losses.distill_kl(teacher, student, jnp.array([[1.0, 0.0]])), first, rtol=1e-5)
+  np.testing.assert_allclose(
+      losses.distill_kl(teacher, student, jnp.ones((1, 2))), (first + 0.8 * np.log(9)) / 2, rtol=1e-5
+  )
+  assert losses.distill_kl(teacher, teacher, jnp.ones((1, 2))) == 0
+  states = jnp.array([[[1.0, 2.0], [0.0, 0.0]]])
+  np.testing.assert_allclose(losses.distill_mse(states, jnp.zeros((1, 2, 2)), jnp.array([[1.0, 0.0]])), 2.5)
+
+
+def test_top_targets_fill_the_capacity_with_forced_tokens_then_the_highest_scores():
+  score = jnp.array([[[0.0, 5.0, 3.0, 5.0, 0.0, 9.0], [0.0, 1.0, 0.0, 9.0, 9.0, 9.0]]])
+  target = lambda s, m=1: losses.top_targets(score, jnp.array([s]), jnp.array([5, 3]), m)[0].tolist()
+  assert target(0.4) == [[1, 0, 0, 1, 1, 0], [1, 0, 1, 0, 0, 0]]  # 3 slots: forced 0 and 4, tie 1 ~ 3: the later
+  assert target(0.2) == [[1, 1, 0, 1, 1, 0], [1, 1, 1, 0, 0, 0]]
+  assert target(0.9) == [[1, 0, 0, 0, 1, 0], [1, 0, 1, 0, 0, 0]]
+  assert target(0.4, 4) == [[1, 1, 0, 1, 1, 0], [1, 1, 1, 0, 0, 0]]
+  assert target(0.0) == [[1, 1, 1, 1, 1, 0], [1, 1, 1, 0, 0, 0]]
+
+
+def test_guide_weight_decays_to_zero():
+  weight = lambda decay, k: float(
+      step.guide_weight(dataclasses.replace(SETTINGS, steps=8, guide_weight=2.0, guide_decay=decay), k)
+  )
+  assert [weight("none", k) for k in (0, 4, 8)] == [2, 2, 2]
+  np.testing.assert_allclose([weight("linear", k) for k in (0, 4, 8)], [2, 1, 0])
+  np.testing.assert_allclose([weight("cosine", k) for k in (0, 2, 4, 8)], [2, 1 + 0.5**0.5, 1, 0], atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "change, name",
+    [(dict(distill="l1"), "distill"), (dict(guide="none"), "guide"), (dict(guide_decay="exp"), "guide_decay"),
+     (dict(steps=0), "steps"), (dict(learning_rate=0.0), "learning_rate")],
+)  # fmt: skip
+def test_wrong_settings_are_refused(change, name):
+  with pytest.raises(UserError, match=f"train.{name}"):
+    dataclasses.replace(SETTINGS, **change)
+
+
+# --- the step and what training reaches --------------------------------------------------------
+
+
+GUIDED = dataclasses.replace(
+    SPEC, router=RouterConfig(kind="per_block", hidden_size=8), routing=RoutingConfig("evict"),
+    train=dataclasses.replace(SETTINGS, guide="fisher", guide_decay="none", distill_weight=0.0, learning_rate=0.1),
+)
+# Early tokens are the precious ones, against the static order.
+EARLY = np.broadcast_to(np.linspace(1.0, 0.0, 16, dtype=np.float32), (4, 10, 16))
+
+
+def test_training_reduces_the_guide_loss_towards_fisher_targets(tmp_path):
+  result = train(tmp_path, spec=GUIDED, router_params=new_router(GUIDED.router), fisher_LxNxT=EARLY, validate=lambda _: 0.0)
+  guide_losses = [line["guide"] for line in lines(tmp_path) if "loss" in line]
+  assert guide_losses[-1] < 0.65 * guide_losses[0]
+  assert {line["guide_weight"] for line in lines(tmp_path) if "loss" in line} == {1.0}
+  assert (result.step, result.validation) == (0, 0.0)  # equal figures: the earlier router
+  assert same(result.router, new_router(GUIDED.router))
+
+
+def test_starting_after_the_dense_prefix_gives_the_same_losses_and_router_gradients():
+  router = new_router(GUIDED.router)
+  batch = step.Batch(*prompts(4), EARLY[:, :4])
+  after = {}
+  for start in (0, 2):
+    spec = dataclasses.replace(GUIDED, start=start)
+    state = step.init_state(spec.train, jax.tree.map(jnp.copy, router))
+    after[start] = step.jitted_step(spec, frozen_params(CONFIG), state, batch, SCHEDULE)
+  for name in ("loss", "distill", "sparsity", "guide", "achieved", "grad_norm"):
+    np.testing.assert_allclose(after[2][1][name], after[0][1][name], rtol=1e-4, atol=1e-7)
+  assert after[0][1]["grad_norm"] > 0
+  moments = [after[start][0].optimizer[1][0].mu for start in (0, 2)]  # 0.1 x the gradients
+  jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-7), *moments)
+
+
+def test_two_sided_sparsity_loss_brings_achieved_to_asked(tmp_path):
+  settings = dataclasses.replace(
+      SETTINGS, steps=48, distill="mse", distill_weight=0.0, sparsity_two_sided=True, guide_weight=0.0
+  )
+  spec = dataclasses.replace(SPEC, routing=RoutingConfig(selection="argmax"), train=settings, start=0)
+  initial = new_router()
+  router = initial | {"out": initial["out"] | {"bias": jnp.array([2.0, 0.0])}}  # skips whatever is not forced
+  train(tmp_path, spec=spec, router_params=router, schedule_L=[0.0, 0.2, 0.5, 0.3], checkpoint_every=48)
+  steps = [line for line in lines(tmp_path) if "loss" in line]
+  away = [np.abs(np.subtract(line["asked"], line["achieved"])).mean() for line in steps]
+  assert away[0] > 0.5 and np.mean(away[-5:]) < 0.15
+  assert steps[-1]["sparsity"] < 0.2 * steps[0]["sparsity"]
+
+
+def test_distillation_alone_reduces_held_out_kl(tmp_path):
+  """Half of the vocabulary is so large that a block hardly turns it; the router can learn to skip those tokens."""
+  c = dataclasses.replace(CONFIG, tie_embeddings=False)
+  params = tiny.params(c)
+  table = params["embed"]["embedding"] / params["embed"]["embedding"].std() * 0.3
+  loud = jnp.where(jnp.arange(c.vocab_size) % 2 == 0, 30.0, 1.0)[:, None]
+  params["embed"] |= {"embedding": table * loud, "lm_head": params["embed"]["lm_head"] * 50}
+  router_config = RouterConfig(hidden_size=8, hidden_states=True)
+  settings = dataclasses.replace(SETTINGS, steps=50, learning_rate=1e-2, sparsity_weight=0.0, guide_weight=0.0)
+  spec = dataclasses.replace(SPEC, model=c, router=router_config, train=settings, start=1)
+  schedule = np.array([0, 0.5, 0.5, 0.5], np.float32)
+  held = long_prompts(32, seed=99)
+
+  @quick_jit
+  def kl(router, params):
+    dynamic = masked.Router("dynamic", router_config, router)
+    student = masked.forward(c, spec.routing, params, dynamic, *held, schedule).hidden_BxTxD
+    source, _, weight = scoring.continuation(*held, 4)
+    dense = decoder.forward(c, params, held.tokens, held.length)
+    return losses.distill_kl(*(scoring.log_probs(c, params, x, source) for x in (dense, student)), weight)
+
+  initial = new_router(router_config, seed=2)
+  train(
+      tmp_path, spec=spec, params=params, router_params=initial, prompts=long_prompts(64, seed=1), schedule_L=schedule,
+      batch_size=8, validate=lambda router: float(kl(router, params)), validate_every=50, checkpoint_every=50,
+  )
+  first, last = [line["validation_kl"] for line in lines(tmp_path) if "validation_kl" in line]
+  assert last < 0.85 * first
+
+
+# --- the loop ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+  """(directory, result) of the training that the tests below interrupt."""
+  directory = tmp_path_factory.mktemp("undisturbed")
+  return directory, train(directory)
+
+
+def check_equal(directory, result, undisturbed):
+  expected_directory, expected = undisturbed
+  assert (directory / "metrics.jsonl").read_bytes() == (expected_directory / "metrics.jsonl").read_bytes()
+  assert (result.step, result.validation) == (expected.step, expected.validation)
+  assert same(result.router, expected.router)
+
+
+def test_metrics_are_complete_and_training_reduces_the_guide_loss(undisturbed):
+  directory, result = undisturbed
+  found = lines(directory)
+  steps = [line for line in found if "loss" in line]
+  expected = [(k, kind) for k in range(25) for kind in (["validation"] if k % 8 == 0 else []) + ["step"] * (k < 24)]
+  assert [(line["step"], "step" if "loss" in line else "validation") for line in found] == expected
+  for line in steps:
+    assert set(line) == {
+        "step", "loss", "distill", "sparsity", "guide", "guide_weight", "grad_norm", "asked", "achieved",
+    }  # fmt: skip
+    np.testing.assert_allclose(
+        line["loss"], line["distill"] + line["sparsity"] + line["guide_weight"] * line["guide"], rtol=1e-5
+    )
+    assert line["asked"] == SCHEDULE.tolist()
+    assert line["achieved"][:2] == [0, 0]
+    # topk skips 6 of 12 and 4 of 9, then 3 of 12 and 2 of 9 context tokens, whatever the router says.
+    assert 4 / 9 <= line["achieved"][2] <= 6 / 12 and 2 / 9 <= line["achieved"][3] <= 3 / 12
+    assert line["grad_norm"] > 0 and line["distill"] > 0
+  assert np.mean([line["guide"] for line in steps[-6:]]) < 0.7 * steps[0]["guide"]
+  validations = {line["step"]: line["validation_kl"] for line in found if "loss" not in line}
+  assert result.validation == min(validations.values()) == validations[result.step]
+  assert result.step == 16  # neither the first nor the last
+  assert stand_in(result.router) == result.validation
+  assert saved_steps(directory) == [18, 24]
+
+
+def test_the_best_router_is_kept_and_a_finished_training_is_not_repeated(tmp_path):
+  figures, seen = iter([3.0, 1.0, 2.0, 1.0]), []
+
+  def validate(router):
+    seen.append(jax.tree.map(np.array, router))
+    return next(figures)
+
+  router, params = new_router(), frozen_params(CONFIG)
+  before = jax.tree.map(np.array, (router, params))
+  result = train(tmp_path, router_params=router, params=params, validate=validate)
+  assert (result.step, result.validation) == (8, 1.0)
+  assert same(result.router, seen[1]) and not same(seen[1], seen[2])
+  assert same((router, params), before)  # neither changed nor donated
+  again = train(tmp_path, validate=validate)  # figures are used up: another validation would fail
+  assert again.step == 8 and same(again.router, result.router)
+
+
+def test_a_checkpoint_holds_the_router_and_nothing_of_the_model(undisturbed):
+  directory, _ = undisturbed
+  with ocp.CheckpointManager(directory / "checkpoints", item_names=("arrays", "facts")) as manager:
+    arrays = manager.restore(24, args=ocp.args.Composite(arrays=ocp.args.StandardRestore())).arrays
+  size = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree))
+  assert set(arrays) == {"state", "best_router"}
+  assert size(arrays) <= 4 * size(new_router()) + 4  # router, two moments, best router, and counters
+
+
+def test_a_step_is_dispatched_before_the_metrics_of_the_one_before_are_fetched(tmp_path, monkeypatch):
+  real, known = step.jitted_step, []
+
+  def spy(*args):
+    known.append(sum("loss" in line for line in lines(tmp_path)))
+    return real(*args)
+
+  monkeypatch.setattr(step, "jitted_step", spy)
+  train(tmp_path)
+  boundaries = {0, 6, 8, 12, 16, 18}
+  assert known == [k if k in boundaries else k - 1 for k in range(24)]
+
+
+class Killed(Exception):
+  pass
+
+
+def killing(function, call):
+  """`function`, but its call number `call` (from 0) raises instead."""
+  calls = iter(range(10**6))
+
+  def killed(*args, **kwargs):
+    if next(calls) == call:
+      raise Killed
+    return function(*args, **kwargs)
+
+  return killed
+
+
+@pytest.mark.parametrize(
+    "where, call", [("step", 0), ("step", 7), ("step", 23), ("validate", 0), ("validate", 2), ("save", 0), ("save", 4)]
+)
+def test_a_killed_training_resumes_bit_for_bit(where, call, tmp_path, monkeypatch, undisturbed):
+  with monkeypatch.context() as patch, pytest.raises(Killed):
+    if where == "step":
+      patch.setattr(step, "jitted_step", killing(step.jitted_step, call))
+    if where == "save":
+      patch.setattr(checkpoint.Checkpoints, "save", killing(checkpoint.Checkpoints.save, call))
+    train(tmp_path, validate=killing(stand_in, call) if where == "validate" else stand_in)
+  check_equal(tmp_path, train(tmp_path), undisturbed)
+
+
+def test_killed_twice_with_a_line_cut_short(tmp_path, monkeypatch, undisturbed):
+  for call in (15, 5):
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+      patch.setattr(step, "jitted_step", killing(step.jitted_step, call))
+      train(tmp_path)
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+      file.write('{"step": 14, "lo')
+  check_equal(tmp_path, train(tmp_path), undisturbed)
+
+
+def test_a_process_killed_by_the_system_resumes_bit_for_bit(tmp_path, undisturbed):
+  program = f"""
+import jax, time
+jax.config.update("jax_numpy_rank_promotion", "raise")
+from tests import test_training as t
+t.step.jitted_step = t.QUICK_STEP
+calls = iter(range(99))
+t.train({str(tmp_path)!r}, validate=lambda router: time.sleep(600) if next(calls) == 2 else t.stand_in(router))
+"""
+  process = subprocess.Popen([sys.executable, "-c", program], cwd=os.path.dirname(os.path.dirname(__file__)))
+  try:
+    deadline = time.monotonic() + 240
+    metrics = tmp_path / "metrics.jsonl"
+    while not (metrics.exists() and '"step": 15' in metrics.read_text()):
+      assert process.poll() is None and time.monotonic() < deadline
+      time.sleep(0.1)
+  finally:
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+  assert saved_steps(tmp_path) == [6, 12]
+  (tmp_path / "checkpoints" / "18.orbax-checkpoint-tmp" / "arrays").mkdir(parents=True)  # a save cut short
+  check_equal(tmp_path, train(tmp_path), undisturbed)
+
+
+def test_losses_that_are_not_finite_stop_the_training_and_never_reach_a_checkpoint(tmp_path, monkeypatch, undisturbed):
+  real = step.jitted_step
+  poisoned = jax.tree.map(lambda a: a * np.nan, frozen_params(CONFIG))
+
+  def overflowing(spec, params, state, batch, schedule):
+    return real(spec, poisoned if int(state.step) == 11 else params, state, batch, schedule)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(step, "jitted_step", overflowing)
+    for _ in range(2):  # a second run stops at the same place
+      with pytest.raises(UserError, match="Training step 11 has loss nan .* lower train.learning_rate .* of step 6"):
+        train(tmp_path)
+      assert saved_steps(tmp_path) == [0, 6]
+      assert max(line["step"] for line in lines(tmp_path)) == 10
+  check_equal(tmp_path, train(tmp_path), undisturbed)
+
+
+def test_a_validation_that_is_not_finite_stops_the_training(tmp_path):
+  with pytest.raises(UserError, match="validation KL after 0 training steps is nan; lower train.learning_rate"):
+    train(tmp_path, validate=lambda _: float("nan"))
+
+
+@pytest.mark.parametrize(
+    "change, name",
+    [
+        (dict(seed=4), "the seed was 3"),
+        (dict(batch_size=2), "train.batch was 4"),
+        (dict(validate_every=4), "train.validate_every was 8"),
+        (dict(schedule_L=[0, 0, 0.25, 0.5]), "the fingerprint of the schedule"),
+        (dict(prompts=prompts(10, seed=1)), "the fingerprint of the training prompts"),
+        (dict(router_params=new_router(seed=1)), "the fingerprint of the initial router"),
+        (dict(spec=dataclasses.replace(SPEC, start=0)), "the first routed block was 2"),
+        (dict(spec=dataclasses.replace(SPEC, routing=RoutingConfig("evict"))), "routing.kv_mode was project"),
+        (dict(spec=dataclasses.replace(SPEC, train=dataclasses.replace(SETTINGS, steps=30))), "train.steps was 24"),
+        (dict(spec=dataclasses.replace(SPEC, router=RouterConfig(hidden_size=4)), router_params=new_router(
+            RouterConfig(hidden_size=4))), "router.hidden_size was 8"),
+    ],
+)  # fmt: skip
+def test_another_training_is_refused_naming_what_changed(change, name, undisturbed):
+  directory, _ = undisturbed
+  before = (directory / "metrics.jsonl").read_bytes()
+  with pytest.raises(UserError, match=f"{name}.* restore it, or delete that directory"):
+    train(directory, **change)
+  assert (directory / "metrics.jsonl").read_bytes() == before
+
+
+# Orbax closes its event loop while the failing read of another thread still reports to it.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("damaged_file", ["arrays/manifest.ocdbt", "facts/metadata"])
+def test_a_damaged_checkpoint_is_reported_and_the_one_before_it_used(
+    damaged_file, tmp_path, monkeypatch, capsys, undisturbed
+):
+  with monkeypatch.context() as patch, pytest.raises(Killed):
+    patch.setattr(step, "jitted_step", killing(step.jitted_step, 21))
+    train(tmp_path)
+  damage = lambda k: (tmp_path / "checkpoints" / str(k) / damaged_file).write_bytes(b"{")
+  damage(18)
+  result = train(tmp_path)
+  assert "18 is damaged" in capsys.readouterr().err
+  check_equal(tmp_path, result, undisturbed)
+  damage(18), damage(24)
+  with pytest.raises(UserError, match="No checkpoint in .* can be read; delete that directory"):
+    train(tmp_path)
+
+
+@pytest.mark.parametrize("where", ["metrics", "checkpoint"])
+def test_a_full_disk_is_one_sentence_and_training_goes_on_once_there_is_space(where, tmp_path, monkeypatch, undisturbed):
+  def full(*_, **__):
+    raise error
+
+  with monkeypatch.context() as patch:
+    if where == "metrics":
+      error = OSError(errno.ENOSPC, "No space left on device")
+      patch.setattr(os, "fsync", full)
+    else:
+      error = ValueError("RESOURCE_EXHAUSTED: Failed to write 204 bytes: No space left on device [os_error_code='28']")
+      patch.setattr(ocp.CheckpointManager, "save", full)
+    with pytest.raises(UserError, match="no space left to write .*; free some and run again") as caught:
+      train(tmp_path)
+    assert "\n" not in str(caught.value)
+  check_equal(tmp_path, train(tmp_path), undisturbed)
+
+
+def test_lost_metrics_are_reported_and_training_goes_on(tmp_path, monkeypatch, capsys):
+  with monkeypatch.context() as patch, pytest.raises(Killed):
+    patch.setattr(step, "jitted_step", killing(step.jitted_step, 20))
+    train(tmp_path)
+  (tmp_path / "metrics.jsonl").unlink()
+  train(tmp_path)
+  assert "lacks lines of the 18 steps" in capsys.readouterr().err
+  assert [line["step"] for line in lines(tmp_path) if "loss" in line] == list(range(18, 24))
+
+
+@pytest.mark.parametrize("change", [dict(validate_every=0), dict(batch_size=0), dict(prompts=prompts(0))])
+def test_numbers_below_one_are_refused(change, tmp_path):
+  with pytest.raises(UserError, match="must be at least 1"):
+    train(tmp_path, **change)
+
+
+# --- Fisher scores and the guide -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kv_mode", ["evict", "project"])
+def test_fisher_scores_against_the_exact_expectation(kv_mode):
+  """All answers y of two scored positions are enumerated; the second row has only one such position.
+
+  Collected in batches of two: the second batch is filled up.
+  """
+  c = tiny.config(num_blocks=2, vocab_size=11, tie_embeddings=False)
+  params = tiny.params(c)
+  params["embed"]["lm_head"] *= 30
+  tokens, context, length = rows = Prompts(*tiny.batch(c, [4, 3, 4], [6, 4, 6], 6))
+  routing, draws = RoutingConfig(kv_mode), 1000
+
+  def log_probs(gate, params):
+    given = masked.Router("given", None, gate)
+    hidden = masked.forward(c, routing, params, given, tokens, context, length, jnp.zeros(2)).hidden_BxTxD
+    return scoring.log_probs(c, params, hidden, scoring.continuation(tokens, context, length, 2)[0])
+
+  gates = jnp.ones((2, 3, 6))
+  p_BxCxV = np.exp(quick_jit(log_probs)(gates, params))
+  jacobian = np.asarray(quick_jit(jax.jacrev(log_probs))(gates, params))  # (B,C,V, L,B,T)
+  estimate = guide.collect_fisher(
+      c, routing, params, rows, 2, seed=0, num_scored=2, draws=draws, dtype=jnp.float32
+  )
+  assert estimate.shape == gates.shape
+  for b, num_scored in enumerate([2, 1, 2]):
+    slope_CxVxLxT = jacobian[b, :num_scored, :, :, b, : context[b]]
+    exact = np.einsum("cv,cvlt->lt", p_BxCxV[b, :num_scored], slope_CxVxLxT**2)
+    # The fourth moment of one draw, for the error of the mean: signs make the sum of two positions symmetric.
+    first, last = slope_CxVxLxT[0][:, None], slope_CxVxLxT[-1][None] * (num_scored == 2)
+    fourth = 0.5 * ((first + last) ** 4 + (first - last) ** 4)
+    fourth = np.einsum("v,w,vwlt->lt", p_BxCxV[b, 0], p_BxCxV[b, num_scored - 1], fourth)
+    error = np.sqrt((fourth - exact**2) / draws)
+    assert (np.abs(estimate[:, b, : context[b]] - exact) < 5 * error + 1e-9).all()
+    assert (exact > 1e-6).any() and (5 * error < 0.5 * exact).mean() > 0.5  # the test can tell
+    assert (estimate[:, b, context[b] :] == 0).all()
+
+
+def test_fisher_schedule_by_hand():
+  score = np.array([[[9, 1, 2, 9, 0], [9, 1, 5, 9, 9]], [[9, 3, 4, 9, 0], [9, 2, 9, 9, 9]]], np.float64)  # (L, N, T)
+  # Row 0: m = 4, a quarter of 8 pairs: the scores 1 and 2, both of block 0. Row 1: 1 of block 0 and 2 of block 1.
+  np.testing.assert_allclose(guide.fisher_schedule(score, np.array([4, 4]), 0.25), [(2 + 1) / 8, 1 / 8])
+  np.testing.assert_allclose(guide.fisher_schedule(score, np.array([4, 4]), 0.0), [0, 0])
+
+
+def test_fisher_schedule_has_the_asked_mean():
+  score = np.random.default_rng(0).random((6, 5, 20)) * np.arange(1, 7)[:, None, None]
+  schedule = guide.fisher_schedule(score, np.array([20, 10, 20, 10, 20]), 0.3)
+  np.testing.assert_allclose(schedule.mean(), 0.3)
+  assert schedule[0] > schedule[5]
+
+
+@pytest.mark.parametrize("kind, hidden", [("global", True), ("per_block", False), ("recurrent", True)])
+def test_guide_margins_are_those_of_routed_execution(kind, hidden):
+  router_config, params = RouterConfig(kind=kind, hidden_states=hidden, hidden_size=8), frozen_params(CONFIG)
+  router, rows = new_router(router_config), prompts(6)
+  dynamic = masked.Router("dynamic", router_config, router)
+  routed = quick_jit(lambda dynamic: masked.forward(CONFIG, RoutingConfig(), params, dynamic, *rows, jnp.zeros(4)))
+  out = routed(dynamic)
+  score, states = guide.collect_inputs(
+      CONFIG, RoutingConfig(), params, rows, 4, with_hidden=hidden, dtype=jnp.float32
+  )
+  assert (states is not None) == hidden
+  tables = [factors.ScoreTables(jnp.asarray(s), None) for s in score]
+  features = jnp.stack([factors.factors(FACTORS, t, jnp.zeros((1, 16)), rows.context) for t in tables])
+  margins = guide.margins(router_config, router, features, states)
+  in_context = np.arange(16)[None] < rows.context[:, None]
+  tolerance = 5e-3 if hidden else 1e-5  # states are kept in float16
+  np.testing.assert_allclose(margins[:, in_context], out.margin_LxBxT[:, in_context], atol=tolerance)
+
+
+def test_warm_up_reduces_the_loss_and_learns_the_order_of_the_scores():
+  rows = prompts(10)
+  rng = np.random.default_rng(0)
+  hidden = rng.standard_normal((4, 10, 16, CONFIG.hidden_size)).astype(np.float16)
+  precious = hidden[..., 0].astype(np.float32)  # what decides is in the hidden state
+  data = guide.GuideData(rows.context, rng.random((4, 10, 16), np.float32), hidden, precious)
+  router_config = RouterConfig(kind="recurrent", hidden_states=True, hidden_size=8)
+  settings = guide.WarmupSettings(steps=120, batch=8, learning_rate=2e-2)
+  run = lambda: guide.warm_up(
+      router_config, RoutingConfig(), settings, new_router(router_config), data, np.full(4, 0.5), seed=0
+  )
+  router, history = run()
+  assert len(history) == 120 and np.mean(history[-10:]) < 0.5 * history[0]
+  again, _ = run()
+  assert same(router, again)
