@@ -101,9 +101,9 @@ def test_truncated_perplexity_sees_sink_and_recent_tokens_only(model):
   windows = Prompts(*tiny.batch(model.config, [1], [8], 8, seed=4))
   value = perplexity.truncated_perplexity(model, 0.5, windows, 1)
   visible = np.zeros((8, 8), bool)
+  # ceil((t + 1) / 2) keys: the sink, itself, and the latest before it.
   for t, keys in enumerate([[0], [0, 1], [0, 2], [0, 3], [0, 3, 4], [0, 4, 5], [0, 4, 5, 6], [0, 5, 6, 7]]):
-    visible[t, keys[-int(np.ceil((t + 1) / 2)) :] if t else [0]] = True
-    visible[t, 0] = True
+    visible[t, keys] = True
   hidden = decoder.forward(model.config, model.params, windows.tokens, windows.length, visible_TxT=jnp.asarray(visible))
   lp = np.asarray(jax.nn.log_softmax(decoder.unembed(model.config, model.params, hidden)))
   expected = np.exp(-np.mean([lp[0, t, windows.tokens[0, t + 1]] for t in range(7)]))

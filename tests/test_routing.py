@@ -157,6 +157,9 @@ def test_starting_after_a_dense_prefix_is_exact(kind):
   batch = tiny.batch(c, [9, 5], [12, 9], 12)
   schedule = jnp.array([0.0, 0.0, 0.5, 0.4])
   entries, last = masked.dense_entries(c, RoutingConfig(), p, *batch)
+  some, same = masked.dense_entries(c, RoutingConfig(), p, *batch, (0, 2))
+  np.testing.assert_allclose(same, last, atol=1e-5)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b[2], atol=1e-5), some[1], entries)
   np.testing.assert_allclose(last, decoder.forward(c, p, batch[0], batch[2]), atol=1e-5)
   full = masked.forward(c, RoutingConfig(), p, router, *batch, schedule)
   for start in (1, 2):
@@ -185,8 +188,7 @@ def test_sink_and_last_context_token_are_always_computed():
   tokens, context, length = tiny.batch(c, [9, 6, 1], [12, 6, 5], 12)
   for router in (masked.Router("random", None, jax.random.key(3)), dynamic(c)):
     out = masked.forward(
-        c, RoutingConfig("evict"), tiny.params(c), router, tokens, context, length, jnp.full(4, 0.9),
-        decode_schedule_L=jnp.full(4, 0.9),
+        c, RoutingConfig("evict", decode_sparsity=0.9), tiny.params(c), router, tokens, context, length, jnp.full(4, 0.9)
     )
     keep = np.asarray(out.keep_LxBxT)
     assert keep[:, :, 0].all()
@@ -203,7 +205,7 @@ def test_padding_and_neighbours_change_nothing(kv_mode, kind, hidden):
   router = dynamic(c, kind=kind, hidden_states=hidden)
   schedule = jnp.array([0.0, 0.4, 0.6, 0.3])
   run = lambda tokens, context, length: masked.forward(
-      c, RoutingConfig(kv_mode), p, router, tokens, context, length, schedule, decode_schedule_L=schedule
+      c, RoutingConfig(kv_mode, decode_sparsity=0.3), p, router, tokens, context, length, schedule
   )
   tokens, context, length = tiny.batch(c, [9, 5, 7], [11, 9, 7], 16)
   together = run(tokens, context, length)
@@ -225,8 +227,8 @@ def test_no_gate_sees_the_future(kv_mode, kind, selection):
   router = dynamic(c, kind=kind, hidden_states=True)
   schedule = jnp.array([0.3, 0.5, 0.4, 0.5])
   run = jax.jit(lambda tokens: masked.forward(
-      c, RoutingConfig(kv_mode, selection), p, router, tokens, jnp.array([6]), jnp.array([12]), schedule,
-      decode_schedule_L=schedule,
+      c, RoutingConfig(kv_mode, selection, decode_sparsity=0.4), p, router, tokens, jnp.array([6]), jnp.array([12]),
+      schedule,
   ))
   tokens, _, _ = tiny.batch(c, [6], [12], 12)
   base = run(tokens)
@@ -248,8 +250,8 @@ def test_margins_have_no_gradient_from_later_embeddings():
   def margins(embedding):
     weights = {**p, "embed": {**p["embed"], "embedding": embedding}}
     return masked.forward(
-        c, RoutingConfig("evict"), weights, router, tokens, jnp.array([5]), jnp.array([10]), jnp.full(4, 0.4),
-        decode_schedule_L=jnp.full(4, 0.4),
+        c, RoutingConfig("evict", decode_sparsity=0.4), weights, router, tokens, jnp.array([5]), jnp.array([10]),
+        jnp.full(4, 0.4),
     ).margin_LxBxT[:, 0]
 
   jacobian = np.abs(jax.jacrev(margins)(p["embed"]["embedding"])).sum(-1)[..., 1:11]  # (L, T, source)
@@ -292,6 +294,20 @@ def test_evict_gradient_knows_what_a_removed_key_was_worth():
   difference = (loss(step) - loss(0.0)) / step
   assert abs(difference) > 1e-3
   np.testing.assert_allclose(jax.grad(loss)(0.0), difference, rtol=0.1)
+
+
+def test_continuation_tokens_are_asked_for_their_own_sparsity():
+  schedule = jnp.array([0.0, 0.2, 0.6, 0.8])
+  np.testing.assert_allclose(masked.decode_schedule(schedule, 0.2), [0, 0.1, 0.3, 0.4], atol=1e-6)
+  np.testing.assert_allclose(masked.decode_schedule(schedule, 0.8), [0, 0.4, 0.99, 0.99], atol=1e-6)
+  np.testing.assert_array_equal(masked.decode_schedule(jnp.zeros(3), 0.5), 0)
+  c = tiny.config()
+  tokens, context, length = tiny.batch(c, [4], [40], 40)
+  share = lambda asked: 1 - np.mean(masked.forward(
+      c, RoutingConfig(decode_sparsity=asked), tiny.params(c), masked.Router("random", None, jax.random.key(0)), tokens,
+      context, length, jnp.full(4, 0.5),
+  ).keep_LxBxT[:, 0, 4:])
+  assert share(0.0) == 0 and 0.1 < share(0.2) < 0.3 and 0.5 < share(0.7) < 0.85
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -165,12 +165,13 @@ EARLY = np.broadcast_to(np.linspace(1.0, 0.0, 16, dtype=np.float32), (4, 10, 16)
 
 
 def test_training_reduces_the_guide_loss_towards_fisher_targets(tmp_path):
-  result = train(tmp_path, spec=GUIDED, router_params=new_router(GUIDED.router), fisher_LxNxT=EARLY, validate=lambda _: 0.0)
+  router = new_router(GUIDED.router)
+  result = train(tmp_path, spec=GUIDED, router_params=router, fisher_LxNxT=EARLY, validate=lambda _: 0.0)
   guide_losses = [line["guide"] for line in lines(tmp_path) if "loss" in line]
   assert guide_losses[-1] < 0.65 * guide_losses[0]
   assert {line["guide_weight"] for line in lines(tmp_path) if "loss" in line} == {1.0}
   assert (result.step, result.validation) == (0, 0.0)  # equal figures: the earlier router
-  assert same(result.router, new_router(GUIDED.router))
+  assert same(result.router, router)
 
 
 def test_starting_after_the_dense_prefix_gives_the_same_losses_and_router_gradients():
@@ -437,13 +438,15 @@ def test_a_damaged_checkpoint_is_reported_and_the_one_before_it_used(
   result = train(tmp_path)
   assert "18 is damaged" in capsys.readouterr().err
   check_equal(tmp_path, result, undisturbed)
+  damage(24)
+  check_equal(tmp_path, train(tmp_path), undisturbed)  # from 18, which was written anew
   damage(18), damage(24)
   with pytest.raises(UserError, match="No checkpoint in .* can be read; delete that directory"):
     train(tmp_path)
 
 
 @pytest.mark.parametrize("where", ["metrics", "checkpoint"])
-def test_a_full_disk_is_one_sentence_and_training_goes_on_once_there_is_space(where, tmp_path, monkeypatch, undisturbed):
+def test_a_full_disk_is_one_sentence_and_training_goes_on_with_space(where, tmp_path, monkeypatch, undisturbed):
   def full(*_, **__):
     raise error
 

@@ -41,9 +41,9 @@ class Quality(NamedTuple):
 
 @functools.partial(jax.jit, static_argnames=("config", "routing", "num_scored", "depths", "dtype"))
 def _prepare(config, routing, params, tokens, context, length, *, num_scored, depths, dtype):
-  entries, last = masked.dense_entries(config, routing, params, tokens, context, length, dtype=dtype)
+  entries, last = masked.dense_entries(config, routing, params, tokens, context, length, depths, dtype=dtype)
   source, _, _ = scoring.continuation(tokens, context, length, num_scored)
-  return jax.tree.map(lambda a: a[jnp.array(depths)], entries), scoring.log_probs(config, params, last, source)
+  return entries, scoring.log_probs(config, params, last, source)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "routing", "num_scored", "start", "dtype"))
@@ -108,12 +108,11 @@ class Judge:
   def _run(self, i: int, router: masked.Router, schedules_PxL: np.ndarray, other) -> Quality:
     rows = self._batches[i][0] if other is None else other[i]
     start, entry = 0, None
-    recurrent = router.kind == "dynamic" and router.config.kind == "recurrent"
-    if other is None and router.kind != "given" and not recurrent:
+    if other is None and masked.can_start_late(self.routing, router):
       skipping = np.flatnonzero(schedules_PxL.max(axis=0) > 0)
       first = skipping[0] if len(skipping) else self.model.config.num_blocks - 1
       at = max(d for d, depth in enumerate(self.depths) if depth <= first)
-      start, entry = self.depths[at], jax.tree.map(lambda a: a[at], self._entries[i])
+      start, entry = self.depths[at], self._entries[i][at]
     return _quality(
         self.model.config, self.routing, self.model.params, router, rows, self._teacher[i],
         jnp.asarray(schedules_PxL, jnp.float32), entry,

@@ -1,5 +1,6 @@
 """Perplexity over all positions of a text, every token routed by the causal view (context length 1)."""
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -36,7 +37,7 @@ def _nll(config, params, tokens, length, hidden):
 
 @functools.partial(jax.jit, static_argnames=("config", "routing", "dtype"))
 def _routed(config, routing, params, router, rows, schedule, *, dtype):
-  out = masked.forward(config, routing, params, router, *rows, schedule, decode_schedule_L=schedule, dtype=dtype)
+  out = masked.forward(config, routing, params, router, *rows, schedule, dtype=dtype)
   computed = jnp.sum(out.keep_LxBxT)
   return _nll(config, params, rows.tokens, rows.length, out.hidden_BxTxD), computed
 
@@ -61,6 +62,8 @@ def routed_perplexity(
 
   The static order ranks the newest token right behind the sink, so it never skips: its figure is dense.
   """
+  # Every position is a continuation token here, asked for the schedule's own sparsity.
+  routing = dataclasses.replace(routing, decode_sparsity=round(float(np.mean(schedule_L)), 6))
   total, computed = 0.0, 0
   for rows, weight in batches(windows, batch):
     rows = rows._replace(length=np.where(weight > 0, rows.length, 1).astype(np.int32))

@@ -28,7 +28,6 @@ class Artifact:
   Attributes:
     base_model, fingerprint, family: which model it was made for.
     schedule: sparsity (L,) asked of each block for context tokens.
-    decode_sparsity: sparsity asked of continuation tokens; 0 computes them all.
     params: the router's parameters, numpy, as `routing.routers.init_router` shapes them.
     figures: what was measured (asked and achieved sparsity, KL, ...).
   """
@@ -37,7 +36,6 @@ class Artifact:
   fingerprint: str
   family: str
   schedule: tuple[float, ...]
-  decode_sparsity: float
   routing: RoutingConfig
   router: RouterConfig
   params: Any
@@ -55,7 +53,6 @@ def save(artifact: Artifact, directory: str | os.PathLike) -> None:
       "fingerprint": artifact.fingerprint,
       "family": artifact.family,
       "schedule": list(artifact.schedule),
-      "decode_sparsity": artifact.decode_sparsity,
       "routing": dataclasses.asdict(artifact.routing),
       "router": dataclasses.asdict(artifact.router),
       "figures": artifact.figures,
@@ -89,7 +86,6 @@ def load(directory: str | os.PathLike) -> Artifact:
         fingerprint=described["fingerprint"],
         family=described["family"],
         schedule=tuple(described["schedule"]),
-        decode_sparsity=described["decode_sparsity"],
         routing=RoutingConfig(**described["routing"]),
         router=RouterConfig(**(router | {"factors": tuple(router["factors"])})),
         params=weights,

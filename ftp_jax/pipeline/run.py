@@ -70,8 +70,7 @@ class _Pipeline:
       raise UserError(f"search.schedule={config.search.schedule!r} is unknown; choose one of {', '.join(SCHEDULES)}.")
     if config.model.dtype not in DTYPES:
       raise UserError(f"model.dtype={config.model.dtype!r} is unknown; choose one of {', '.join(DTYPES)}.")
-    keep = ("kv_mode", "selection", "bucket_multiple", "score_window", "decode_threshold")
-    self.routing = RoutingConfig(**{name: config.routing[name] for name in keep})
+    self.routing = RoutingConfig(**config.routing)
     self.router_config = RouterConfig(
         config.router.kind, tuple(config.router.factors), config.router.hidden_states, config.router.hidden_size
     )
@@ -375,7 +374,6 @@ class _Pipeline:
             fingerprint=fingerprint(self.model.directory),
             family=self.model.config.family,
             schedule=tuple(float(str(s)) for s in schedule),
-            decode_sparsity=self.config.routing.decode_sparsity,
             routing=self.routing,
             router=self.router_config,
             params=jax.device_get(router.params),

@@ -47,6 +47,8 @@ class RoutingConfig:
     selection: `topk` (the K largest margins) or `argmax` (those with a positive margin, at most K).
     bucket_multiple: capacities are rounded up to a multiple of this many tokens.
     score_window: number of last context queries whose attention scores the context tokens.
+    decode_sparsity: sparsity asked of continuation tokens, the schedule scaled to this mean; 0 computes
+      them all (strict).
     decode_threshold: skip probability above which a continuation token skips a block.
   """
 
@@ -54,6 +56,7 @@ class RoutingConfig:
   selection: str = "topk"
   bucket_multiple: int = 1
   score_window: int = 8
+  decode_sparsity: float = 0.0
   decode_threshold: float = 0.5
 
   def __post_init__(self):
@@ -63,5 +66,7 @@ class RoutingConfig:
       raise UserError(f"routing.selection={self.selection!r} is unknown; choose one of {', '.join(SELECTIONS)}.")
     if self.bucket_multiple < 1 or self.score_window < 1:
       raise UserError("routing.bucket_multiple and routing.score_window must be at least 1.")
+    if not 0 <= self.decode_sparsity < 1:
+      raise UserError(f"routing.decode_sparsity={self.decode_sparsity} must be at least 0 and below 1.")
     if not 0 < self.decode_threshold < 1:
       raise UserError(f"routing.decode_threshold={self.decode_threshold} must lie between 0 and 1.")

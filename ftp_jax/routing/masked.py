@@ -51,6 +51,18 @@ class Entry(NamedTuple):
   score_BxT: jax.Array
 
 
+def can_start_late(routing: RoutingConfig, router: Router) -> bool:
+  """Whether nothing but the states and the score table passes from block to block."""
+  recurrent = router.kind == "dynamic" and router.config.kind == "recurrent"
+  return router.kind != "given" and not recurrent and not routing.decode_sparsity
+
+
+def decode_schedule(schedule_L: jax.Array, decode_sparsity: float) -> jax.Array:
+  """The schedule scaled to mean `decode_sparsity` (below 1 in every block), for continuation tokens."""
+  mean = jnp.mean(schedule_L)
+  return jnp.clip(schedule_L * decode_sparsity / jnp.where(mean > 0, mean, 1.0), 0.0, 0.99)
+
+
 def dense_entries(
     config: ModelConfig,
     routing: RoutingConfig,
@@ -58,12 +70,19 @@ def dense_entries(
     tokens_BxT: jax.Array,
     context_B: jax.Array,
     length_B: jax.Array,
+    depths: tuple[int, ...] | None = None,
     *,
     dtype: Any = jnp.float32,
-) -> tuple[Entry, jax.Array]:
-  """One dense pass, kept at every block: (Entry with leading L, the states that leave the last block).
+) -> tuple[Any, jax.Array]:
+  """One dense pass: what enters blocks, and the states (B,T,D) that leave the last.
 
   Schedules that compute the first blocks densely share that part of the work.
+
+  Args:
+    depths: ascending blocks whose entries are kept; None keeps all.
+
+  Returns:
+    A list of Entry, one a depth, or one Entry with a leading L axis; and the last states.
   """
   batch, num_positions = tokens_BxT.shape
   t = jnp.arange(num_positions)[None]
@@ -78,11 +97,19 @@ def dense_entries(
     q, k, v = apply(decoder.Block.qkv, x, sin, cos)
     y = apply(decoder.Block.mlp, apply(decoder.Block.attention_out, x, attend(q, k, v, mask)))
     after = factor_lib.update_tables(tables, q, k, mask, valid, context_B, routing.score_window)
-    return (y, after), Entry(x, tables.prefill_BxT)
+    return (y, after), Entry(x, tables.prefill_BxT) if depths is None else None
 
   carry = (decoder.embed(config, params, tokens_BxT, dtype), factor_lib.init_tables(batch, num_positions, False))
-  (x, _), entries = jax.lax.scan(body, carry, params["blocks"])
-  return entries, x
+  if depths is None:
+    (x, _), entries = jax.lax.scan(body, carry, params["blocks"])
+    return entries, x
+  entries = []
+  for begin, end in zip((0, *depths), (*depths, config.num_blocks)):
+    if begin < end:
+      carry, _ = jax.lax.scan(body, carry, jax.tree.map(lambda a: a[begin:end], params["blocks"]))
+    if len(entries) < len(depths):
+      entries.append(Entry(carry[0], carry[1].prefill_BxT))
+  return entries, carry[0]
 
 
 class Routed(NamedTuple):
@@ -111,7 +138,6 @@ def forward(
     length_B: jax.Array,
     schedule_L: jax.Array,
     *,
-    decode_schedule_L: jax.Array | None = None,
     start: int = 0,
     entry: Entry | None = None,
     straight_through: bool = False,
@@ -126,9 +152,8 @@ def forward(
     context_B: context lengths m >= 1; positions t < m take the prefill view.
     length_B: valid lengths n >= m.
     schedule_L: sparsity asked of each block, for context tokens.
-    decode_schedule_L: the same for continuation tokens; None computes them all (strict).
-    start: blocks before this one are dense and not run: `entry` is what enters block `start`. Not for
-      `given` and recurrent routers, nor with a decode schedule.
+    start: blocks before this one are dense and not run: `entry` is what enters block `start`; see
+      `can_start_late`.
     straight_through: let gradients reach the router through the hard gates, as if each gate
       were the sigmoid of its margin.
     collect_factors: also return the factors of every block.
@@ -141,7 +166,7 @@ def forward(
   t = jnp.arange(num_positions)[None]
   valid = t < length_B[:, None]
   in_context = t < context_B[:, None]
-  causal_view = decode_schedule_L is not None
+  causal_view = routing.decode_sparsity > 0
   sin, cos = decoder.angles(config, t)
   mask = decoder.causal_mask(config, length_B, num_positions)
   forced = forced_tokens(context_B, num_positions)
@@ -204,13 +229,13 @@ def forward(
   if entry is None:
     x = decoder.embed(config, params, tokens_BxT, dtype)
   else:
-    assert router.kind != "given" and not causal_view and not (dynamic and router.config.kind == "recurrent")
+    assert can_start_late(routing, router)
     x, tables = entry.x_BxTxD, tables._replace(prefill_BxT=entry.score_BxT)
   state = routers.init_state(router.config, batch, num_positions) if dynamic else None
   xs = (
       params["blocks"],
       schedule_L,
-      jnp.zeros(num_blocks) if decode_schedule_L is None else decode_schedule_L,
+      decode_schedule(schedule_L, routing.decode_sparsity),
       jnp.arange(num_blocks),
       router.params if per_block else None,
   )

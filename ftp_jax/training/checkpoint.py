@@ -50,7 +50,8 @@ def writing(directory: str) -> Iterator[None]:
     if not _out_of_space(error):
       raise
     raise UserError(
-        f"There is no space left to write to {directory}; free some and run again, training goes on from the last checkpoint."
+        f"There is no space left to write to {directory}; free some and run again, training goes on from the last "
+        "checkpoint."
     ) from error
 
 
@@ -124,9 +125,10 @@ class Checkpoints:
         continue
       if differing:
         name = differing[0]
+        was, now = saved.get(name), self._identity.get(name)
         raise UserError(
-            f"{name} was {saved.get(name)} when the training in {self.directory} began and is {self._identity.get(name)} "
-            "now; restore it, or delete that directory to train anew."
+            f"{name} was {was} when the training in {self.directory} began and is {now} now; restore it, or delete "
+            "that directory to train anew."
         )
       for damaged in [s for s in steps if s > step]:  # or their steps could not be saved again
         self._manager.delete(damaged)

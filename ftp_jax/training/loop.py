@@ -195,8 +195,8 @@ class _Metrics:
     if not np.isfinite([values["loss"], values["grad_norm"]]).all():
       raise UserError(
           f"Training step {step} has loss {values['loss']} and gradient norm {values['grad_norm']}; lower "
-          f"train.learning_rate and delete {self._directory} to train anew, or keep the last good checkpoint there, of step "
-          f"{self.saved}."
+          f"train.learning_rate and delete {self._directory} to train anew (it keeps its last good checkpoint, of step "
+          f"{self.saved})."
       )
     names = ("loss", "distill", "sparsity", "guide", "guide_weight", "grad_norm", "asked", "achieved")
     self.write({"step": step, **{name: values[name] for name in names}})

@@ -86,7 +86,8 @@ class StepSpec:
 def make_optimizer(settings: TrainSettings) -> optax.GradientTransformation:
   """AdamW with warm-up, cosine decay and a bound on the global gradient norm."""
   warmup = min(settings.warmup, settings.steps - 1)
-  rate = optax.warmup_cosine_decay_schedule(0.0 if warmup else settings.learning_rate, settings.learning_rate, warmup, settings.steps)
+  peak = settings.learning_rate
+  rate = optax.warmup_cosine_decay_schedule(0.0 if warmup else peak, peak, warmup, settings.steps)
   return optax.chain(optax.clip_by_global_norm(settings.clip), optax.adamw(rate, weight_decay=1e-4))
 
 
@@ -112,24 +113,27 @@ def guide_scores(spec: StepSpec, batch: Batch) -> jax.Array:
 def loss_fn(spec: StepSpec, params: Any, router: Any, batch: Batch, schedule_L, step) -> tuple[jax.Array, dict]:
   """w_d L_d + w_s L_s + w_g L_g and its parts."""
   tokens, context, length = batch.tokens_BxT, batch.context_B, batch.length_B
-  entries, dense = masked.dense_entries(spec.model, spec.routing, params, tokens, context, length, dtype=spec.dtype)
-  entry = jax.lax.stop_gradient(jax.tree.map(lambda a: a[spec.start], entries))
+  routed = masked.Router("dynamic", spec.router, router)
+  start = spec.start if masked.can_start_late(spec.routing, routed) else 0
+  (entry,), dense = jax.lax.stop_gradient(
+      masked.dense_entries(spec.model, spec.routing, params, tokens, context, length, (start,), dtype=spec.dtype)
+  )
   out = masked.forward(
-      spec.model, spec.routing, params, masked.Router("dynamic", spec.router, router), tokens, context, length, schedule_L,
-      **({} if spec.router.kind == "recurrent" else dict(start=spec.start, entry=entry)),
+      spec.model, spec.routing, params, routed, tokens, context, length, schedule_L, start=start,
+      entry=entry if start else None,
       straight_through=True, dtype=spec.dtype, remat_policy=spec.remat,
   )
   source, _, weight = scoring.continuation(tokens, context, length, spec.num_scored)
   if spec.train.distill == "kl":
-    teacher = jax.lax.stop_gradient(scoring.log_probs(spec.model, params, dense, source))
+    teacher = scoring.log_probs(spec.model, params, dense, source)
     distill = losses.distill_kl(teacher, scoring.log_probs(spec.model, params, out.hidden_BxTxD, source), weight)
   else:
     states = lambda x: scoring.gather_positions(x, source)
-    distill = losses.distill_mse(jax.lax.stop_gradient(states(dense)), states(out.hidden_BxTxD), weight)
+    distill = losses.distill_mse(states(dense), states(out.hidden_BxTxD), weight)
   in_context = jnp.arange(tokens.shape[1])[None] < context[:, None]
-  routed = (jnp.arange(spec.model.num_blocks) >= spec.start).astype(jnp.float32)
+  skipping = (schedule_L > 0).astype(jnp.float32)
   soft = losses.skipped_share(jax.nn.sigmoid(out.margin_LxBxT), in_context)
-  sparsity = losses.sparsity_loss(schedule_L * routed, soft * routed, spec.train.sparsity_two_sided)
+  sparsity = losses.sparsity_loss(schedule_L * skipping, soft * skipping, spec.train.sparsity_two_sided)
   target = losses.top_targets(guide_scores(spec, batch), schedule_L, context, spec.routing.bucket_multiple)
   guide = losses.guide_loss(out.margin_LxBxT, target, schedule_L, in_context)
   weight_g = guide_weight(spec.train, step)
