@@ -76,6 +76,7 @@ def get_config() -> config_dict.ConfigDict:
   c.train.guide = "fisher"  # target of the guide loss: static or fisher
   c.train.fisher_share = 0.5  # training asks for the found schedule, moved this far to the Fisher one
   c.train.warmup_guide_steps = 300  # steps on the guide alone (fisher), without passing the model
+  c.train.warmup_guide_prompts = 256  # training prompts whose router inputs stay in host memory for that
   c.train.warmup_guide_learning_rate = 1e-3  # peak learning rate of those steps
   c.train.guide_weight = 1.0  # w_g at step 0
   c.train.guide_decay = "cosine"  # decay of w_g to 0 over the steps: cosine, linear or none
@@ -105,4 +106,26 @@ def paper_preset(config: config_dict.ConfigDict) -> config_dict.ConfigDict:
   config.router.hidden_states = False
   config.search.seed_schedules = ("uniform",)
   config.train.batch = 1
+  return config
+
+
+def large_preset(config: config_dict.ConfigDict) -> config_dict.ConfigDict:
+  """Sizes for a model of 7B to 13B parameters on accelerators, with Alpaca from the hub; returns the config."""
+  config.sparsities = (0.22, 0.30, 0.40)
+  config.model.dtype = "bfloat16"
+  config.model.remat = "full"
+  config.data.source = "hub"
+  config.data.path = "tatsu-lab/alpaca"
+  config.data.max_context = 256
+  config.data.continuation = 64
+  config.data.num_search = 64
+  config.data.num_train = 1024
+  config.data.num_validation = 64
+  config.data.num_test = 256
+  config.search.population = 24
+  config.search.generations = 24
+  config.train.steps = 400
+  config.train.warmup_guide_prompts = 64  # 32 blocks x 320 tokens x 4096 numbers of 2 bytes: 84 MB a prompt
+  config.finetune.generations = 16
+  config.evaluation.perplexity_length = 1024
   return config

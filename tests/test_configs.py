@@ -13,8 +13,10 @@ from ftp_jax.config import get_config
 from ftp_jax.errors import UserError
 from ftp_jax.models import decoder
 from ftp_jax.models.architectures import ARCHITECTURES, architecture
-from ftp_jax.routing import masked, routers
+from ftp_jax.routing import routers
 from ftp_jax.routing.config import RouterConfig, RoutingConfig
+from ftp_jax.training import step
+from ftp_jax.training.fisher import gate_fisher
 
 ROOT = pathlib.Path(__file__).parent.parent
 CONFIG = ROOT / "ftp_jax" / "config.py"
@@ -134,37 +136,45 @@ def test_parameter_count(name, count):
 
 
 @pytest.mark.parametrize("name", LARGE)
-def test_full_size_forward_passes_by_abstract_evaluation(name):
+def test_full_size_model_by_abstract_evaluation(name):
+  """Dense pass, gate scores and one training step, with the settings of the model's own run config."""
+  run, _ = launch.load_config(name.replace("-", "_").replace(".", "_"), None, [])
   config = architecture(name)
-  params = decoder.abstract_params(config, jnp.bfloat16)
-  batch, positions = 2, 320
+  dtype = {"bfloat16": jnp.bfloat16}[run.model.dtype]
+  params = decoder.abstract_params(config, dtype)
+  batch, positions = run.train.batch, run.data.max_context + run.data.continuation
   tokens = jax.ShapeDtypeStruct((batch, positions), jnp.int32)
   lengths = jax.ShapeDtypeStruct((batch,), jnp.int32)
-  hidden = (batch, positions, config.hidden_size)
-
-  dense = jax.eval_shape(
-      lambda p, t, n: decoder.forward(config, p, t, n, dtype=jnp.bfloat16, remat_policy="full"), params, tokens, lengths
-  )
-  assert dense.shape == hidden and dense.dtype == jnp.bfloat16
-
-  router_config = RouterConfig()
-  router = jax.eval_shape(
-      lambda key: routers.init_router(router_config, key, config.num_blocks, config.hidden_size), jax.random.key(0)
-  )
-  assert sum(leaf.size for leaf in jax.tree.leaves(router)) == 450
-
-  def routed(router, params, tokens, context, length, schedule):
-    dynamic = masked.Router("dynamic", router_config, router)
-    return masked.forward(
-        config, RoutingConfig(), params, dynamic, tokens, context, length, schedule, straight_through=True,
-        dtype=jnp.bfloat16, remat_policy="full",
-    )  # fmt: skip
-
+  scores = jax.ShapeDtypeStruct((config.num_blocks, batch, positions), jnp.float32)
   schedule = jax.ShapeDtypeStruct((config.num_blocks,), jnp.float32)
-  out = jax.eval_shape(routed, router, params, tokens, lengths, lengths, schedule)
-  assert out.hidden_BxTxD.shape == hidden and out.hidden_BxTxD.dtype == jnp.bfloat16
-  assert out.keep_LxBxT.shape == (config.num_blocks, batch, positions) and out.keep_LxBxT.dtype == bool
-  # Training differentiates the router alone.
-  loss = lambda *args: jnp.sum(routed(*args).hidden_BxTxD.astype(jnp.float32))
-  gradient = jax.eval_shape(jax.grad(loss), router, params, tokens, lengths, lengths, schedule)
-  assert jax.tree.map(lambda g: g.shape, gradient) == jax.tree.map(lambda p: p.shape, router)
+  routing = RoutingConfig(**run.routing)
+
+  dense = jax.eval_shape(lambda p, t, n: decoder.forward(config, p, t, n, dtype=dtype), params, tokens, lengths)
+  assert dense.shape == (batch, positions, config.hidden_size) and dense.dtype == dtype
+
+  fisher = lambda params, tokens, context, length: gate_fisher(
+      config, routing, params, tokens, context, length, jax.random.key(0), num_scored=run.data.continuation,
+      draws=run.train.fisher_draws, dtype=dtype,
+  )  # fmt: skip
+  assert jax.eval_shape(fisher, params, tokens, lengths, lengths).shape == scores.shape
+
+  router_config = RouterConfig(
+      run.router.kind, tuple(run.router.factors), run.router.hidden_states, run.router.hidden_size
+  )
+  settings = step.TrainSettings.from_config(run.train)
+  spec = step.StepSpec(
+      config, routing, router_config, settings, run.data.continuation, start=8, dtype=dtype, remat=run.model.remat
+  )
+  state = jax.eval_shape(
+      lambda key: step.init_state(
+          settings, routers.init_router(router_config, key, config.num_blocks, config.hidden_size)
+      ),
+      jax.random.key(0),
+  )
+  inputs = len(run.router.factors) + config.hidden_size
+  assert sum(leaf.size for leaf in jax.tree.leaves(state.router)) == (inputs + 1) * 64 + 65 * 2
+  rows = step.Batch(tokens, lengths, lengths, scores)
+  after, metrics = jax.eval_shape(lambda *args: step.train_step(spec, *args), params, state, rows, schedule)
+  shapes = lambda tree: jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree)
+  assert shapes(after) == shapes(state)
+  assert metrics["loss"].shape == () and metrics["achieved"].shape == (config.num_blocks,)

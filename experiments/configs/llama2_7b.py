@@ -10,25 +10,10 @@ Wall time and result: not run here: no accelerator; checked by abstract evaluati
 """
 
 from ftp_jax.config import get_config as get_default_config
+from ftp_jax.config import large_preset
 
 
 def get_config():
-  config = get_default_config()
-  config.sparsities = (0.22, 0.30, 0.40)
+  config = large_preset(get_default_config())
   config.model.source = "meta-llama/Llama-2-7b-hf"
-  config.model.dtype = "bfloat16"
-  config.model.remat = "full"
-  config.data.source = "hub"
-  config.data.path = "tatsu-lab/alpaca"
-  config.data.max_context = 256
-  config.data.continuation = 64
-  config.data.num_search = 64
-  config.data.num_train = 1024
-  config.data.num_validation = 64
-  config.data.num_test = 256
-  config.search.population = 24
-  config.search.generations = 24
-  config.train.steps = 400
-  config.finetune.generations = 16
-  config.evaluation.perplexity_length = 1024
   return config

@@ -139,11 +139,13 @@ class _Pipeline:
 
   @functools.cached_property
   def guide_data(self) -> guide.GuideData:
+    train = self.prompts("train")
+    some = take(train, np.arange(min(self.config.train.warmup_guide_prompts, len(train.tokens))))
     score, hidden = guide.collect_inputs(
-        self.frozen.config, self.routing, self.frozen.params, self.prompts("train"), self.config.train.batch,
+        self.frozen.config, self.routing, self.frozen.params, some, self.config.train.batch,
         with_hidden=self.router_config.hidden_states, dtype=self.frozen.dtype,
     )
-    return guide.GuideData(self.prompts("train").context, score, hidden, self.fisher)
+    return guide.GuideData(some.context, score, hidden, self.fisher[:, : len(some.tokens)])
 
   def named_schedule(self, name: str, sparsity: float) -> np.ndarray:
     """One of SCHEDULES (but ga) on the grid, int32 units (L,)."""
