@@ -11,7 +11,7 @@ from ftp_jax.errors import UserError
 from ftp_jax.models import decoder
 from ftp_jax.routing import factors, masked, routers
 from ftp_jax.routing.config import FACTORS, RouterConfig, RoutingConfig
-from ftp_jax.routing.selection import capacity, descending_rank, forced_tokens, select
+from ftp_jax.routing.selection import capacity, descending_rank, forced_tokens, keep_context, select
 from tests import tiny
 
 KINDS = ("global", "per_block", "recurrent")
@@ -54,6 +54,16 @@ def test_argmax_keeps_winners_only_and_at_most_the_capacity():
   keep = lambda k: np.flatnonzero(select(margin, jnp.array([k]), forced, valid, "argmax")[0]).tolist()
   assert keep(6) == [0, 1, 3, 4, 5]
   assert keep(4) == [0, 1, 3, 5]
+
+
+@pytest.mark.parametrize("selection,kept", [("topk", [0, 3, 4]), ("argmax", [0, 4])])
+def test_a_block_of_which_nothing_is_asked_keeps_every_context_token(selection, kept):
+  margin = jnp.array([[-1.0, -3.0, -2.0, -1.0, -4.0, 9.0]])
+  keep = lambda s: np.flatnonzero(
+      keep_context(margin, jnp.float32(s), jnp.array([5]), RoutingConfig(selection=selection))[0]
+  ).tolist()
+  assert keep(0.0) == [0, 1, 2, 3, 4]
+  assert keep(0.4) == kept
 
 
 def test_static_router_is_the_papers_priority_order():
@@ -119,8 +129,8 @@ def test_schedule_zero_equals_dense_exactly(kv_mode, router_kind):
   router = {
       "static": masked.STATIC, "random": masked.Router("random", None, jax.random.key(0)), "dynamic": dynamic(c),
   }[router_kind]
-  out = masked.forward(c, RoutingConfig(kv_mode), p, router, tokens, context, length, jnp.zeros(c.num_blocks))
-  dense = decoder.forward(c, p, tokens, length)
+  out = tiny.forward(c, RoutingConfig(kv_mode), p, router, tokens, context, length, jnp.zeros(c.num_blocks))
+  dense = jax.jit(decoder.forward, static_argnums=0)(c, p, tokens, length)
   valid = np.arange(10)[None] < length[:, None]
   np.testing.assert_array_equal(np.asarray(out.keep_LxBxT), np.broadcast_to(valid, out.keep_LxBxT.shape))
   np.testing.assert_array_equal(np.asarray(out.hidden_BxTxD)[valid], np.asarray(dense)[valid])
@@ -133,7 +143,7 @@ def test_masked_blocks_against_a_loop_over_kept_tokens(kv_mode):
   p = tiny.params(c)
   tokens, context, length = tiny.batch(c, [8], [8], 8)
   schedule = jnp.array([0.0, 0.5, 0.25, 0.5])
-  out = masked.forward(c, RoutingConfig(kv_mode), p, masked.STATIC, tokens, context, length, schedule)
+  out = tiny.forward(c, RoutingConfig(kv_mode), p, masked.STATIC, tokens, context, length, schedule)
   block = decoder.Block(c)
   x = decoder.embed(c, p, tokens)
   sin, cos = decoder.angles(c, jnp.arange(8)[None])
@@ -161,10 +171,10 @@ def test_starting_after_a_dense_prefix_is_exact(kind):
   np.testing.assert_allclose(same, last, atol=1e-5)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b[2], atol=1e-5), some[1], entries)
   np.testing.assert_allclose(last, decoder.forward(c, p, batch[0], batch[2]), atol=1e-5)
-  full = masked.forward(c, RoutingConfig(), p, router, *batch, schedule)
+  full = tiny.forward(c, RoutingConfig(), p, router, *batch, schedule)
   for start in (1, 2):
     entry = jax.tree.map(lambda a: a[start], entries)
-    out = masked.forward(c, RoutingConfig(), p, router, *batch, schedule, start=start, entry=entry)
+    out = tiny.forward(c, RoutingConfig(), p, router, *batch, schedule, start=start, entry=entry)
     np.testing.assert_array_equal(out.keep_LxBxT, full.keep_LxBxT)
     np.testing.assert_allclose(out.hidden_BxTxD[full.keep_LxBxT[0]], full.hidden_BxTxD[full.keep_LxBxT[0]], atol=1e-5)
 
@@ -173,7 +183,7 @@ def test_static_uniform_evict_is_truncation_of_the_oldest_context():
   c = tiny.config()
   p = tiny.params(c)
   tokens, context, length = tiny.batch(c, [8], [12], 12)
-  out = masked.forward(c, RoutingConfig("evict"), p, masked.STATIC, tokens, context, length, jnp.full(4, 0.5))
+  out = tiny.forward(c, RoutingConfig("evict"), p, masked.STATIC, tokens, context, length, jnp.full(4, 0.5))
   kept = np.array([0, 5, 6, 7, 8, 9, 10, 11])
   sin, cos = decoder.angles(c, jnp.asarray(kept)[None])
   x = decoder.embed(c, p, tokens[:, kept])
@@ -187,7 +197,7 @@ def test_sink_and_last_context_token_are_always_computed():
   c = tiny.config()
   tokens, context, length = tiny.batch(c, [9, 6, 1], [12, 6, 5], 12)
   for router in (masked.Router("random", None, jax.random.key(3)), dynamic(c)):
-    out = masked.forward(
+    out = tiny.forward(
         c, RoutingConfig("evict", decode_sparsity=0.9), tiny.params(c), router, tokens, context, length, jnp.full(4, 0.9)
     )
     keep = np.asarray(out.keep_LxBxT)
@@ -204,7 +214,7 @@ def test_padding_and_neighbours_change_nothing(kv_mode, kind, hidden):
   p = tiny.params(c)
   router = dynamic(c, kind=kind, hidden_states=hidden)
   schedule = jnp.array([0.0, 0.4, 0.6, 0.3])
-  run = lambda tokens, context, length: masked.forward(
+  run = lambda tokens, context, length: tiny.forward(
       c, RoutingConfig(kv_mode, decode_sparsity=0.3), p, router, tokens, context, length, schedule
   )
   tokens, context, length = tiny.batch(c, [9, 5, 7], [11, 9, 7], 16)
@@ -226,7 +236,7 @@ def test_no_gate_sees_the_future(kv_mode, kind, selection):
   p = tiny.params(c)
   router = dynamic(c, kind=kind, hidden_states=True)
   schedule = jnp.array([0.3, 0.5, 0.4, 0.5])
-  run = jax.jit(lambda tokens: masked.forward(
+  run = jax.jit(lambda tokens: tiny.forward(
       c, RoutingConfig(kv_mode, selection, decode_sparsity=0.4), p, router, tokens, jnp.array([6]), jnp.array([12]),
       schedule,
   ))
@@ -249,7 +259,7 @@ def test_margins_have_no_gradient_from_later_embeddings():
 
   def margins(embedding):
     weights = {**p, "embed": {**p["embed"], "embedding": embedding}}
-    return masked.forward(
+    return tiny.forward(
         c, RoutingConfig("evict", decode_sparsity=0.4), weights, router, tokens, jnp.array([5]), jnp.array([10]),
         jnp.full(4, 0.4),
     ).margin_LxBxT[:, 0]
@@ -267,7 +277,7 @@ def test_straight_through_changes_no_value_and_reaches_the_router(kv_mode):
   p = tiny.params(c)
   router = dynamic(c)
   tokens, context, length = tiny.batch(c, [9, 7], [12, 12], 12)
-  run = lambda router_params, st: masked.forward(
+  run = lambda router_params, st: tiny.forward(
       c, RoutingConfig(kv_mode), p, masked.Router("dynamic", router.config, router_params), tokens, context, length,
       jnp.array([0.0, 0.5, 0.5, 0.3]), straight_through=st,
   ).hidden_BxTxD
@@ -285,7 +295,7 @@ def test_evict_gradient_knows_what_a_removed_key_was_worth():
 
   def loss(g):
     gate = jnp.ones((1, 1, 8)).at[0, 0, 3].set(g)
-    out = masked.forward(
+    out = tiny.forward(
         c, RoutingConfig("evict"), p, masked.Router("given", None, gate), tokens, context, length, jnp.zeros(1)
     )
     return jnp.sum(jnp.sin(out.hidden_BxTxD[0, 6:]))
@@ -303,7 +313,7 @@ def test_continuation_tokens_are_asked_for_their_own_sparsity():
   np.testing.assert_array_equal(masked.decode_schedule(jnp.zeros(3), 0.5), 0)
   c = tiny.config()
   tokens, context, length = tiny.batch(c, [4], [40], 40)
-  share = lambda asked: 1 - np.mean(masked.forward(
+  share = lambda asked: 1 - np.mean(tiny.forward(
       c, RoutingConfig(decode_sparsity=asked), tiny.params(c), masked.Router("random", None, jax.random.key(0)), tokens,
       context, length, jnp.full(4, 0.5),
   ).keep_LxBxT[:, 0, 4:])

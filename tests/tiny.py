@@ -5,6 +5,13 @@ import numpy as np
 
 from ftp_jax.models import decoder
 from ftp_jax.models.config import ModelConfig
+from ftp_jax.routing import masked
+
+# Compiled whole: op by op, compiling every primitive takes longer than the tests themselves.
+forward = jax.jit(
+    masked.forward,
+    static_argnames=("config", "routing", "start", "straight_through", "collect_factors", "dtype", "remat_policy"),
+)
 
 
 def config(**changes) -> ModelConfig:

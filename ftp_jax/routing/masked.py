@@ -15,7 +15,7 @@ from ftp_jax.models.config import ModelConfig
 from ftp_jax.routing import factors as factor_lib
 from ftp_jax.routing import routers
 from ftp_jax.routing.config import FACTORS, RouterConfig, RoutingConfig
-from ftp_jax.routing.selection import capacity, forced_tokens, select
+from ftp_jax.routing.selection import forced_tokens, keep_context
 
 
 class Router(NamedTuple):
@@ -189,7 +189,7 @@ def forward(
     else:
       chosen = features[..., [FACTORS.index(name) for name in router.config.factors]]
       margin, state = routers.dynamic_margin(router.config, router_slice, chosen, x, state)
-    keep = select(margin, capacity(sparsity, context_B, routing.bucket_multiple), forced, in_context, routing.selection)
+    keep = keep_context(margin, sparsity, context_B, routing)
     newest = valid & ~in_context
     if causal_view and router.kind == "dynamic":
       newest &= jax.nn.sigmoid(-margin) <= routing.decode_threshold
@@ -199,7 +199,8 @@ def forward(
     gate = keep.astype(jnp.float32)
     if straight_through:
       soft = jax.nn.sigmoid(margin)
-      gate += jnp.where(valid & ~forced, soft - jax.lax.stop_gradient(soft), 0.0)
+      decided = valid & ~forced & (asked > 0)
+      gate += jnp.where(decided, soft - jax.lax.stop_gradient(soft), 0.0)
     return keep, gate, margin, state, features
 
   def body(carry, xs):

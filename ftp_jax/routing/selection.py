@@ -7,6 +7,8 @@ are reproducible in every execution and framework.
 import jax
 import jax.numpy as jnp
 
+from ftp_jax.routing.config import RoutingConfig
+
 # (1 - s) * m is computed in fp32: 0.7 * 10 must need 7 slots, not 8.
 _ROUNDING = 1e-3
 
@@ -56,3 +58,12 @@ def select(margin_BxT, capacity_B, forced_BxT, valid_BxT, selection: str) -> jax
   if selection == "argmax":
     keep &= (margin_BxT > 0) | forced_BxT
   return keep
+
+
+def keep_context(margin_BxT: jax.Array, sparsity: jax.Array, context_B: jax.Array, routing: RoutingConfig) -> jax.Array:
+  """Gates (B,T) of the context tokens in a block of which `sparsity` is asked; all of them where it is 0."""
+  num_positions = margin_BxT.shape[1]
+  in_context = jnp.arange(num_positions)[None] < context_B[:, None]
+  slots = capacity(sparsity, context_B, routing.bucket_multiple)
+  keep = select(margin_BxT, slots, forced_tokens(context_B, num_positions), in_context, routing.selection)
+  return jnp.where(sparsity > 0, keep, in_context)

@@ -86,7 +86,7 @@ def fisher_schedule(fisher_LxNxT: np.ndarray, context_N: np.ndarray, target: flo
   for n, m in enumerate(context_N):
     scores = fisher_LxNxT[:, n, :m].astype(np.float64)
     scores[:, [0, m - 1]] = np.inf
-    count = round(target * scores.size)
+    count = min(round(target * scores.size), scores.size - 1)
     threshold = np.partition(scores.ravel(), count)[count]
     skipped.append((scores < threshold).mean(axis=1))
   return np.mean(skipped, axis=0)
