@@ -26,6 +26,10 @@ def main(argv: Sequence[str] | None = None) -> int:
   except UserError as error:
     print(f"ftp-jax: {' '.join(str(error).split())}", file=sys.stderr)
     return 2
+  except OSError as error:  # a full or read-only disk, a path that is no directory
+    print(f"ftp-jax: {error.filename or 'a file'}: {error.strerror or error}; free space or choose another --workdir.",
+          file=sys.stderr)  # fmt: skip
+    return 2
   except KeyboardInterrupt:
     print("\nftp-jax: stopped; the same command goes on from the last saved state.", file=sys.stderr)
     return 130

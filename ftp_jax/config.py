@@ -6,8 +6,6 @@ declared here and nowhere else; the dict is locked, so an unknown key is an erro
 
 from ml_collections import config_dict
 
-from ftp_jax.errors import UserError
-
 
 def get_config() -> config_dict.ConfigDict:
   """The `default` preset."""

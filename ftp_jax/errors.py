@@ -2,4 +2,4 @@
 
 
 class UserError(Exception):
-    """Something the user can correct; command-line entries print it without a traceback."""
+  """Something the user can correct; command-line entries print it without a traceback."""

@@ -134,7 +134,8 @@ def test_interruption_says_how_to_go_on(monkeypatch, capsys):
 
 def test_evaluate_prints_the_table_and_writes_json(calls, capsys, tmp_path):
   record = {
-      "method": "truncation", "asked": 0.3, "seed": None, "kl": 0.5, "kl_stderr": 0.1, "nll": 2.0, "agreement": 0.75,
+      "method": "truncation", "schedule": None, "asked": 0.3, "seed": None, "kl": 0.5, "kl_stderr": 0.1, "nll": 2.0,
+      "agreement": 0.75,
       "perplexity": None, "achieved": 0.3, "flops_saved": 0.25, "prompts": 8,
   }  # fmt: skip
   (tmp_path / "w" / "evaluate").mkdir(parents=True)

@@ -13,14 +13,16 @@ from ftp_jax.config import get_config
 from ftp_jax.errors import UserError
 from ftp_jax.models import decoder
 from ftp_jax.models.architectures import ARCHITECTURES, architecture
+from ftp_jax.pipeline import checks
 from ftp_jax.routing import routers
 from ftp_jax.routing.config import RouterConfig, RoutingConfig
+from ftp_jax.search.genetic import SearchSettings
 from ftp_jax.training import step
 from ftp_jax.training.fisher import gate_fisher
 
 ROOT = pathlib.Path(__file__).parent.parent
 CONFIG = ROOT / "ftp_jax" / "config.py"
-CONFIGS = ("llama2_13b", "llama2_7b", "llama3_8b", "quickstart", "qwen1_5_7b", "smollm2_135m")
+CONFIGS = ("llama2_13b", "llama2_7b", "llama3_8b", "paper_smollm2_135m", "quickstart", "qwen1_5_7b", "smollm2_135m")
 LARGE = {"llama2-7b": 6.74e9, "llama2-13b": 13.02e9, "llama3-8b": 8.03e9, "qwen1.5-7b": 7.72e9}
 KEYS = sorted(launch.keys(get_config()))
 
@@ -44,10 +46,10 @@ def test_config_loads_is_locked_and_changes_only_known_keys(name):
 def test_config_is_within_range(name):
   """What the modules that read a config would refuse at the start of a run."""
   config, _ = launch.load_config(name, None, [])
-  assert all(0 <= s < config.search.max_sparsity for s in config.sparsities)
-  assert config.search.elite < config.search.population
-  assert config.model.dtype in ("float32", "bfloat16") and config.model.remat in decoder.REMAT
-  RoutingConfig(config.routing.kv_mode, config.routing.selection)
+  checks.check_config(config)
+  SearchSettings.from_config(config.search)
+  step.TrainSettings.from_config(config.train)
+  RoutingConfig(**config.routing)
   RouterConfig(config.router.kind, tuple(config.router.factors), config.router.hidden_states, config.router.hidden_size)
 
 

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from ftp_jax.config import get_config
 from ftp_jax.data.encoding import chat_turn
-from ftp_jax.data.prompts import Prompts, batch_at, batches, pack, shuffled, take
+from ftp_jax.data.prompts import Prompts, batches, indices_at, pack, shuffled, take
 from ftp_jax.data.records import embedded_documents, read_documents
 from ftp_jax.data.sources import SPLITS, load_prompts, load_splits
 from ftp_jax.data.windows import perplexity_windows
@@ -98,25 +98,22 @@ def test_batches_are_full_and_weight_every_prompt_once():
   assert [weight.tolist() for _, weight in got] == [[1, 1], [1, 1], [1, 0]]
 
 
-def test_batch_at_visits_every_prompt_once_an_epoch_across_batch_boundaries():
-  prompts, size = numbered(5), 3
-  stream = np.concatenate([batch_at(prompts, size, step, seed=7).tokens[:, 0] for step in range(10)])
+def test_indices_visit_every_row_once_an_epoch_across_batch_boundaries():
+  stream = np.concatenate([indices_at(5, 3, step, seed=7) for step in range(10)])
   epochs = stream.reshape(6, 5)
-  assert all(sorted(epoch) == [1, 2, 3, 4, 5] for epoch in epochs.tolist())
+  assert all(sorted(epoch) == [0, 1, 2, 3, 4] for epoch in epochs.tolist())
   assert len({tuple(epoch) for epoch in epochs.tolist()}) > 1
 
 
-def test_batch_at_depends_on_seed_and_step_alone():
-  prompts = numbered(50)
-  late = batch_at(prompts, 8, 1000, seed=3)
-  batch_at(prompts, 8, 5, seed=3)
-  again = batch_at(prompts, 8, 1000, seed=3)
-  np.testing.assert_array_equal(late.tokens, again.tokens)
-  assert (late.tokens != batch_at(prompts, 8, 1000, seed=4).tokens).any()
+def test_indices_depend_on_seed_and_step_alone():
+  late = indices_at(50, 8, 1000, seed=3)
+  indices_at(50, 8, 5, seed=3)
+  np.testing.assert_array_equal(late, indices_at(50, 8, 1000, seed=3))
+  assert (late != indices_at(50, 8, 1000, seed=4)).any()
 
 
-def test_batch_at_larger_than_the_data_repeats_whole_epochs():
-  assert sorted(batch_at(numbered(2), 4, 0, seed=0).tokens[:, 0].tolist()) == [1, 1, 2, 2]
+def test_a_batch_larger_than_the_data_repeats_whole_epochs():
+  assert sorted(indices_at(2, 4, 0, seed=0).tolist()) == [0, 0, 1, 1]
 
 
 def test_shuffled_order_never_changes():
@@ -278,11 +275,13 @@ def test_embedded_text_needs_no_file_and_no_two_documents_share_a_paragraph(toke
 
 def test_hub_reads_rows_of_either_shape(tmp_path, tokenizer, monkeypatch):
   monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
-  for name, rows in {"pairs": ALPACA, "texts": [{"text": "w" * 65}]}.items():
+  with_preamble = [{**row, "text": "Below is an instruction. " + row["instruction"]} for row in ALPACA]
+  for name, rows in {"pairs": ALPACA, "published": with_preamble, "texts": [{"text": "w" * 65}]}.items():
     (tmp_path / name).mkdir()
     write_jsonl(tmp_path / name / "train.jsonl", rows)
-  pairs, _, _ = load_prompts(data_config(source="hub", path=str(tmp_path / "pairs")), tokenizer)
-  assert rows_as_text(pairs, tokenizer)[0] == ("Add.\n1 2\n", "3")
+  for name in ("pairs", "published"):
+    pairs, _, _ = load_prompts(data_config(source="hub", path=str(tmp_path / name)), tokenizer)
+    assert rows_as_text(pairs, tokenizer)[0] == ("Add.\n1 2\n", "3")
   texts, _, found = load_prompts(data_config(source="hub", path=str(tmp_path / "texts")), tokenizer)
   assert rows_as_text(texts, tokenizer) == [("w" * 20, "w" * 10)]  # two equal windows count once
   assert "1 documents" in found

@@ -27,7 +27,7 @@ KL = {
 def record(method, asked, seed, kl, **changes):
   values = dict(
       method=method, asked=asked, seed=seed, kl=kl, kl_stderr=0.1 * kl, nll=1.4 + kl, agreement=0.9, perplexity=20.0,
-      achieved=asked, flops_saved=0.9 * asked, prompts=64,
+      achieved=asked, flops_saved=0.9 * asked, prompts=64, schedule=None,
   )  # fmt: skip
   return {**values, **changes}
 
@@ -91,6 +91,14 @@ def run(tmp_path_factory):
   workdir, config = tmp_path_factory.mktemp("run"), make_config((0, 1), (0.3, 0.4))
   make_run(workdir, config)
   return workdir, config, report.write_report(str(workdir), config)
+
+
+def test_a_schedule_that_no_search_found_is_named():
+  names = [tables.method_label(row) for row in tables.aggregate([
+      record("static_ga", 0.3, 0, 0.1, schedule="late"), record("dynamic_ga", 0.3, 0, 0.1, schedule="ga"),
+      record("truncation", 0.3, None, 0.1),
+  ])]  # fmt: skip
+  assert names == ["truncation", "static + late", "dynamic + GA"]
 
 
 def test_mean_and_spread_over_seeds():

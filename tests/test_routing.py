@@ -196,10 +196,9 @@ def test_static_uniform_evict_is_truncation_of_the_oldest_context():
 def test_sink_and_last_context_token_are_always_computed():
   c = tiny.config()
   tokens, context, length = tiny.batch(c, [9, 6, 1], [12, 6, 5], 12)
+  routing = RoutingConfig("evict", decode_sparsity=0.9)
   for router in (masked.Router("random", None, jax.random.key(3)), dynamic(c)):
-    out = tiny.forward(
-        c, RoutingConfig("evict", decode_sparsity=0.9), tiny.params(c), router, tokens, context, length, jnp.full(4, 0.9)
-    )
+    out = tiny.forward(c, routing, tiny.params(c), router, tokens, context, length, jnp.full(4, 0.9))
     keep = np.asarray(out.keep_LxBxT)
     assert keep[:, :, 0].all()
     assert all(keep[:, b, m - 1].all() for b, m in enumerate(context))
@@ -251,7 +250,22 @@ def test_no_gate_sees_the_future(kv_mode, kind, selection):
     np.testing.assert_array_equal(out.margin_LxBxT[..., :known], base.margin_LxBxT[..., :known])
 
 
+def test_continuation_tokens_skip_no_block_of_which_nothing_is_asked():
+  c = tiny.config()
+  router = dynamic(c)
+  skips = jax.tree.map(jnp.zeros_like, router.params)
+  skips["out"]["bias"] = jnp.array([5.0, -5.0])
+  tokens, context, length = tiny.batch(c, [4], [9], 9)
+  keep = tiny.forward(
+      c, RoutingConfig(decode_sparsity=0.3), tiny.params(c), masked.Router("dynamic", router.config, skips), tokens,
+      context, length, jnp.array([0.0, 0.5, 0.0, 0.5]),
+  ).keep_LxBxT[:, 0, 4:]
+  np.testing.assert_array_equal(keep.all(axis=1), [True, False, True, False])
+  np.testing.assert_array_equal(keep.any(axis=1), [True, False, True, False])
+
+
 def test_margins_have_no_gradient_from_later_embeddings():
+  """Through the hidden states; scores and ranks carry no gradient, they are covered by value just above."""
   c = tiny.config()
   p = tiny.params(c)
   router = dynamic(c, hidden_states=True)

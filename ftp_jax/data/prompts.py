@@ -62,11 +62,6 @@ def indices_at(count: int, batch_size: int, step: int, seed: int) -> np.ndarray:
   return np.array([orders[epoch][offset] for epoch, offset in zip(epochs.tolist(), offsets)], np.int64)
 
 
-def batch_at(prompts: Prompts, batch_size: int, step: int, seed: int) -> Prompts:
-  """The batch of training step `step`, see `indices_at`."""
-  return take(prompts, indices_at(len(prompts.tokens), batch_size, step, seed))
-
-
 def shuffled(count: int, *seed: int) -> np.ndarray:
   """A permutation (count,) of 0 .. count - 1 that depends on the non-negative integers `seed` alone."""
   # numpy keeps the raw bits of a generator fixed across its versions, but not Generator.permutation.

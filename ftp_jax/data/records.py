@@ -155,14 +155,16 @@ def _read_hub(data) -> list[str] | list[Pair]:
   name, _, subset = data.path.partition(":")
   try:
     rows = datasets.load_dataset(name, subset or None, split=data.split)
-  except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+  except Exception as error:  # the library raises its own, the hub client's, httpx's and the system's
     reason = str(error).strip().partition("\n")[0].rstrip(".")
     raise UserError(
         f"Data set {data.path!r} (split {data.split!r}) cannot be loaded ({reason}); "
         "check the name, go online, or use data.source='prompts' or 'text' with a local file."
     ) from None
   located = [(f"Row {number} of {data.path}", row) for number, row in enumerate(rows)]
-  if "text" not in rows.column_names:
+  # Alpaca on the hub has a text column as well, which holds the boilerplate preamble.
+  columns = set(rows.column_names)
+  if {"instruction", "output"} <= columns or {"context", "continuation"} <= columns or "text" not in columns:
     return [_pair(row, where) for where, row in located]
   texts = [_field(row, "text", where) for where, row in located]
   return _articles(texts) if _is_wikitext(texts) else texts

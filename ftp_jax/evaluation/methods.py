@@ -62,25 +62,34 @@ class Bench:
     """A router with a schedule (L,)."""
     judge = self.judge
     quality = judge.quality(router, schedule)
-    perplexity, _ = routed_perplexity(judge.model, judge.routing, router, schedule, self.windows, self.batch)
+    # The static order never skips the newest token: its perplexity would be the dense one and say nothing.
+    perplexity = perplexity_achieved = None
+    if router.kind != "static":
+      perplexity, perplexity_achieved = routed_perplexity(
+          judge.model, judge.routing, router, schedule, self.windows, self.batch
+      )
     context = judge.prompts.context
     saved = flops.saved_share(
         judge.model.config, quality.keep_LxNxT, context, judge.routing.kv_mode, router.config
     )
     achieved = flops.skipped_share(quality.keep_LxNxT, context)
-    return self._record(method, sparsity, seed, quality, perplexity, achieved, saved)
+    return self._record(method, sparsity, seed, quality, perplexity, achieved, saved, perplexity_achieved)
 
-  def _record(self, method, asked, seed, quality: Quality, perplexity, achieved, saved) -> dict[str, Any]:
+  def _record(
+      self, method, asked, seed, quality: Quality, perplexity, achieved, saved, perplexity_achieved=None
+  ) -> dict[str, Any]:
     count = len(quality.kl)
     return {
         "method": method,
+        "schedule": None,
         "asked": float(asked),
         "seed": seed,
         "kl": float(quality.kl.mean()),
         "kl_stderr": float(quality.kl.std(ddof=1) / np.sqrt(count)) if count > 1 else 0.0,
         "nll": float(quality.nll.mean()),
         "agreement": float(quality.agreement.mean()),
-        "perplexity": float(perplexity),
+        "perplexity": perplexity,
+        "perplexity_achieved": perplexity_achieved,
         "achieved": float(achieved),
         "flops_saved": float(saved),
         "prompts": count,

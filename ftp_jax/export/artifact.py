@@ -1,4 +1,4 @@
-"""The artifact: what a user ships, a few kilobytes beside the untouched base model.
+"""The artifact: what a user ships, kilobytes beside the untouched base model.
 
 `ftp_config.json` describes schedule, routing and router, the base model's id and fingerprint, and the
 figures measured; `router.safetensors` holds the router's weights. It loads without the training code.
@@ -77,7 +77,7 @@ def load(directory: str | os.PathLike) -> Artifact:
     raise UserError(f"{directory / CONFIG_FILE} cannot be read ({error}); copy the artifact again.") from None
   version = described.get("format_version") if isinstance(described, dict) else None
   if version != FORMAT_VERSION:
-    raise UserError(f"{directory} has artifact format {version!r}, this version reads {FORMAT_VERSION}; update ftp_jax.")
+    raise UserError(f"{directory} has artifact format {version!r}, but {FORMAT_VERSION} is read here; update ftp_jax.")
   weights = load_weights(directory / WEIGHTS_FILE)
   try:
     router = dict(described["router"])
@@ -91,7 +91,7 @@ def load(directory: str | os.PathLike) -> Artifact:
         params=weights,
         figures=described["figures"],
     )
-  except (KeyError, TypeError) as error:
+  except (KeyError, TypeError, ValueError) as error:
     raise UserError(f"{directory / CONFIG_FILE} is incomplete ({error}); export the artifact again.") from None
 
 
@@ -99,7 +99,8 @@ def save_weights(params: Any, path: str | os.PathLike) -> None:
   """Writes router parameters (nested dicts of arrays) to a safetensors file, atomically."""
   path = pathlib.Path(path)
   temporary = path.with_name(path.name + ".tmp")
-  safetensors.numpy.save_file({name: np.ascontiguousarray(a) for name, a in _flat(params).items()}, temporary)
+  # Written by us: the library's own writer reports a full disk as its own error, and makes the file private.
+  temporary.write_bytes(safetensors.numpy.save({name: np.ascontiguousarray(a) for name, a in _flat(params).items()}))
   os.replace(temporary, path)
 
 

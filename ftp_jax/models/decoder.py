@@ -119,7 +119,8 @@ class Embedding(nn.Module):
   def decode(self, x):
     """Logits (..., V) in fp32 of final hidden states (..., D)."""
     head = self.embedding if self.config.tie_embeddings else self.lm_head
-    return (self.final_norm(x) @ head.T.astype(x.dtype)).astype(jnp.float32)
+    y = self.final_norm(x)
+    return jnp.einsum("...d,vd->...v", y, head.astype(y.dtype), preferred_element_type=jnp.float32)
 
   def __call__(self, tokens_BxT):
     return self.decode(self.encode(tokens_BxT, jnp.float32))

@@ -1,11 +1,11 @@
 """The pipeline: what each stage computes, from what, and where it leaves it.
 
-    data        prompts of the four splits and the perplexity windows
+    data        prompts of the four splits and the windows of the perplexity text
     importance  redundancy of the blocks, block influence, Fisher scores of the gates
     search      per S and seed: schedule found with the static router
     train       per S and seed: dynamic router
-    finetune    per S and seed: schedule found with the trained router; writes the artifact
-    evaluate    every method on the test prompts
+    finetune    per S and seed: schedule found with the trained router
+    evaluate    every method on the test prompts; writes the artifacts with their figures
     report      tables and plots (ftp_jax.report)
 """
 
@@ -21,7 +21,7 @@ import numpy as np
 import tqdm
 
 from ftp_jax.data.prompts import Prompts, take
-from ftp_jax.data.sources import SPLITS, load_splits
+from ftp_jax.data.sources import load_splits
 from ftp_jax.data.windows import perplexity_windows
 from ftp_jax.errors import UserError
 from ftp_jax.evaluation import methods, redundancy
@@ -29,7 +29,8 @@ from ftp_jax.evaluation.judge import Frozen, Judge
 from ftp_jax.export import artifact as artifact_lib
 from ftp_jax.models.huggingface import fingerprint
 from ftp_jax.models.sources import DTYPES, Model, load_model
-from ftp_jax.pipeline.stages import flatten, load_arrays, read_json, run_stage, save_arrays, write_json
+from ftp_jax.pipeline import checks
+from ftp_jax.pipeline.stages import check_stage, flatten, load_arrays, read_json, run_stage, save_arrays, write_json
 from ftp_jax.routing import masked, routers
 from ftp_jax.routing.config import RouterConfig, RoutingConfig
 from ftp_jax.search import schedule as schedules
@@ -40,7 +41,6 @@ from ftp_jax.training.loop import train_router
 from ftp_jax.training.step import StepSpec, TrainSettings
 
 STAGES = ("data", "importance", "search", "train", "finetune", "evaluate", "report")
-SCHEDULES = ("ga", "uniform", "middle", "late", "influence", "fisher", "file")
 _FINETUNE_STARTS = (0.0, 0.25, 0.5, 0.75)  # shares of the Fisher schedule where fine-tuning starts
 _MAPPED_PROMPTS = 4  # prompts whose kept tokens the report shows
 
@@ -52,8 +52,8 @@ def run(config: Any, workdir: str, stages: tuple[str, ...] = STAGES) -> None:
     UserError: anything the user can mend, in one sentence.
   """
   pipeline = _Pipeline(config, pathlib.Path(workdir))
-  if jax.process_index() == 0:
-    write_json(pipeline.workdir / "config.json", json.loads(config.to_json()))
+  pipeline.check()
+  write_json(pipeline.workdir / "config.json", json.loads(config.to_json()))
   for stage in STAGES:
     if stage in stages:
       getattr(pipeline, stage)()
@@ -64,12 +64,7 @@ class _Pipeline:
 
   def __init__(self, config: Any, workdir: pathlib.Path):
     self.config, self.workdir = config, workdir
-    if not config.sparsities or not config.seeds:
-      raise UserError("The run has nothing to do: give at least one of config.sparsities and of config.seeds.")
-    if config.search.schedule not in SCHEDULES:
-      raise UserError(f"search.schedule={config.search.schedule!r} is unknown; choose one of {', '.join(SCHEDULES)}.")
-    if config.model.dtype not in DTYPES:
-      raise UserError(f"model.dtype={config.model.dtype!r} is unknown; choose one of {', '.join(DTYPES)}.")
+    checks.check_config(config)
     self.routing = RoutingConfig(**config.routing)
     self.router_config = RouterConfig(
         config.router.kind, tuple(config.router.factors), config.router.hidden_states, config.router.hidden_size
@@ -80,9 +75,6 @@ class _Pipeline:
     self.needs_fisher = (
         config.train.guide == "fisher" or config.search.schedule == "fisher" or "fisher" in config.search.seed_schedules
     )
-    unknown = set(config.search.seed_schedules) - set(SCHEDULES[1:-1])
-    if unknown:
-      raise UserError(f"search.seed_schedules names {sorted(unknown)}; choose from {', '.join(SCHEDULES[1:-1])}.")
 
   # --- what stages depend on -------------------------------------------------------------------
 
@@ -90,16 +82,26 @@ class _Pipeline:
     """Flat settings that decide a stage's result, those of the stages before it included."""
     c = self.config
     own = {
-        "data": {"model.source": c.model.source, "data": c.data},
+        "data": {
+            "model.source": c.model.source,
+            "data": c.data,
+            "evaluation": {k: v for k, v in c.evaluation.items() if k.startswith("perplexity")},
+            "content of data.path": checks.digest(c.data.path),
+            "content of evaluation.perplexity_path": checks.digest(c.evaluation.perplexity_path),
+        },
         "importance": {
             "model.dtype": c.model.dtype,
-            "routing": {k: c.routing[k] for k in ("kv_mode", "score_window")},
+            "routing.kv_mode": c.routing.kv_mode,
             "evaluation.redundancy_prompts": c.evaluation.redundancy_prompts,
-            "train": {k: c.train[k] for k in ("fisher_draws", "guide")},
-            "search": {k: c.search[k] for k in ("schedule", "seed_schedules")},
+            "train": {k: c.train[k] for k in ("fisher_draws", "batch")},
+            "gate scores needed": self.needs_fisher,
         },
-        "search": {"routing": c.routing, "search": c.search},
-        "train": {"router": c.router, "train": c.train, "model.remat": c.model.remat},
+        "search": {
+            "routing": c.routing,
+            "search": c.search,
+            "content of search.schedule_path": checks.digest(c.search.schedule_path),
+        },
+        "train": {"router": c.router, "train": {k: v for k, v in c.train.items() if k != "checkpoint_every"}},
         "finetune": {"finetune": c.finetune},
         "evaluate": {"evaluation": c.evaluation},
     }
@@ -107,6 +109,17 @@ class _Pipeline:
     for name in STAGES[: STAGES.index(stage) + 1]:
       merged |= flatten(own[name])
     return merged
+
+  def check(self) -> None:
+    """Raises UserError if any stage that exists was begun with other settings, before anything is written."""
+    for stage in ("data", "importance"):
+      check_stage(self.workdir / stage, self.settings(stage))
+    for sparsity, seed in self.cells:
+      for stage in ("search", "train", "finetune", "evaluate"):
+        own = self.settings(stage) | {"sparsity": sparsity, "seed": seed}
+        check_stage(self.cell(sparsity, seed) / stage, own)
+    for sparsity in (0.0, *self.config.sparsities):
+      check_stage(self.workdir / "evaluate" / f"S{sparsity:.2f}", self.settings("evaluate") | {"sparsity": sparsity})
 
   def cell(self, sparsity: float, seed: int) -> pathlib.Path:
     return self.workdir / f"S{sparsity:.2f}" / f"seed{seed}"
@@ -160,7 +173,7 @@ class _Pipeline:
             read_json(self.workdir / "importance" / "influence.json"), sparsity, largest
         ),
         "fisher": lambda: guide.fisher_schedule(self.fisher, self.prompts("train").context, sparsity),
-        "file": lambda: schedules.from_file(s.schedule_path, blocks),
+        "file": lambda: checks.schedule_file(s.schedule_path, blocks, sparsity, s.grid),
     }[name]()
     return schedules.to_units(real, sparsity, s.grid, s.max_sparsity)
 
@@ -191,15 +204,23 @@ class _Pipeline:
   # --- stages ------------------------------------------------------------------------------------
 
   def data(self) -> None:
+    c = self.config
+
     def work(directory):
-      for split, prompts in load_splits(self.config.data, self.model.tokenizer).items():
+      positions = self.model.config.max_positions
+      for what, longest in (
+          ("data.max_context + data.continuation", c.data.max_context + c.data.continuation),
+          ("evaluation.perplexity_length", c.evaluation.perplexity_length),
+      ):
+        if longest > positions:
+          raise UserError(f"{what} = {longest} exceeds the model's {positions} positions; lower it.")
+      windows = perplexity_windows(
+          c.evaluation.perplexity_path, self.model.tokenizer, c.evaluation.perplexity_windows,
+          c.evaluation.perplexity_length,
+      )
+      for split, prompts in load_splits(c.data, self.model.tokenizer).items():
         save_arrays(directory / f"{split}.npz", **prompts._asdict())
-      longest = self.config.data.max_context + self.config.data.continuation
-      if longest > self.model.config.max_positions:
-        raise UserError(
-            f"data.max_context + data.continuation = {longest} exceed the model's {self.model.config.max_positions} "
-            "positions; lower either."
-        )
+      save_arrays(directory / "windows.npz", **windows._asdict())
 
     run_stage(self.workdir / "data", self.settings("data"), work)
 
@@ -214,7 +235,8 @@ class _Pipeline:
         fisher = guide.collect_fisher(
             self.frozen.config, self.routing, self.frozen.params, self.prompts("train"), self.config.train.batch,
             self.config.data.seed, num_scored=self.num_scored, draws=self.config.train.fisher_draws,
-            dtype=self.frozen.dtype, progress=functools.partial(tqdm.tqdm, desc="fisher scores"),
+            dtype=self.frozen.dtype, remat_policy=self.config.model.remat,
+            progress=functools.partial(tqdm.tqdm, desc="fisher scores"),
         )
         valid = np.arange(fisher.shape[-1])[None] < self.prompts("train").context[:, None]
         write_json(directory / "fisher.json", fisher[:, valid].mean(axis=1).tolist())
@@ -245,12 +267,16 @@ class _Pipeline:
       def work(directory):
         _say(f"train: S={sparsity:.2f}, seed {seed}")
         asked = self.training_schedule(self.schedule(cell / "search"), sparsity)
-        router = routers.init_router(
-            self.router_config, jax.random.key(seed), self.frozen.config.num_blocks, self.frozen.config.hidden_size
-        )
-        if self.config.train.guide == "fisher" and self.config.train.warmup_guide_steps:
-          router = self.warm_up(router, asked, seed)
-        self.fit(directory, router, asked, seed)
+        # Kept, because a resumed training must start from the very same numbers, on any hardware.
+        initial = directory / "initial.safetensors"
+        if not initial.exists():
+          router = routers.init_router(
+              self.router_config, jax.random.key(seed), self.frozen.config.num_blocks, self.frozen.config.hidden_size
+          )
+          if self.config.train.guide == "fisher" and self.config.train.warmup_guide_steps:
+            router = self.warm_up(router, asked, seed)
+          artifact_lib.save_weights(jax.device_get(router), initial)
+        self.fit(directory, artifact_lib.load_weights(initial), asked, seed)
 
       settings = self.settings("train") | {"sparsity": sparsity, "seed": seed}
       run_stage(cell / "train", settings, work)
@@ -308,7 +334,7 @@ class _Pipeline:
             if not (trained / artifact_lib.WEIGHTS_FILE).exists():
               trained.mkdir(parents=True, exist_ok=True)
               before = directory / f"round{r - 1}" / "train" if r > 1 else cell / "train"
-              self.fit(trained, self.load_router(before).params, found, seed + r)
+              self.fit(trained, self.load_router(before).params, self.training_schedule(found, sparsity), seed + r)
           starts = [self.training_schedule(found, sparsity, share) for share in _FINETUNE_STARTS]
           units = [schedules.to_units(s, sparsity, c.search.grid, c.search.max_sparsity) for s in starts]
           seeds = np.unique(np.stack(units), axis=0)
@@ -324,10 +350,9 @@ class _Pipeline:
   def evaluate(self) -> None:
     c = self.config
     settings = self.settings("evaluate")
-    windows = functools.cache(lambda: perplexity_windows(
-        c.evaluation.perplexity_path, self.model.tokenizer, c.evaluation.perplexity_windows, c.evaluation.perplexity_length
-    ))
-    bench = functools.cache(lambda: methods.Bench(self.judge("test", c.evaluation.batch), windows(), c.evaluation.batch))
+    bench = functools.cache(
+        lambda: methods.Bench(self.judge("test", c.evaluation.batch), self.prompts("windows"), c.evaluation.batch)
+    )
 
     records = []
     for asked in tqdm.tqdm((0.0, *c.sparsities), desc="evaluate dense, truncation, static + uniform"):
@@ -351,6 +376,8 @@ class _Pipeline:
             bench().routed("dynamic_ga", sparsity, seed, first, found),
             bench().routed("dynamic_finetuned", sparsity, seed, final, tuned),
         ]
+        for row in rows[1:]:
+          row["schedule"] = c.search.schedule
         write_json(directory / "records.json", rows)
         write_json(directory / "routes.json", self.route_maps(final, tuned))
         self.write_artifact(cell / "artifact", final, tuned, rows[-1])
@@ -391,5 +418,4 @@ class _Pipeline:
 
 
 def _say(text: str) -> None:
-  if jax.process_index() == 0:
-    print(text, file=sys.stderr, flush=True)
+  print(text, file=sys.stderr, flush=True)

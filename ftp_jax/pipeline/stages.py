@@ -1,7 +1,8 @@
 """Stages of a run directory: finished ones are not repeated, changed settings are named.
 
-A stage is a folder. While it works it owns the folder; when it is through it writes `done.json` with
-every setting it depends on, its own and those of the stages before it.
+A stage is a folder. When work begins it gets `settings.json` with every setting that the stage depends on,
+its own and those of the stages before it; when it is through, an empty `done`. So neither a finished nor
+an interrupted stage goes on with other settings.
 """
 
 import json
@@ -14,7 +15,7 @@ import numpy as np
 
 from ftp_jax.errors import UserError
 
-DONE = "done.json"
+SETTINGS, DONE = "settings.json", "done"
 
 
 def write_json(path: str | os.PathLike, value: Any) -> None:
@@ -31,7 +32,7 @@ def read_json(path: str | os.PathLike) -> Any:
   try:
     return json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
   except (OSError, ValueError) as error:
-    raise UserError(f"{path} cannot be read ({error}); delete the folder it is in, so that its stage runs again.") from None
+    raise UserError(f"{path} cannot be read ({error}); delete its folder, so that the stage runs again.") from None
 
 
 def save_arrays(path: str | os.PathLike, **arrays: np.ndarray) -> None:
@@ -50,7 +51,7 @@ def load_arrays(path: str | os.PathLike) -> dict[str, np.ndarray]:
     with np.load(path, allow_pickle=False) as file:
       return {name: file[name] for name in file.files}
   except Exception as error:  # a damaged archive raises zipfile's, zlib's, numpy's and the system's errors
-    raise UserError(f"{path} cannot be read ({error}); delete the folder it is in, so that its stage runs again.") from None
+    raise UserError(f"{path} cannot be read ({error}); delete its folder, so that the stage runs again.") from None
 
 
 def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
@@ -60,25 +61,26 @@ def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
   return {prefix[:-1]: list(value) if isinstance(value, tuple) else value}
 
 
-def run_stage(directory: pathlib.Path, settings: dict[str, Any], work: Callable[[pathlib.Path], None]) -> bool:
-  """Runs `work` unless the stage is done; True if it ran.
+def check_stage(directory: pathlib.Path, settings: dict[str, Any]) -> None:
+  """Raises UserError if the stage was begun with other settings."""
+  if not (directory / SETTINGS).exists():
+    return
+  before = read_json(directory / SETTINGS)
+  changed = [name for name in settings | before if settings.get(name) != before.get(name)]
+  if changed:
+    name = changed[0]
+    more = f" (and {len(changed) - 1} more changed: {', '.join(changed[1:4])})" if len(changed) > 1 else ""
+    raise UserError(
+        f"{directory} was made with {name}={before.get(name)!r}, now it is {settings.get(name)!r}{more}; use another "
+        "--workdir, or delete that folder and the later stages to make them again."
+    )
 
-  Raises:
-    UserError: the stage is done, but with other settings than `settings`.
-  """
-  done = directory / DONE
-  if done.exists():
-    before = read_json(done)
-    changed = [k for k in settings | before if settings.get(k) != before.get(k)]
-    if changed:
-      name = changed[0]
-      raise UserError(
-          f"{directory} was made with {name}={before.get(name)!r}, now it is {settings.get(name)!r}"
-          + (f" (and {len(changed) - 1} more changed: {', '.join(changed[1:4])})" if len(changed) > 1 else "")
-          + "; use another --workdir, or delete that folder and the later stages to make them again."
-      )
-    return False
-  directory.mkdir(parents=True, exist_ok=True)
+
+def run_stage(directory: pathlib.Path, settings: dict[str, Any], work: Callable[[pathlib.Path], None]) -> None:
+  """Runs `work(directory)` unless the stage is done. Raises as `check_stage`."""
+  check_stage(directory, settings)
+  if (directory / DONE).exists():
+    return
+  write_json(directory / SETTINGS, settings)
   work(directory)
-  write_json(done, settings)
-  return True
+  (directory / DONE).touch()

@@ -36,6 +36,7 @@ def write_report(workdir: str, config: ConfigDict) -> str:
   with open(os.path.join(workdir, "results.json"), "w", encoding="utf-8") as file:
     json.dump(found, file, indent=2)
   tables.write_csv(found["aggregated"], os.path.join(workdir, "results.csv"))
+  tables.write_redundancy(run.redundancy, os.path.join(workdir, "redundancy.csv"))
   figures = plots.write_plots(run, found["aggregated"], os.path.join(workdir, "plots"))
   html.write_html(found, run, figures, os.path.join(workdir, "report.html"))
   return tables.format_table(found["aggregated"])

@@ -45,6 +45,7 @@ def write_html(results: dict, run: Run, plots: list[Plot], path: str) -> None:
       f"{machine['devices']} × {machine['device']}, {machine['cpu']}, {machine['cores']} cores, "
       f"{machine['memory_gb']} GB, jax {machine['jax']}, Python {machine['python']}"
   )
+  redundancy = tables.redundancy_cells(run.redundancy)
   written = datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z")
   figures = "\n".join(
       f'<h2>{escape(plot.title)}</h2>\n<figure><img alt="{escape(plot.title)}" src="{_data_uri(plot.path)}">'
@@ -62,6 +63,7 @@ def write_html(results: dict, run: Run, plots: list[Plot], path: str) -> None:
 <div class="wide">{_table(results["aggregated"])}</div>
 <p class="note">{escape(tables.NOTE[0].upper() + tables.NOTE[1:])}. Bold: lowest KL at its S.</p>
 {figures}
+<details><summary>Redundancy of each block</summary>{_plain(tables.REDUNDANCY_HEADINGS, redundancy)}</details>
 <h2>Config</h2>
 <details><summary>All keys of this run</summary><pre>{escape(json.dumps(config, indent=2))}</pre></details>
 </body>
@@ -70,8 +72,16 @@ def write_html(results: dict, run: Run, plots: list[Plot], path: str) -> None:
   pathlib.Path(path).write_text(page, encoding="utf-8")
 
 
+def _line(tag: str, texts) -> str:
+  return "".join(f"<{tag}>{html.escape(text)}</{tag}>" for text in texts)
+
+
+def _plain(headings, rows) -> str:
+  body = "".join(f"<tr>{_line('td', row)}</tr>" for row in rows)
+  return f"<table><thead><tr>{_line('th', headings)}</tr></thead><tbody>{body}</tbody></table>"
+
+
 def _table(rows: list[dict]) -> str:
-  line = lambda tag, texts: "".join(f"<{tag}>{html.escape(text)}</{tag}>" for text in texts)
   best = {}
   for row in rows:
     if row["method"] != "dense" and (row["asked"] not in best or row["kl"] < best[row["asked"]]["kl"]):
@@ -79,9 +89,9 @@ def _table(rows: list[dict]) -> str:
   body, previous = [], None
   for row in rows:
     classes = ["first"] * (row["asked"] != previous) + ["best"] * (best.get(row["asked"]) is row)
-    body.append(f'<tr class="{" ".join(classes)}">{line("td", tables.cells(row))}</tr>')
+    body.append(f'<tr class="{" ".join(classes)}">{_line("td", tables.cells(row))}</tr>')
     previous = row["asked"]
-  return f"<table><thead><tr>{line('th', tables.HEADINGS)}</tr></thead><tbody>{''.join(body)}</tbody></table>"
+  return f"<table><thead><tr>{_line('th', tables.HEADINGS)}</tr></thead><tbody>{''.join(body)}</tbody></table>"
 
 
 def _data_uri(path: str) -> str:

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from ftp_jax.report.rundir import Run
-from ftp_jax.report.tables import METHODS
+from ftp_jax.report.tables import METHODS, method_label
 
 BLACK, ORANGE, SKY, GREEN, BLUE, VERMILION, PURPLE, GREY = (
     "#000000", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7", "#8A8A8A"
@@ -110,7 +110,7 @@ def plot_methods(rows):
           row["kl"], y, xerr=bars(row), color=colour, marker=marker, markersize=8, capsize=4, linestyle="none"
       )
       axes.annotate(f"{row['kl']:.3f}", (row["kl"], y), (0, 8), textcoords="offset points", ha="center", fontsize=9)
-    axes.set_yticks(range(len(ranked)), [METHODS[row["method"]] for row in ranked])
+    axes.set_yticks(range(len(ranked)), [method_label(row) for row in ranked])
     axes.set_ylim(-0.6, len(ranked) - 0.3)
     axes.set_xscale("log")
     _plain_log(axes.xaxis)
@@ -126,7 +126,7 @@ def plot_methods(rows):
     x = [100 * (row["asked"] + step * (i - (len(methods) - 1) / 2)) for row in own]
     axes.errorbar(
         x, [row["kl"] for row in own], yerr=[bars(row) for row in own], color=colour, marker=marker, markersize=6,
-        capsize=3, label=METHODS[method],
+        capsize=3, label=method_label(own[0]),
     )  # fmt: skip
   axes.set_yscale("log")
   _plain_log(axes.yaxis)

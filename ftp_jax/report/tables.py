@@ -52,7 +52,8 @@ def aggregate(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     groups.setdefault((record["asked"], order.index(record["method"])), []).append(record)
   rows = []
   for (asked, method), group in sorted(groups.items()):
-    row = {"method": order[method], "asked": asked, "seeds": len(group), "prompts": group[0]["prompts"]}
+    row = {"method": order[method], "asked": asked, "seeds": len(group)}
+    row |= {name: group[0][name] for name in ("prompts", "schedule")}
     row["kl_stderr"] = statistics.fmean(record["kl_stderr"] for record in group)
     for figure in FIGURES:
       values = [record[figure] for record in group if record[figure] is not None]
@@ -64,11 +65,16 @@ def aggregate(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
   return rows
 
 
+def method_label(row: dict[str, Any]) -> str:
+  """Name of a row's method; a schedule that the GA did not find is named instead."""
+  return METHODS[row["method"]].replace("GA", row["schedule"] if row["schedule"] not in (None, "ga") else "GA")
+
+
 def cells(row: dict[str, Any]) -> tuple[str, ...]:
   """The text of one aggregated row, one string for each of HEADINGS."""
   percent = lambda name: _with_spread(row, name, 100, 1, " %")
   return (
-      METHODS[row["method"]],
+      method_label(row),
       f"{row['asked']:.2f}",
       percent("achieved"),
       percent("flops_saved"),
@@ -105,6 +111,23 @@ def format_table(rows: list[dict[str, Any]]) -> str:
       previous = row["asked"]
     text.append(layout(line))
   return "\n".join([*text, rule, NOTE])
+
+
+REDUNDANCY_HEADINGS = ("block", "mean similarity", "share above 0.8")
+
+
+def redundancy_cells(redundancy: dict[str, Any]) -> list[tuple[str, ...]]:
+  """Rows of the redundancy table: one a block, then all, the first and last three, and those between."""
+  blocks = zip(redundancy["similarity_mean"], redundancy["share_above_0.8"])
+  rows = [(str(i), f"{mean:.4f}", f"{share:.2%}") for i, (mean, share) in enumerate(blocks)]
+  parts = (("all", "all"), ("first and last three", "edge"), ("between", "middle"))
+  return rows + [(name, "", f"{redundancy[f'share_above_0.8_{key}']:.2%}") for name, key in parts]
+
+
+def write_redundancy(redundancy: dict[str, Any], path: str) -> None:
+  """Writes the redundancy table as CSV."""
+  with open(path, "w", newline="", encoding="utf-8") as file:
+    csv.writer(file).writerows([REDUNDANCY_HEADINGS, *redundancy_cells(redundancy)])
 
 
 def write_csv(rows: list[dict[str, Any]], path: str) -> None:

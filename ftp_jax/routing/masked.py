@@ -192,7 +192,7 @@ def forward(
     keep = keep_context(margin, sparsity, context_B, routing)
     newest = valid & ~in_context
     if causal_view and router.kind == "dynamic":
-      newest &= jax.nn.sigmoid(-margin) <= routing.decode_threshold
+      newest &= (decode_sparsity <= 0) | (jax.nn.sigmoid(-margin) <= routing.decode_threshold)
     elif causal_view and router.kind == "random":
       newest &= margin >= decode_sparsity
     keep |= newest  # The static order ranks the newest token right behind the sink: always kept.

@@ -1,4 +1,4 @@
-"""Checkpoints of router training: Orbax, a few kilobytes each, the newest two are kept.
+"""Checkpoints of router training: Orbax, small (the router only), the newest two are kept.
 
 Arrays go through the host as numpy, so that a checkpoint knows nothing of the devices or the mesh
 it was written on. The frozen model is never in one.

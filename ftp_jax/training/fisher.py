@@ -18,7 +18,7 @@ from ftp_jax.routing import masked
 from ftp_jax.routing.config import RoutingConfig
 
 
-@functools.partial(jax.jit, static_argnames=("config", "routing", "num_scored", "draws", "dtype"))
+@functools.partial(jax.jit, static_argnames=("config", "routing", "num_scored", "draws", "dtype", "remat_policy"))
 def gate_fisher(
     config: ModelConfig,
     routing: RoutingConfig,
@@ -31,6 +31,7 @@ def gate_fisher(
     num_scored: int,
     draws: int,
     dtype: Any = jnp.float32,
+    remat_policy: str = "none",
 ) -> jax.Array:
   """Fisher scores (L,B,T) in squared nats; zero outside the context.
 
@@ -43,7 +44,8 @@ def gate_fisher(
 
   def log_probs(gate):
     out = masked.forward(
-        config, routing, params, masked.Router("given", None, gate), tokens_BxT, context_B, length_B, schedule, dtype=dtype
+        config, routing, params, masked.Router("given", None, gate), tokens_BxT, context_B, length_B, schedule,
+        dtype=dtype, remat_policy=remat_policy,
     )
     return scoring.log_probs(config, params, out.hidden_BxTxD, source)
 

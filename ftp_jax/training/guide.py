@@ -14,8 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from ftp_jax.data.prompts import Prompts, batches
-from ftp_jax.models import decoder
+from ftp_jax.data.prompts import Prompts, batches, indices_at
 from ftp_jax.models.config import ModelConfig
 from ftp_jax.routing import factors as factor_lib
 from ftp_jax.routing import masked, routers
@@ -47,7 +46,14 @@ def _inputs(config, routing, params, tokens, context, length, *, with_hidden, dt
 
 
 def collect_inputs(
-    config: ModelConfig, routing: RoutingConfig, params: Any, prompts: Prompts, batch: int, *, with_hidden: bool, dtype: Any
+    config: ModelConfig,
+    routing: RoutingConfig,
+    params: Any,
+    prompts: Prompts,
+    batch: int,
+    *,
+    with_hidden: bool,
+    dtype: Any,
 ) -> tuple[np.ndarray, np.ndarray | None]:
   """(score_LxNxT, hidden_LxNxTxD or None) of a dense pass over all prompts."""
   parts = [
@@ -69,13 +75,16 @@ def collect_fisher(
     num_scored: int,
     draws: int,
     dtype: Any,
+    remat_policy: str = "none",
     progress: Any = lambda rows: rows,
 ) -> np.ndarray:
   """Fisher scores (L,N,T) of all prompts; `progress` wraps the list of batches."""
   parts = []
   for i, (rows, _) in enumerate(progress(list(batches(prompts, batch)))):
     key = jax.random.fold_in(jax.random.key(seed), i)
-    scores = gate_fisher(config, routing, params, *rows, key, num_scored=num_scored, draws=draws, dtype=dtype)
+    scores = gate_fisher(
+        config, routing, params, *rows, key, num_scored=num_scored, draws=draws, dtype=dtype, remat_policy=remat_policy
+    )
     parts.append(np.asarray(scores))
   return np.concatenate(parts, axis=1)[:, : len(prompts.tokens)]
 
@@ -149,12 +158,10 @@ def warm_up(
     updates, state = optimizer.update(grads, state, params)
     return optax.apply_updates(params, updates), state, loss
 
-  rng = np.random.Generator(np.random.PCG64(seed))
   schedule_L = jnp.asarray(schedule_L, jnp.float32)
   state, history = optimizer.init(params), []
-  size = min(settings.batch, len(data.context_N))
-  for _ in progress(range(settings.steps)):
-    rows = rng.choice(len(data.context_N), size, replace=False)
+  for number in progress(range(settings.steps)):
+    rows = indices_at(len(data.context_N), settings.batch, number, seed)
     hidden = None if data.hidden_LxNxTxD is None else data.hidden_LxNxTxD[:, rows]
     params, state, loss = step(
         params, state, data.context_N[rows], data.score_LxNxT[:, rows], hidden, data.fisher_LxNxT[:, rows], schedule_L

@@ -1,0 +1,78 @@
+"""What a config may ask for, checked before any work begins."""
+
+import hashlib
+import os
+
+import numpy as np
+
+from ftp_jax.errors import UserError
+from ftp_jax.models.decoder import REMAT
+from ftp_jax.models.sources import DTYPES
+from ftp_jax.search import schedule as schedules
+
+SCHEDULES = ("ga", "uniform", "middle", "late", "influence", "fisher", "file")
+_AT_LEAST = {
+    1: (
+        "data.num_search", "data.num_train", "data.num_validation", "data.num_test", "search.batch", "train.batch",
+        "train.fisher_draws", "train.warmup_guide_prompts", "router.hidden_size", "finetune.rounds", "evaluation.batch",
+        "evaluation.redundancy_prompts",
+    ),
+    0: ("train.warmup", "train.warmup_guide_steps", "search.generations", "finetune.generations", "data.seed"),
+}  # fmt: skip
+
+
+def check_config(config) -> None:
+  """Raises UserError for a value that no stage could work with."""
+  if not config.sparsities or not config.seeds:
+    raise UserError("The run has nothing to do: give at least one of config.sparsities and of config.seeds.")
+  for seed in config.seeds:
+    if not isinstance(seed, int) or seed < 0:
+      raise UserError(f"seeds={tuple(config.seeds)} must be whole numbers that are not negative.")
+  largest = schedules.max_units(config.search.grid, config.search.max_sparsity) / config.search.grid
+  for sparsity in config.sparsities:
+    if not isinstance(sparsity, float) or not 0 < sparsity <= largest:
+      raise UserError(
+          f"Sparsity {sparsity!r} is out of reach: choose numbers above 0 and at most {largest:g}, the largest that "
+          f"search.max_sparsity={config.search.max_sparsity} allows."
+      )
+  folders = [{f"{s:.2f}" for s in config.sparsities}, set(config.seeds)]
+  if [len(names) for names in folders] != [len(config.sparsities), len(config.seeds)]:
+    raise UserError("config.sparsities must differ in their first two decimals, and config.seeds from each other.")
+  starts = SCHEDULES[1:-1]
+  for name, value, allowed in (
+      ("search.schedule", config.search.schedule, SCHEDULES),
+      ("model.dtype", config.model.dtype, tuple(DTYPES)),
+      ("model.remat", config.model.remat, REMAT),
+  ):
+    if value not in allowed:
+      raise UserError(f"{name}={value!r} is unknown; choose one of {', '.join(allowed)}.")
+  if not config.search.seed_schedules or set(config.search.seed_schedules) - set(starts):
+    raise UserError(f"search.seed_schedules must name one or more of {', '.join(starts)}.")
+  for least, names in _AT_LEAST.items():
+    for name in names:
+      section, key = name.split(".")
+      if config[section][key] < least:
+        raise UserError(f"{name}={config[section][key]} must be at least {least}.")
+  if not 0 <= config.train.fisher_share <= 1:
+    raise UserError(f"train.fisher_share={config.train.fisher_share} must lie between 0 and 1.")
+  if config.data.chat and config.data.source in ("embedded", "text"):
+    raise UserError("data.chat=True needs prompts; set data.source='prompts' or 'hub', or data.chat=False.")
+
+
+def digest(path: str) -> str:
+  """Hash (12 hex digits) of a file's content; empty where there is no such file."""
+  if not os.path.isfile(path):
+    return ""
+  with open(path, "rb") as file:
+    return hashlib.file_digest(file, "sha256").hexdigest()[:12]
+
+
+def schedule_file(path: str, num_blocks: int, sparsity: float, grid: int) -> np.ndarray:
+  """Reads `search.schedule_path`, (L,); UserError unless its mean is the sparsity asked for."""
+  found = schedules.from_file(path, num_blocks)
+  if abs(found.mean() - sparsity) > 0.5 / (grid * num_blocks):
+    raise UserError(
+        f"Schedule file {path} has a mean sparsity of {found.mean():.4f}, but {sparsity} is asked; set "
+        "config.sparsities to its mean."
+    )
+  return found
