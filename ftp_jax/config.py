@@ -127,3 +127,28 @@ def large_preset(config: config_dict.ConfigDict) -> config_dict.ConfigDict:
   config.finetune.generations = 16
   config.evaluation.perplexity_length = 1024
   return config
+
+
+def small_preset(config: config_dict.ConfigDict) -> config_dict.ConfigDict:
+  """Sizes for SmolLM2-135M on two CPU cores, with instructions of `../shared/data`; returns the config."""
+  config.data.source = "prompts"
+  config.data.path = "../shared/data/alpaca_5000.jsonl"
+  config.data.chat = True
+  config.data.max_context = 64
+  config.data.continuation = 16
+  config.data.num_search = 16
+  config.data.num_train = 192
+  config.data.num_validation = 24
+  config.data.num_test = 64
+  config.search.population = 10
+  config.search.elite = 2
+  config.search.generations = 5
+  config.train.steps = 16
+  config.train.warmup = 2
+  config.train.validate_every = 8
+  config.train.checkpoint_every = 8
+  config.finetune.generations = 4
+  config.evaluation.perplexity_path = "../shared/data/wikitext2_valid.txt"
+  config.evaluation.perplexity_windows = 4
+  config.evaluation.redundancy_prompts = 50
+  return config
