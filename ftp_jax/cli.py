@@ -30,6 +30,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"ftp-jax: {error.filename or 'a file'}: {error.strerror or error}; free space or choose another --workdir.",
           file=sys.stderr)  # fmt: skip
     return 2
+  except RuntimeError as error:  # jax reports memory by the text of its error alone
+    if "RESOURCE_EXHAUSTED" not in str(error):
+      raise
+    print("ftp-jax: the device is out of memory; lower train.batch, search.batch or evaluation.batch, or set "
+          "model.remat=full.", file=sys.stderr)  # fmt: skip
+    return 2
   except KeyboardInterrupt:
     print("\nftp-jax: stopped; the same command goes on from the last saved state.", file=sys.stderr)
     return 130

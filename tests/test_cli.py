@@ -123,6 +123,26 @@ def test_mistakes_found_by_the_pipeline_are_one_sentence(monkeypatch, capsys):
   assert mistake(capsys, "train") == "ftp-jax: The model is missing; fetch it.\n"
 
 
+@pytest.mark.parametrize("error, message", [
+    (OSError(28, "No space left on device", "runs/x/config.json"), "runs/x/config.json: No space left on device"),
+    (RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes"), "lower train.batch"),
+])  # fmt: skip
+def test_a_full_disk_and_a_full_device_are_one_sentence(monkeypatch, capsys, error, message):
+  def fail(*_):
+    raise error
+
+  monkeypatch.setattr(pipeline, "run", fail)
+  assert message in mistake(capsys, "run")
+  monkeypatch.setattr(pipeline, "run", lambda *_: (_ for _ in ()).throw(RuntimeError("a defect of ours")))
+  with pytest.raises(RuntimeError, match="a defect of ours"):
+    cli.main(["run"])
+
+
+def test_report_of_no_run_makes_no_directory(capsys, tmp_path):
+  assert "does not exist" in mistake(capsys, "report", f"--workdir={tmp_path / 'typo'}")
+  assert not (tmp_path / "typo").exists()
+
+
 def test_interruption_says_how_to_go_on(monkeypatch, capsys):
   def interrupt(*_):
     raise KeyboardInterrupt

@@ -52,6 +52,8 @@ def run(config: Any, workdir: str, stages: tuple[str, ...] = STAGES) -> None:
     UserError: anything the user can mend, in one sentence.
   """
   pipeline = _Pipeline(config, pathlib.Path(workdir))
+  if stages == ("report",) and not pipeline.workdir.is_dir():
+    raise UserError(f"{workdir} does not exist; give the --workdir of an evaluated run.")
   pipeline.check()
   write_json(pipeline.workdir / "config.json", json.loads(config.to_json()))
   for stage in STAGES:
