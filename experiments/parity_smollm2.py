@@ -7,12 +7,14 @@ both. Needs torch, which the rest of the project does not. About one minute on t
 """
 
 import json
+import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
+from ftp_jax.errors import UserError
 from ftp_jax.models.decoder import forward, unembed
 from ftp_jax.models.sources import load_model
 
@@ -57,7 +59,10 @@ def compare(source: str) -> dict:
 
 
 def main(_):
-  figures = compare(_SOURCE.value)
+  try:
+    figures = compare(_SOURCE.value)
+  except UserError as error:
+    sys.exit(f"parity_smollm2: {error}")
   for row in figures["prompts"]:
     print(f"{row['max_abs_difference']:.2e}  {row['tokens']:4d} tokens  {row['next_token']!r}  {row['prompt'][:50]!r}")
   print(f"max |logit difference| = {figures['max_abs_difference']:.2e}")
