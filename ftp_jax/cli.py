@@ -5,6 +5,7 @@ Heavy imports stand in the commands that need them, so that help and mistakes an
 
 import argparse
 import json
+import os
 import pathlib
 import sys
 from collections.abc import Sequence
@@ -19,6 +20,7 @@ Finished stages are not repeated; delete a stage's folder to have it run again."
 
 def main(argv: Sequence[str] | None = None) -> int:
   """Runs a command; returns the exit status: 2 for a user's mistake, 130 for Ctrl-C."""
+  os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # or it warns that torch, which we do not use, is missing
   parser = _parser()
   arguments, rest = parser.parse_known_args(argv)
   try:
