@@ -9,7 +9,7 @@ from ftp_jax.data.prompts import Prompts
 from ftp_jax.evaluation import flops, methods, perplexity, redundancy
 from ftp_jax.evaluation.judge import Frozen, Judge
 from ftp_jax.models import decoder
-from ftp_jax.routing import masked
+from ftp_jax.routing import masked, routers
 from ftp_jax.routing.config import RouterConfig, RoutingConfig
 from tests import tiny
 
@@ -36,7 +36,7 @@ def dense_log_probs(model, prompts):
 
 
 def test_dense_schedule_has_no_divergence_and_the_models_own_nll(model, judge, prompts):
-  quality = judge.quality(masked.STATIC, np.zeros(5))
+  quality = judge.quality(routers.STATIC, np.zeros(5))
   np.testing.assert_allclose(quality.kl, 0, atol=1e-6)
   np.testing.assert_array_equal(quality.agreement, 1)
   lp = dense_log_probs(model, prompts)
@@ -47,16 +47,16 @@ def test_dense_schedule_has_no_divergence_and_the_models_own_nll(model, judge, p
 
 def test_kl_of_a_population_equals_the_definition_and_one_by_one(model, judge, prompts):
   schedules = np.array([[0, 0, 0.5, 0.25, 0.5], [0, 0, 0, 0, 0.8], [0.5, 0, 0, 0, 0]], np.float32)
-  together = judge.kl(masked.STATIC, schedules)
+  together = judge.kl(routers.STATIC, schedules)
   dense = dense_log_probs(model, prompts)
   for s, value in zip(schedules, together):
-    out = masked.forward(model.config, judge.routing, model.params, masked.STATIC, *prompts, jnp.asarray(s))
+    out = masked.forward(model.config, judge.routing, model.params, routers.STATIC, *prompts, jnp.asarray(s))
     pruned = np.asarray(jax.nn.log_softmax(decoder.unembed(model.config, model.params, out.hidden_BxTxD)))
     divergence = (np.exp(dense) * (dense - pruned)).sum(-1)
     scored = zip(prompts.context - 1, prompts.length - 1)
     expected = np.mean([divergence[n, first:end].mean() for n, (first, end) in enumerate(scored)])
     np.testing.assert_allclose(value, expected, rtol=1e-4)
-    np.testing.assert_allclose(judge.kl(masked.STATIC, s[None])[0], expected, rtol=1e-4)
+    np.testing.assert_allclose(judge.kl(routers.STATIC, s[None])[0], expected, rtol=1e-4)
 
 
 def test_truncation_keeps_the_sink_the_latest_tokens_and_the_continuation():
@@ -93,7 +93,7 @@ def test_dense_perplexity_equals_the_definition(model):
   lp = dense_log_probs(model, windows)
   nll = [-lp[n, t - 1, windows.tokens[n, t]] for n in range(3) for t in range(1, windows.length[n])]
   zero = np.zeros(5)
-  value, achieved = perplexity.routed_perplexity(model, RoutingConfig(), masked.STATIC, zero, windows, 2)
+  value, achieved = perplexity.routed_perplexity(model, RoutingConfig(), routers.STATIC, zero, windows, 2)
   np.testing.assert_allclose(value, np.exp(np.mean(nll)), rtol=1e-4)
   assert achieved == 0
   np.testing.assert_allclose(perplexity.truncated_perplexity(model, 0.0, windows, 2), value, rtol=1e-4)

@@ -11,7 +11,9 @@ from ftp_jax.errors import UserError
 from ftp_jax.models import decoder
 from ftp_jax.routing import factors, masked, routers
 from ftp_jax.routing.config import FACTORS, RouterConfig, RoutingConfig
-from ftp_jax.routing.selection import capacity, descending_rank, forced_tokens, keep_context, select
+from ftp_jax.routing.selection import (
+    capacity, decode_schedule, descending_rank, forced_tokens, keep_context, select,
+)
 from tests import tiny
 
 KINDS = ("global", "per_block", "recurrent")
@@ -20,7 +22,7 @@ KINDS = ("global", "per_block", "recurrent")
 def dynamic(model_config, seed=1, **changes):
   router_config = RouterConfig(**changes)
   params = routers.init_router(router_config, jax.random.key(seed), model_config.num_blocks, model_config.hidden_size)
-  return masked.Router("dynamic", router_config, params)
+  return routers.Router("dynamic", router_config, params)
 
 
 # --- capacity and selection -----------------------------------------------------------------
@@ -67,7 +69,7 @@ def test_a_block_of_which_nothing_is_asked_keeps_every_context_token(selection, 
 
 
 def test_static_router_is_the_papers_priority_order():
-  margin = routers.static_margin(1, 6)
+  margin = routers.static_margin(jnp.arange(6)[None])
   for slots, kept in [(2, [0, 5]), (3, [0, 4, 5]), (5, [0, 2, 3, 4, 5])]:
     keep = select(margin, jnp.array([slots]), forced_tokens(jnp.array([6]), 6), jnp.ones((1, 6), bool), "topk")
     assert np.flatnonzero(keep[0]).tolist() == kept
@@ -77,8 +79,8 @@ def test_static_router_is_the_papers_priority_order():
 
 
 def test_factors_of_the_prefill_view_by_hand():
-  tables = factors.ScoreTables(jnp.array([[0.5, 0.25, 0.25, 0.0, 0.0]]), None)
-  values = factors.factors(FACTORS, tables, jnp.full((1, 5), 0.3), jnp.array([4]))[0]
+  score = jnp.array([[0.5, 0.25, 0.25, 0.0, 0.0]])
+  values = factors.context_factors(FACTORS, score, 0.3, jnp.array([4]))[0]
   np.testing.assert_allclose(values[:4, 0], [0, 1 / 3, 2 / 3, 1], atol=1e-6)
   np.testing.assert_allclose(values[:4, 1], [2 / 3, 0.5, 0.5, 0.0], atol=1e-6)
   np.testing.assert_allclose(values[:4, 2], [0, 2 / 3, 1 / 3, 1], atol=1e-6)  # tie: the later ranks first
@@ -87,7 +89,7 @@ def test_factors_of_the_prefill_view_by_hand():
 
 def test_factors_of_the_causal_view_by_hand():
   causal = jnp.zeros((1, 4, 4)).at[0, 3].set(jnp.array([0.4, 0.1, 0.3, 0.2]))
-  values = factors.factors(FACTORS, factors.ScoreTables(jnp.zeros((1, 4)), causal), jnp.zeros((1, 4)), jnp.array([1]))
+  values = masked.factors(FACTORS, masked.Scores(jnp.zeros((1, 4)), causal), 0.3, 0.0, jnp.array([1]))
   # The newest of 4 tokens: position 1, own score 0.2 -> 0.8 / 1.8, two tokens score higher.
   np.testing.assert_allclose(values[0, 3], [1.0, 0.8 / 1.8, 2 / 3, 0.0], atol=1e-6)
 
@@ -97,13 +99,13 @@ def test_skipped_tokens_keep_their_latest_score():
   k = jax.random.normal(jax.random.key(1), (1, 4, 2, 8))
   mask = jnp.tril(jnp.ones((1, 4, 4), bool))
   context = jnp.array([4])
-  first = factors.update_tables(factors.init_tables(1, 4, True), q, k, mask, jnp.ones((1, 4), bool), context, 2)
+  first = masked.update_scores(masked.init_scores(1, 4, True), q, k, mask, jnp.ones((1, 4), bool), context, 2)
   keep = jnp.array([[True, False, True, True]])
-  second = factors.update_tables(first, 2 * q, k, mask & keep[:, None, :], keep, context, 2)
+  second = masked.update_scores(first, 2 * q, k, mask & keep[:, None, :], keep, context, 2)
   assert second.prefill_BxT[0, 1] == first.prefill_BxT[0, 1]
   assert np.all(second.prefill_BxT[0, [0, 2, 3]] != first.prefill_BxT[0, [0, 2, 3]])
-  np.testing.assert_array_equal(second.causal_BxTxT[0, 1], first.causal_BxTxT[0, 1])
-  np.testing.assert_allclose(np.sum(second.causal_BxTxT[0, 3, jnp.array([0, 2, 3])]), 1.0, atol=1e-6)
+  np.testing.assert_array_equal(second.seen_BxTxT[0, 1], first.seen_BxTxT[0, 1])
+  np.testing.assert_allclose(np.sum(second.seen_BxTxT[0, 3, jnp.array([0, 2, 3])]), 1.0, atol=1e-6)
 
 
 def test_score_window_averages_the_last_computed_context_queries():
@@ -111,7 +113,7 @@ def test_score_window_averages_the_last_computed_context_queries():
   k = jax.random.normal(jax.random.key(1), (1, 4, 1, 8))
   mask = jnp.tril(jnp.ones((1, 4, 4), bool))
   keep = jnp.array([[True, True, False, True]])
-  table = factors.update_tables(factors.init_tables(1, 4, False), q, k, mask, keep, jnp.array([4]), 3).prefill_BxT
+  table = masked.update_scores(masked.init_scores(1, 4, False), q, k, mask, keep, jnp.array([4]), 3).prefill_BxT
   rows = jax.nn.softmax(jnp.where(mask, jnp.einsum("bthn,bshn->bts", q, k) / np.sqrt(8), -jnp.inf))[0]
   expected = (rows[1] + rows[3]) / 2  # window 1..3, query 2 is skipped
   np.testing.assert_allclose(table[0], jnp.where(keep[0], expected, 0), atol=1e-6)
@@ -127,7 +129,7 @@ def test_schedule_zero_equals_dense_exactly(kv_mode, router_kind):
   p = tiny.params(c)
   tokens, context, length = tiny.batch(c, [7, 4, 1], [10, 9, 6], 10)
   router = {
-      "static": masked.STATIC, "random": masked.Router("random", None, jax.random.key(0)), "dynamic": dynamic(c),
+      "static": routers.STATIC, "random": routers.Router("random", None, jax.random.key(0)), "dynamic": dynamic(c),
   }[router_kind]
   out = tiny.forward(c, RoutingConfig(kv_mode), p, router, tokens, context, length, jnp.zeros(c.num_blocks))
   dense = jax.jit(decoder.forward, static_argnums=0)(c, p, tokens, length)
@@ -143,7 +145,7 @@ def test_masked_blocks_against_a_loop_over_kept_tokens(kv_mode):
   p = tiny.params(c)
   tokens, context, length = tiny.batch(c, [8], [8], 8)
   schedule = jnp.array([0.0, 0.5, 0.25, 0.5])
-  out = tiny.forward(c, RoutingConfig(kv_mode), p, masked.STATIC, tokens, context, length, schedule)
+  out = tiny.forward(c, RoutingConfig(kv_mode), p, routers.STATIC, tokens, context, length, schedule)
   block = decoder.Block(c)
   x = decoder.embed(c, p, tokens)
   sin, cos = decoder.angles(c, jnp.arange(8)[None])
@@ -183,7 +185,7 @@ def test_static_uniform_evict_is_truncation_of_the_oldest_context():
   c = tiny.config()
   p = tiny.params(c)
   tokens, context, length = tiny.batch(c, [8], [12], 12)
-  out = tiny.forward(c, RoutingConfig("evict"), p, masked.STATIC, tokens, context, length, jnp.full(4, 0.5))
+  out = tiny.forward(c, RoutingConfig("evict"), p, routers.STATIC, tokens, context, length, jnp.full(4, 0.5))
   kept = np.array([0, 5, 6, 7, 8, 9, 10, 11])
   sin, cos = decoder.angles(c, jnp.asarray(kept)[None])
   x = decoder.embed(c, p, tokens[:, kept])
@@ -197,7 +199,7 @@ def test_sink_and_last_context_token_are_always_computed():
   c = tiny.config()
   tokens, context, length = tiny.batch(c, [9, 6, 1], [12, 6, 5], 12)
   routing = RoutingConfig("evict", decode_sparsity=0.9)
-  for router in (masked.Router("random", None, jax.random.key(3)), dynamic(c)):
+  for router in (routers.Router("random", None, jax.random.key(3)), dynamic(c)):
     out = tiny.forward(c, routing, tiny.params(c), router, tokens, context, length, jnp.full(4, 0.9))
     keep = np.asarray(out.keep_LxBxT)
     assert keep[:, :, 0].all()
@@ -257,7 +259,7 @@ def test_continuation_tokens_skip_no_block_of_which_nothing_is_asked():
   skips["out"]["bias"] = jnp.array([5.0, -5.0])
   tokens, context, length = tiny.batch(c, [4], [9], 9)
   keep = tiny.forward(
-      c, RoutingConfig(decode_sparsity=0.3), tiny.params(c), masked.Router("dynamic", router.config, skips), tokens,
+      c, RoutingConfig(decode_sparsity=0.3), tiny.params(c), routers.Router("dynamic", router.config, skips), tokens,
       context, length, jnp.array([0.0, 0.5, 0.0, 0.5]),
   ).keep_LxBxT[:, 0, 4:]
   np.testing.assert_array_equal(keep.all(axis=1), [True, False, True, False])
@@ -292,7 +294,7 @@ def test_straight_through_changes_no_value_and_reaches_the_router(kv_mode):
   router = dynamic(c)
   tokens, context, length = tiny.batch(c, [9, 7], [12, 12], 12)
   run = lambda router_params, st: tiny.forward(
-      c, RoutingConfig(kv_mode), p, masked.Router("dynamic", router.config, router_params), tokens, context, length,
+      c, RoutingConfig(kv_mode), p, routers.Router("dynamic", router.config, router_params), tokens, context, length,
       jnp.array([0.0, 0.5, 0.5, 0.3]), straight_through=st,
   ).hidden_BxTxD
   np.testing.assert_allclose(run(router.params, True), run(router.params, False), atol=1e-5)
@@ -310,7 +312,7 @@ def test_evict_gradient_knows_what_a_removed_key_was_worth():
   def loss(g):
     gate = jnp.ones((1, 1, 8)).at[0, 0, 3].set(g)
     out = tiny.forward(
-        c, RoutingConfig("evict"), p, masked.Router("given", None, gate), tokens, context, length, jnp.zeros(1)
+        c, RoutingConfig("evict"), p, routers.Router("given", None, gate), tokens, context, length, jnp.zeros(1)
     )
     return jnp.sum(jnp.sin(out.hidden_BxTxD[0, 6:]))
 
@@ -322,13 +324,13 @@ def test_evict_gradient_knows_what_a_removed_key_was_worth():
 
 def test_continuation_tokens_are_asked_for_their_own_sparsity():
   schedule = jnp.array([0.0, 0.2, 0.6, 0.8])
-  np.testing.assert_allclose(masked.decode_schedule(schedule, 0.2), [0, 0.1, 0.3, 0.4], atol=1e-6)
-  np.testing.assert_allclose(masked.decode_schedule(schedule, 0.8), [0, 0.4, 0.99, 0.99], atol=1e-6)
-  np.testing.assert_array_equal(masked.decode_schedule(jnp.zeros(3), 0.5), 0)
+  np.testing.assert_allclose(decode_schedule(schedule, 0.2), [0, 0.1, 0.3, 0.4], atol=1e-6)
+  np.testing.assert_allclose(decode_schedule(schedule, 0.8), [0, 0.4, 0.99, 0.99], atol=1e-6)
+  np.testing.assert_array_equal(decode_schedule(jnp.zeros(3), 0.5), 0)
   c = tiny.config()
   tokens, context, length = tiny.batch(c, [4], [40], 40)
   share = lambda asked: 1 - np.mean(tiny.forward(
-      c, RoutingConfig(decode_sparsity=asked), tiny.params(c), masked.Router("random", None, jax.random.key(0)), tokens,
+      c, RoutingConfig(decode_sparsity=asked), tiny.params(c), routers.Router("random", None, jax.random.key(0)), tokens,
       context, length, jnp.full(4, 0.5),
   ).keep_LxBxT[:, 0, 4:])
   assert share(0.0) == 0 and 0.1 < share(0.2) < 0.3 and 0.5 < share(0.7) < 0.85

@@ -218,7 +218,7 @@ def test_distillation_alone_reduces_held_out_kl(tmp_path):
 
   @quick_jit
   def kl(router, params):
-    dynamic = masked.Router("dynamic", router_config, router)
+    dynamic = routers.Router("dynamic", router_config, router)
     student = masked.forward(c, spec.routing, params, dynamic, *held, schedule).hidden_BxTxD
     source, _, weight = scoring.continuation(*held, 4)
     dense = decoder.forward(c, params, held.tokens, held.length)
@@ -495,7 +495,7 @@ def test_fisher_scores_against_the_exact_expectation(kv_mode):
   routing, draws = RoutingConfig(kv_mode), 1000
 
   def log_probs(gate, params):
-    given = masked.Router("given", None, gate)
+    given = routers.Router("given", None, gate)
     hidden = masked.forward(c, routing, params, given, tokens, context, length, jnp.zeros(2)).hidden_BxTxD
     return scoring.log_probs(c, params, hidden, scoring.continuation(tokens, context, length, 2)[0])
 
@@ -537,15 +537,14 @@ def test_fisher_schedule_has_the_asked_mean():
 def test_guide_margins_are_those_of_routed_execution(kind, hidden):
   router_config, params = RouterConfig(kind=kind, hidden_states=hidden, hidden_size=8), frozen_params(CONFIG)
   router, rows = new_router(router_config), prompts(6)
-  dynamic = masked.Router("dynamic", router_config, router)
+  dynamic = routers.Router("dynamic", router_config, router)
   routed = quick_jit(lambda dynamic: masked.forward(CONFIG, RoutingConfig(), params, dynamic, *rows, jnp.zeros(4)))
   out = routed(dynamic)
   score, states = guide.collect_inputs(
       CONFIG, RoutingConfig(), params, rows, 4, with_hidden=hidden, dtype=jnp.float32
   )
   assert (states is not None) == hidden
-  tables = [factors.ScoreTables(jnp.asarray(s), None) for s in score]
-  features = jnp.stack([factors.factors(FACTORS, t, jnp.zeros((1, 16)), rows.context) for t in tables])
+  features = jnp.stack([factors.context_factors(FACTORS, jnp.asarray(s), 0.0, rows.context) for s in score])
   margins = guide.margins(router_config, router, features, states)
   in_context = np.arange(16)[None] < rows.context[:, None]
   tolerance = 5e-3 if hidden else 1e-5  # states are kept in float16

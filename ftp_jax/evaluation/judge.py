@@ -15,7 +15,7 @@ import numpy as np
 from ftp_jax.data.prompts import Prompts, batches
 from ftp_jax.models import scoring
 from ftp_jax.models.config import ModelConfig
-from ftp_jax.routing import masked
+from ftp_jax.routing import masked, routers
 from ftp_jax.routing.config import RoutingConfig
 
 _DEPTHS = 5  # dense states are kept at this many evenly spaced blocks, block 0 included
@@ -86,7 +86,7 @@ class Judge:
       self._teacher.append(np.asarray(teacher))
       self._entries.append(jax.device_get(entries))
 
-  def quality(self, router: masked.Router, schedule_L, replaced: Prompts | None = None) -> Quality:
+  def quality(self, router: routers.Router, schedule_L, replaced: Prompts | None = None) -> Quality:
     """Quality of one schedule. `replaced`: score these prompts against the teacher of the original ones."""
     other = None if replaced is None else [rows for rows, _ in batches(replaced, len(self._batches[0][1]))]
     parts = [
@@ -98,14 +98,14 @@ class Judge:
     return Quality(join("kl", 0)[:count], join("nll", 0)[:count], join("agreement", 0)[:count],
                    join("keep_LxNxT", 1)[:, :count])
 
-  def kl(self, router: masked.Router, schedules_PxL) -> np.ndarray:
+  def kl(self, router: routers.Router, schedules_PxL) -> np.ndarray:
     """Mean KL to dense (P,) of P schedules: the fitness of the search. One compiled call a batch."""
     total = np.zeros(len(schedules_PxL))
     for i, (_, weight) in enumerate(self._batches):
       total += np.asarray(self._run(i, router, np.asarray(schedules_PxL), None).kl) @ weight
     return total / len(self.prompts.tokens)
 
-  def _run(self, i: int, router: masked.Router, schedules_PxL: np.ndarray, other) -> Quality:
+  def _run(self, i: int, router: routers.Router, schedules_PxL: np.ndarray, other) -> Quality:
     rows = self._batches[i][0] if other is None else other[i]
     start, entry = 0, None
     if other is None and masked.can_start_late(self.routing, router):

@@ -13,7 +13,7 @@ from ftp_jax.data.prompts import Prompts
 from ftp_jax.evaluation import flops
 from ftp_jax.evaluation.judge import Judge, Quality
 from ftp_jax.evaluation.perplexity import routed_perplexity, truncated_perplexity
-from ftp_jax.routing import masked
+from ftp_jax.routing import routers
 
 
 def truncate(prompts: Prompts, sparsity: float) -> Prompts:
@@ -34,14 +34,14 @@ class Bench:
     self.blocks = judge.model.config.num_blocks
 
   def dense(self) -> dict[str, Any]:
-    quality = self.judge.quality(masked.STATIC, np.zeros(self.blocks))
+    quality = self.judge.quality(routers.STATIC, np.zeros(self.blocks))
     perplexity = truncated_perplexity(self.judge.model, 0.0, self.windows, self.batch)
     return self._record("dense", 0.0, None, quality, perplexity, 0.0, 0.0)
 
   def truncation(self, sparsity: float) -> dict[str, Any]:
     """The oldest context but the sink cut off, positions counted anew; then dense."""
     shorter = truncate(self.judge.prompts, sparsity)
-    quality = self.judge.quality(masked.STATIC, np.zeros(self.blocks), shorter)
+    quality = self.judge.quality(routers.STATIC, np.zeros(self.blocks), shorter)
     config, before, after = self.judge.model.config, 0.0, 0.0
     for m, kept in zip(self.judge.prompts.context, shorter.context):
       before += flops.prefill_flops(config, np.ones((self.blocks, m), bool), m, "project")
@@ -51,14 +51,14 @@ class Bench:
     return self._record("truncation", sparsity, None, quality, perplexity, float(dropped), 1 - after / before)
 
   def static_uniform(self, sparsity: float) -> dict[str, Any]:
-    return self.routed("static_uniform", sparsity, None, masked.STATIC, np.full(self.blocks, sparsity))
+    return self.routed("static_uniform", sparsity, None, routers.STATIC, np.full(self.blocks, sparsity))
 
   def random(self, sparsity: float, seed: int) -> dict[str, Any]:
     """Random tokens, the same number in every block."""
-    router = masked.Router("random", None, jax.random.key(seed))
+    router = routers.Router("random", None, jax.random.key(seed))
     return self.routed("random", sparsity, seed, router, np.full(self.blocks, sparsity))
 
-  def routed(self, method: str, sparsity: float, seed: int | None, router: masked.Router, schedule) -> dict[str, Any]:
+  def routed(self, method: str, sparsity: float, seed: int | None, router: routers.Router, schedule) -> dict[str, Any]:
     """A router with a schedule (L,)."""
     judge = self.judge
     quality = judge.quality(router, schedule)

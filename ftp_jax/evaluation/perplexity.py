@@ -11,7 +11,7 @@ import numpy as np
 from ftp_jax.data.prompts import Prompts, batches
 from ftp_jax.evaluation.judge import Frozen
 from ftp_jax.models import decoder, scoring
-from ftp_jax.routing import masked
+from ftp_jax.routing import masked, routers
 from ftp_jax.routing.config import RoutingConfig
 
 _CHUNK = 64  # positions whose logits exist at once
@@ -56,7 +56,7 @@ def _finish(total: float, windows: Prompts) -> float:
 
 
 def routed_perplexity(
-    model: Frozen, routing: RoutingConfig, router: masked.Router, schedule_L: Any, windows: Prompts, batch: int
+    model: Frozen, routing: RoutingConfig, router: routers.Router, schedule_L: Any, windows: Prompts, batch: int
 ) -> tuple[float, float]:
   """(perplexity, achieved sparsity) when every token after the first may skip.
 

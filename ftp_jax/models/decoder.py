@@ -1,6 +1,6 @@
 """The decoder: Flax Linen modules used functionally, block weights stacked on a leading axis.
 
-`Block` offers its parts as methods (`qkv`, `attention_out`, `mlp`), so that an execution which
+`Block` offers its parts as methods (`queries`, `keys_values`, `attention_out`, `mlp`), so that an execution which
 skips tokens can put its own gather, mask or cache between them; `forward` is the plain dense
 composition and the reference for all others. This module knows nothing of routing.
 
@@ -76,15 +76,22 @@ class Block(nn.Module):
     self.up = Dense(c.intermediate_size, ("embed", "mlp"))
     self.down = Dense(c.hidden_size, ("mlp", "embed"))
 
+  def queries(self, x_BxTxD, sin_BxTxN, cos_BxTxN):
+    """Queries (B,T,H,N) of the block's input, rope applied."""
+    c = self.config
+    q = self.q(self.attn_norm(x_BxTxD)).reshape(x_BxTxD.shape[:-1] + (c.num_heads, c.head_dim))
+    return apply_rope(self.q_norm(q) if c.qk_norm else q, sin_BxTxN, cos_BxTxN)
+
+  def keys_values(self, x_BxTxD, sin_BxTxN, cos_BxTxN):
+    """Keys, rope applied, and values, each (B,T,G,N), of the block's input."""
+    c, y = self.config, self.attn_norm(x_BxTxD)
+    shape = x_BxTxD.shape[:-1] + (c.num_kv_heads, c.head_dim)
+    k, v = self.k(y).reshape(shape), self.v(y).reshape(shape)
+    return apply_rope(self.k_norm(k) if c.qk_norm else k, sin_BxTxN, cos_BxTxN), v
+
   def qkv(self, x_BxTxD, sin_BxTxN, cos_BxTxN):
     """Queries (B,T,H,N), keys and values (B,T,G,N) of the block's input, rope applied."""
-    c = self.config
-    y = self.attn_norm(x_BxTxD)
-    split = lambda z, n: z.reshape(z.shape[:-1] + (n, c.head_dim))
-    q, k, v = split(self.q(y), c.num_heads), split(self.k(y), c.num_kv_heads), split(self.v(y), c.num_kv_heads)
-    if c.qk_norm:
-      q, k = self.q_norm(q), self.k_norm(k)
-    return apply_rope(q, sin_BxTxN, cos_BxTxN), apply_rope(k, sin_BxTxN, cos_BxTxN), v
+    return self.queries(x_BxTxD, sin_BxTxN, cos_BxTxN), *self.keys_values(x_BxTxD, sin_BxTxN, cos_BxTxN)
 
   def attention_out(self, x_BxTxD, context_BxTxHxN):
     """Adds the output projection of the attended values to the residual stream."""

@@ -179,7 +179,7 @@ class _Pipeline:
     }[name]()
     return schedules.to_units(real, sparsity, s.grid, s.max_sparsity)
 
-  def find_schedule(self, directory, seeds_units, router: masked.Router, generations: int, seed: int) -> np.ndarray:
+  def find_schedule(self, directory, seeds_units, router: routers.Router, generations: int, seed: int) -> np.ndarray:
     """Runs the search with one router, and leaves `schedule.json`; the sparsities (L,)."""
     batch = self.config.search.batch
     validation = self.judge("validation", batch)
@@ -199,9 +199,9 @@ class _Pipeline:
   def schedule(self, directory: pathlib.Path) -> np.ndarray:
     return schedules.from_file(directory / "schedule.json", self.frozen.config.num_blocks).astype(np.float32)
 
-  def load_router(self, directory: pathlib.Path) -> masked.Router:
+  def load_router(self, directory: pathlib.Path) -> routers.Router:
     params = artifact_lib.load_weights(directory / artifact_lib.WEIGHTS_FILE)
-    return masked.Router("dynamic", self.router_config, jax.tree.map(jnp.asarray, params))
+    return routers.Router("dynamic", self.router_config, jax.tree.map(jnp.asarray, params))
 
   # --- stages ------------------------------------------------------------------------------------
 
@@ -257,7 +257,7 @@ class _Pipeline:
           schedules.save(directory / "schedule.json", schedules.to_sparsity(units, c.grid))
           return
         seeds = np.stack([self.named_schedule(name, sparsity) for name in c.seed_schedules])
-        self.find_schedule(directory, seeds, masked.STATIC, c.generations, seed)
+        self.find_schedule(directory, seeds, routers.STATIC, c.generations, seed)
 
       settings = self.settings("search") | {"sparsity": sparsity, "seed": seed}
       run_stage(self.cell(sparsity, seed) / "search", settings, work)
@@ -315,7 +315,7 @@ class _Pipeline:
         fisher_LxNxT=self.fisher if c.train.guide == "fisher" else None,
         schedule_L=schedule, batch_size=c.train.batch, seed=seed,
         validate=lambda params: float(
-            validation.kl(masked.Router("dynamic", self.router_config, params), schedule[None])[0]
+            validation.kl(routers.Router("dynamic", self.router_config, params), schedule[None])[0]
         ),
         validate_every=c.train.validate_every, checkpoint_every=c.train.checkpoint_every,
     )
@@ -374,7 +374,7 @@ class _Pipeline:
         first, final = self.load_router(cell / "train"), self.load_router(cell / "finetune")
         rows = [
             bench().random(sparsity, seed),
-            bench().routed("static_ga", sparsity, seed, masked.STATIC, found),
+            bench().routed("static_ga", sparsity, seed, routers.STATIC, found),
             bench().routed("dynamic_ga", sparsity, seed, first, found),
             bench().routed("dynamic_finetuned", sparsity, seed, final, tuned),
         ]
@@ -388,7 +388,7 @@ class _Pipeline:
       records += read_json(cell / "evaluate" / "records.json")
     write_json(self.workdir / "evaluate" / "records.json", records)
 
-  def route_maps(self, router: masked.Router, schedule: np.ndarray) -> dict[str, Any]:
+  def route_maps(self, router: routers.Router, schedule: np.ndarray) -> dict[str, Any]:
     """Kept tokens of the first few test prompts."""
     judge = self.judge("test", self.config.evaluation.batch)
     keep, prompts = judge.quality(router, schedule).keep_LxNxT, []
@@ -398,7 +398,7 @@ class _Pipeline:
       prompts.append({"tokens": tokens, "context": m, "keep": keep[:, n, :m].astype(int).tolist()})
     return {"prompts": prompts}
 
-  def write_artifact(self, directory, router: masked.Router, schedule: np.ndarray, record: dict[str, Any]) -> None:
+  def write_artifact(self, directory, router: routers.Router, schedule: np.ndarray, record: dict[str, Any]) -> None:
     artifact_lib.save(
         artifact_lib.Artifact(
             base_model=self.config.model.source,

@@ -5,11 +5,9 @@ Two views (docs/method.md section 4). Prefill view, context tokens: attention pa
 everything as it stands when the token is the newest one, so its own attention row decides.
 
 A table holds every token's latest score: a token skipped in a block keeps the score it had.
-The causal view of token t needs the scores of all tokens as t saw them, hence a (B,T,T) table,
-which only exists when continuation tokens may skip.
+The causal view of a continuation token needs the scores of all tokens as it saw them, hence a
+row of scores for each, which only exists when continuation tokens may skip.
 """
-
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,72 +16,58 @@ from ftp_jax.models.attention import attention_rows
 from ftp_jax.routing.selection import descending_rank
 
 
-class ScoreTables(NamedTuple):
-  """Latest attention scores, probabilities averaged over heads.
-
-  Attributes:
-    prefill_BxT: paid to each context token by the score window.
-    causal_BxTxT: [b, t, j]: paid to token j by token t; None when no continuation token skips.
-  """
-
-  prefill_BxT: jax.Array
-  causal_BxTxT: jax.Array | None
+def window_rows(context_B: jax.Array, window: int) -> jax.Array:
+  """Positions (B,W) of the score window, the last context queries; negative where the context is shorter."""
+  return context_B[:, None] - window + jnp.arange(window)[None]
 
 
-def init_tables(batch: int, num_positions: int, causal: bool) -> ScoreTables:
-  """Tables before block 0: all zero."""
-  return ScoreTables(
-      jnp.zeros((batch, num_positions)), jnp.zeros((batch, num_positions, num_positions)) if causal else None
-  )
-
-
-def update_tables(tables, q_BxTxHxN, k_BxTxGxN, mask_BxTxT, keep_BxT, context_B, window: int) -> ScoreTables:
-  """Writes the scores of one block; skipped tokens neither give nor receive one.
+def window_scores(q_BxWxHxN, k_BxSxGxN, mask_BxWxS, counts_BxW) -> jax.Array:
+  """Scores (B,S) of the keys: attention probability, mean over heads and the window's queries that count.
 
   Args:
-    mask_BxTxT: visibility in this block (causal, padding, and evicted keys).
-    keep_BxT: tokens computed in this block, boolean.
+    mask_BxWxS: which keys each query sees in this block (causal, padding, and evicted keys).
+    counts_BxW: the query exists and was computed in this block, boolean; the last always is.
   """
-  rows_BxW = context_B[:, None] - window + jnp.arange(window)[None]
-  at = jnp.maximum(rows_BxW, 0)
-  pick = lambda a: jnp.take_along_axis(a, at.reshape(at.shape + (1,) * (a.ndim - 2)), axis=1)
-  row_scores_BxWxT = attention_rows(pick(q_BxTxHxN), k_BxTxGxN, pick(mask_BxTxT))
-  counts_BxW = ((rows_BxW >= 0) & jnp.take_along_axis(keep_BxT, at, axis=1)).astype(jnp.float32)
-  score_BxT = jnp.einsum("bwt,bw->bt", row_scores_BxWxT, counts_BxW)
-  # The last context token is always computed, so the window is never empty.
-  score_BxT /= jnp.maximum(jnp.sum(counts_BxW, axis=1, keepdims=True), 1.0)
-  prefill = jnp.where(keep_BxT, score_BxT, tables.prefill_BxT)
-  causal = tables.causal_BxTxT
-  if causal is not None:
-    own_BxTxT = attention_rows(q_BxTxHxN, k_BxTxGxN, mask_BxTxT)
-    causal = jnp.where(keep_BxT[:, :, None] & keep_BxT[:, None, :], own_BxTxT, causal)
-  return ScoreTables(prefill, causal)
+  weight_BxW = counts_BxW.astype(jnp.float32)
+  score_BxS = jnp.einsum("bws,bw->bs", attention_rows(q_BxWxHxN, k_BxSxGxN, mask_BxWxS), weight_BxW)
+  return score_BxS / jnp.maximum(jnp.sum(weight_BxW, axis=1, keepdims=True), 1.0)
 
 
-def factors(names, tables: ScoreTables, sparsity_B2xT: jax.Array, context_B: jax.Array) -> jax.Array:
-  """The named factors (B,T,len(names)), fp32.
+def context_factors(names, score_BxT: jax.Array, sparsity: jax.Array, context_B: jax.Array) -> jax.Array:
+  """The named factors (B,T,len(names)) of context tokens, fp32; meaningless elsewhere.
 
-  position: t / (n - 1), with n the number of tokens the view knows.
-  score: a n / (1 + a n); 0.5 is the score of uniform attention whatever n is.
-  rank: rank of the score / (n - 1), 0 the highest.
-  sparsity: asked of this block, (B or 1, T).
+  position: t / (m - 1), with m the number of context tokens.
+  score: a m / (1 + a m); 0.5 is the score of uniform attention whatever m is.
+  rank: rank of the score / (m - 1), 0 the highest.
+  sparsity: asked of this block.
   """
-  batch, num_positions = tables.prefill_BxT.shape
-  t = jnp.arange(num_positions)[None]
-  in_context = t < context_B[:, None]
-  known = jnp.where(in_context, context_B[:, None], t + 1).astype(jnp.float32)
-  last = jnp.maximum(known - 1, 1.0)
-  score = tables.prefill_BxT
-  rank = descending_rank(score, in_context)
-  if tables.causal_BxTxT is not None:
-    own = jnp.diagonal(tables.causal_BxTxT, axis1=1, axis2=2)
-    above = (tables.causal_BxTxT > own[:, :, None]) & (t[:, None] < t[:, :, None])
-    score = jnp.where(in_context, score, own)
-    rank = jnp.where(in_context, rank, jnp.sum(above, axis=-1))
-  values = {
-      "position": jnp.where(in_context, t / last, 1.0),
-      "score": score * known / (1 + score * known),
-      "rank": rank / last,
-      "sparsity": jnp.broadcast_to(sparsity_B2xT, (batch, num_positions)),
+  t = jnp.arange(score_BxT.shape[1])[None]
+  known = context_B[:, None].astype(jnp.float32)
+  make = {
+      "position": lambda: jnp.broadcast_to(t, score_BxT.shape) / jnp.maximum(known - 1, 1.0),
+      "score": lambda: score_BxT * known / (1 + score_BxT * known),
+      "rank": lambda: descending_rank(score_BxT, t < context_B[:, None]) / jnp.maximum(known - 1, 1.0),
+      "sparsity": lambda: jnp.broadcast_to(sparsity, score_BxT.shape),
   }
-  return jnp.stack([values[name] for name in names], axis=-1).astype(jnp.float32)
+  return jnp.stack([make[name]() for name in names], axis=-1).astype(jnp.float32)
+
+
+def newest_factors(names, seen_BxCxP, column_C, before_BxCxP, position_BxC, sparsity: jax.Array) -> jax.Array:
+  """The named factors (B,C,len(names)) of continuation tokens, each as the newest of its sequence.
+
+  As `context_factors`, with the position + 1 tokens known when the token is the newest.
+
+  Args:
+    seen_BxCxP: latest score each token has paid to the tokens of its sequence, in any order P.
+    column_C: where along P the token itself stands.
+    before_BxCxP: which entries of P are tokens before it, boolean.
+  """
+  known = position_BxC.astype(jnp.float32) + 1
+  own = jnp.take_along_axis(seen_BxCxP, column_C[None, :, None], axis=2)
+  make = {
+      "position": lambda: jnp.ones(known.shape),
+      "score": lambda: own[..., 0] * known / (1 + own[..., 0] * known),
+      "rank": lambda: jnp.sum((seen_BxCxP > own) & before_BxCxP, axis=-1) / jnp.maximum(known - 1, 1.0),
+      "sparsity": lambda: jnp.broadcast_to(sparsity, known.shape),
+  }
+  return jnp.stack([make[name]() for name in names], axis=-1).astype(jnp.float32)

@@ -10,33 +10,13 @@ import jax
 import jax.numpy as jnp
 
 from ftp_jax.models import decoder
-from ftp_jax.models.attention import attend
+from ftp_jax.models.attention import attend, attention_rows
 from ftp_jax.models.config import ModelConfig
 from ftp_jax.routing import factors as factor_lib
 from ftp_jax.routing import routers
-from ftp_jax.routing.config import FACTORS, RouterConfig, RoutingConfig
-from ftp_jax.routing.selection import forced_tokens, keep_context
-
-
-class Router(NamedTuple):
-  """Who decides. `kind`: static, random, dynamic or given (static under jit).
-
-  Attributes:
-    config: of the dynamic router, else None.
-    params: of the dynamic router; the seed key of the random one; the gates (L,B,T) of `given`,
-      floats through which gradients pass.
-  """
-
-  kind: str
-  config: RouterConfig | None = None
-  params: Any = None
-
-
-jax.tree_util.register_pytree_node(
-    Router, lambda r: ((r.params,), (r.kind, r.config)), lambda aux, leaves: Router(*aux, *leaves)
-)
-
-STATIC = Router("static")
+from ftp_jax.routing.config import FACTORS, RoutingConfig
+from ftp_jax.routing.routers import Router
+from ftp_jax.routing.selection import decode_schedule, forced_tokens, keep_context, keep_continuation
 
 
 class Entry(NamedTuple):
@@ -51,16 +31,58 @@ class Entry(NamedTuple):
   score_BxT: jax.Array
 
 
+class Scores(NamedTuple):
+  """Latest attention scores, probabilities averaged over heads.
+
+  Attributes:
+    prefill_BxT: paid to each context token by the score window.
+    seen_BxTxT: [b, t, j]: paid to token j by token t; None when no continuation token skips.
+  """
+
+  prefill_BxT: jax.Array
+  seen_BxTxT: jax.Array | None
+
+
+def init_scores(batch: int, num_positions: int, causal: bool) -> Scores:
+  """Tables before block 0: all zero."""
+  return Scores(jnp.zeros((batch, num_positions)), jnp.zeros((batch, num_positions, num_positions)) if causal else None)
+
+
+def update_scores(scores: Scores, q_BxTxHxN, k_BxTxGxN, mask_BxTxT, keep_BxT, context_B, window: int) -> Scores:
+  """Writes the scores of one block; skipped tokens neither give nor receive one.
+
+  Args:
+    mask_BxTxT: visibility in this block (causal, padding, and evicted keys).
+    keep_BxT: tokens computed in this block, boolean.
+  """
+  rows_BxW = factor_lib.window_rows(context_B, window)
+  at = jnp.maximum(rows_BxW, 0)
+  pick = lambda a: jnp.take_along_axis(a, at.reshape(at.shape + (1,) * (a.ndim - 2)), axis=1)
+  counts_BxW = (rows_BxW >= 0) & jnp.take_along_axis(keep_BxT, at, axis=1)
+  score_BxT = factor_lib.window_scores(pick(q_BxTxHxN), k_BxTxGxN, pick(mask_BxTxT), counts_BxW)
+  seen = scores.seen_BxTxT
+  if seen is not None:
+    own_BxTxT = attention_rows(q_BxTxHxN, k_BxTxGxN, mask_BxTxT)
+    seen = jnp.where(keep_BxT[:, :, None] & keep_BxT[:, None, :], own_BxTxT, seen)
+  return Scores(jnp.where(keep_BxT, score_BxT, scores.prefill_BxT), seen)
+
+
+def factors(names, scores: Scores, sparsity, decode_sparsity, context_B: jax.Array) -> jax.Array:
+  """The named factors (B,T,len(names)): prefill view of context tokens, causal view of the others."""
+  context = factor_lib.context_factors(names, scores.prefill_BxT, sparsity, context_B)
+  if scores.seen_BxTxT is None:
+    return context
+  batch, num_positions = scores.prefill_BxT.shape
+  t = jnp.arange(num_positions)
+  before = jnp.broadcast_to(t[None, None, :] < t[None, :, None], scores.seen_BxTxT.shape)
+  position = jnp.broadcast_to(t[None], (batch, num_positions))
+  newest = factor_lib.newest_factors(names, scores.seen_BxTxT, t, before, position, decode_sparsity)
+  return jnp.where((t[None] < context_B[:, None])[:, :, None], context, newest)
+
+
 def can_start_late(routing: RoutingConfig, router: Router) -> bool:
   """Whether nothing but the states and the score table passes from block to block."""
-  recurrent = router.kind == "dynamic" and router.config.kind == "recurrent"
-  return router.kind != "given" and not recurrent and not routing.decode_sparsity
-
-
-def decode_schedule(schedule_L: jax.Array, decode_sparsity: float) -> jax.Array:
-  """The schedule scaled to mean `decode_sparsity` (below 1 in every block), for continuation tokens."""
-  mean = jnp.mean(schedule_L)
-  return jnp.clip(schedule_L * decode_sparsity / jnp.where(mean > 0, mean, 1.0), 0.0, 0.99)
+  return router.kind != "given" and not router.recurrent and not routing.decode_sparsity
 
 
 def dense_entries(
@@ -92,14 +114,14 @@ def dense_entries(
   block = decoder.Block(config)
 
   def body(carry, block_params):
-    x, tables = carry
+    x, scores = carry
     apply = lambda method, *args: block.apply({"params": block_params}, *args, method=method)
     q, k, v = apply(decoder.Block.qkv, x, sin, cos)
     y = apply(decoder.Block.mlp, apply(decoder.Block.attention_out, x, attend(q, k, v, mask)))
-    after = factor_lib.update_tables(tables, q, k, mask, valid, context_B, routing.score_window)
-    return (y, after), Entry(x, tables.prefill_BxT) if depths is None else None
+    after = update_scores(scores, q, k, mask, valid, context_B, routing.score_window)
+    return (y, after), Entry(x, scores.prefill_BxT) if depths is None else None
 
-  carry = (decoder.embed(config, params, tokens_BxT, dtype), factor_lib.init_tables(batch, num_positions, False))
+  carry = (decoder.embed(config, params, tokens_BxT, dtype), init_scores(batch, num_positions, False))
   if depths is None:
     (x, _), entries = jax.lax.scan(body, carry, params["blocks"])
     return entries, x
@@ -172,81 +194,67 @@ def forward(
   forced = forced_tokens(context_B, num_positions)
   block = decoder.Block(config)
   dynamic = router.kind == "dynamic"
-  need_factors = dynamic or collect_factors
+  names = FACTORS if collect_factors else router.factors
+  position = jnp.broadcast_to(t, tokens_BxT.shape)
+  row_B = routers.row_seed(tokens_BxT, context_B)
 
-  def route(x, tables, state, sparsity, decode_sparsity, index, router_slice):
+  def route(x, scores, state, sparsity, decode_sparsity, index, router_slice):
     """Gates (B,T) of one block: hard decisions and, for training, their differentiable values."""
-    asked = jnp.where(in_context, sparsity, decode_sparsity)
-    features = None
-    if need_factors:
-      features = factor_lib.factors(FACTORS, tables, asked, context_B)
+    features = factors(names, scores, sparsity, decode_sparsity, context_B) if names else None
     if router.kind == "given":
       return router_slice > 0, router_slice, router_slice, state, features
-    if router.kind == "static":
-      margin = routers.static_margin(batch, num_positions)
-    elif router.kind == "random":
-      margin = routers.random_margin(router.params, tokens_BxT, length_B, index)
-    else:
-      chosen = features[..., [FACTORS.index(name) for name in router.config.factors]]
-      margin, state = routers.dynamic_margin(router.config, router_slice, chosen, x, state)
+    read = features[..., [names.index(name) for name in router.factors]] if router.factors else None
+    margin, state = routers.margin(router, router_slice, read, x, state, position, row_B, index)
     keep = keep_context(margin, sparsity, context_B, routing)
-    newest = valid & ~in_context
-    if causal_view and router.kind == "dynamic":
-      newest &= (decode_sparsity <= 0) | (jax.nn.sigmoid(-margin) <= routing.decode_threshold)
-    elif causal_view and router.kind == "random":
-      newest &= margin >= decode_sparsity
-    keep |= newest  # The static order ranks the newest token right behind the sink: always kept.
+    keep |= valid & ~in_context & keep_continuation(router.kind, margin, decode_sparsity, routing)
     gate = keep.astype(jnp.float32)
     if straight_through:
       soft = jax.nn.sigmoid(margin)
-      decided = valid & ~forced & (asked > 0)
+      decided = valid & ~forced & (jnp.where(in_context, sparsity, decode_sparsity) > 0)
       gate += jnp.where(decided, soft - jax.lax.stop_gradient(soft), 0.0)
     return keep, gate, margin, state, features
 
   def body(carry, xs):
-    x, tables, state = carry
+    x, scores, state = carry
     block_params, sparsity, decode_sparsity, index, router_slice = xs
-    keep, gate, margin, state, features = route(x, tables, state, sparsity, decode_sparsity, index, router_slice)
+    keep, gate, margin, state, features = route(x, scores, state, sparsity, decode_sparsity, index, router_slice)
     apply = lambda method, *args: block.apply({"params": block_params}, *args, method=method)
     q, k, v = apply(decoder.Block.qkv, x, sin, cos)
     evict = routing.kv_mode == "evict"
     attended = attend(q, k, v, mask, gate if evict else None)
     y = apply(decoder.Block.mlp, apply(decoder.Block.attention_out, x, attended))
-    if need_factors:
+    if names:
       visible = mask & keep[:, None, :] if evict else mask
-      tables = jax.lax.stop_gradient(
-          factor_lib.update_tables(tables, q, k, visible, keep, context_B, routing.score_window)
-      )
+      scores = jax.lax.stop_gradient(update_scores(scores, q, k, visible, keep, context_B, routing.score_window))
     if straight_through or router.kind == "given":
       g = gate[:, :, None].astype(x.dtype)
       x = g * y + (1 - g) * x
     else:
       x = jnp.where(keep[:, :, None], y, x)
-    return (x, tables, state), (keep, margin, features if collect_factors else None)
+    return (x, scores, state), (keep, margin, features if collect_factors else None)
 
   num_blocks = config.num_blocks
-  per_block = router.kind == "given" or (dynamic and router.config.kind == "per_block")
-  tables = factor_lib.init_tables(batch, num_positions, causal_view)
+  scores = init_scores(batch, num_positions, causal_view)
   if entry is None:
     x = decoder.embed(config, params, tokens_BxT, dtype)
   else:
     assert can_start_late(routing, router)
-    x, tables = entry.x_BxTxD, tables._replace(prefill_BxT=entry.score_BxT)
-  state = routers.init_state(router.config, batch, num_positions) if dynamic else None
+    x, scores = entry.x_BxTxD, scores._replace(prefill_BxT=entry.score_BxT)
+  state = routers.init_state(router, batch, num_positions) if dynamic else None
   xs = (
       params["blocks"],
       schedule_L,
       decode_schedule(schedule_L, routing.decode_sparsity),
       jnp.arange(num_blocks),
-      router.params if per_block else None,
+      router.params if router.per_block else None,
   )
 
   def scanned(carry, xs):
     *rest, router_slice = xs
-    return body(carry, (*rest, router_slice if per_block else router.params))
+    return body(carry, (*rest, router_slice if router.per_block else router.params))
 
   xs = jax.tree.map(lambda a: a[start:], xs)
-  (x, _, _), (keep, margin, features) = jax.lax.scan(decoder.remat(scanned, remat_policy), (x, tables, state), xs)
+  (x, _, _), (keep, margin, features) = jax.lax.scan(decoder.remat(scanned, remat_policy), (x, scores, state), xs)
   if start:
     prefix = lambda value, like: jnp.broadcast_to(value, (start,) + like.shape[1:]).astype(like.dtype)
     keep = jnp.concatenate([prefix(valid, keep), keep])

@@ -1,9 +1,10 @@
 """Routers: static (paper's priority order), random, and the learned dynamic router.
 
-All of them give margins (compute logit minus skip logit); `selection.select` does the rest.
+All of them give margins (compute logit minus skip logit); `selection` does the rest. `margin` is the one
+way in for every execution, for the context tokens of a prefill as for continuation tokens.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -12,20 +13,78 @@ import jax.numpy as jnp
 from ftp_jax.routing.config import RouterConfig
 
 
-def static_margin(batch: int, num_positions: int) -> jax.Array:
+class Router(NamedTuple):
+  """Who decides. `kind`: static, random, dynamic or given (static under jit).
+
+  Attributes:
+    config: of the dynamic router, else None.
+    params: of the dynamic router; the seed key of the random one; the gates (L,B,T) of `given`,
+      floats through which gradients pass.
+  """
+
+  kind: str
+  config: RouterConfig | None = None
+  params: Any = None
+
+  @property
+  def per_block(self) -> bool:
+    """Whether every block has its own slice of `params`."""
+    return self.kind == "given" or (self.kind == "dynamic" and self.config.kind == "per_block")
+
+  @property
+  def recurrent(self) -> bool:
+    return self.kind == "dynamic" and self.config.kind == "recurrent"
+
+  @property
+  def factors(self) -> tuple[str, ...]:
+    """The factors it reads."""
+    return self.config.factors if self.kind == "dynamic" else ()
+
+  @property
+  def reads_scores(self) -> bool:
+    return bool({"score", "rank"} & set(self.factors))
+
+
+jax.tree_util.register_pytree_node(
+    Router, lambda r: ((r.params,), (r.kind, r.config)), lambda aux, leaves: Router(*aux, *leaves)
+)
+
+STATIC = Router("static")
+
+
+def margin(router: Router, params, features_BxTxF, x_BxTxD, state_BxTxR, position_BxT, row_B, block):
+  """Margins (B,T) in fp32 of tokens in one block, and the state carried to the next.
+
+  Args:
+    params: the router's, of this block where it has its own.
+    features_BxTxF: the factors the router reads; None if it reads none.
+    x_BxTxD: states that enter the block.
+    position_BxT: the tokens' positions.
+    row_B: `row_seed` of each row, read by the random router.
+    block: index of the block.
+  """
+  if router.kind == "static":
+    return static_margin(position_BxT), state_BxTxR
+  if router.kind == "random":
+    return random_margin(params, row_B, position_BxT, block), state_BxTxR
+  return dynamic_margin(router.config, params, features_BxTxF, x_BxTxD, state_BxTxR)
+
+
+def static_margin(position_BxT: jax.Array) -> jax.Array:
   """Margins (B,T) of the order {x_0, x_{n-1}, ..., x_1}: recency; the sink is a forced token."""
-  return jnp.broadcast_to(1.0 + jnp.arange(num_positions, dtype=jnp.float32)[None], (batch, num_positions))
+  return 1.0 + position_BxT.astype(jnp.float32)
 
 
-def random_margin(key: jax.Array, tokens_BxT: jax.Array, length_B: jax.Array, block: jax.Array) -> jax.Array:
-  """Uniform margins (B,T) in [0, 1), seeded by the row's own tokens: neighbours and padding do not matter."""
-  valid = jnp.arange(tokens_BxT.shape[1])[None] < length_B[:, None]
-  row_B = jnp.sum(jnp.where(valid, tokens_BxT, 0), axis=1)
+def row_seed(tokens_BxT: jax.Array, context_B: jax.Array) -> jax.Array:
+  """A number (B,) made of the row's context tokens alone: padding, neighbours and continuation do not matter."""
+  return jnp.sum(jnp.where(jnp.arange(tokens_BxT.shape[1])[None] < context_B[:, None], tokens_BxT, 0), axis=1)
+
+
+def random_margin(key: jax.Array, row_B: jax.Array, position_BxT: jax.Array, block: jax.Array) -> jax.Array:
+  """Uniform margins (B,T) in [0, 1), a function of seed, row, position and block."""
   key = jax.random.fold_in(key, block)
-  position_keys = lambda row: jax.vmap(lambda t: jax.random.fold_in(jax.random.fold_in(key, row), t))(
-      jnp.arange(tokens_BxT.shape[1])
-  )
-  return jax.vmap(lambda row: jax.vmap(lambda k: jax.random.uniform(k))(position_keys(row)))(row_B)
+  draw = lambda row, t: jax.random.uniform(jax.random.fold_in(jax.random.fold_in(key, row), t))
+  return jax.vmap(jax.vmap(draw, in_axes=(None, 0)))(row_B, position_BxT)
 
 
 class RouterMLP(nn.Module):
@@ -51,9 +110,9 @@ def init_router(config: RouterConfig, key: jax.Array, num_blocks: int, model_siz
   return init(key)
 
 
-def init_state(config: RouterConfig, batch: int, num_positions: int) -> jax.Array:
+def init_state(router: Router, batch: int, num_positions: int) -> jax.Array:
   """What the router carries from block to block, (B,T,R); empty unless recurrent."""
-  return jnp.zeros((batch, num_positions, config.hidden_size if config.kind == "recurrent" else 0))
+  return jnp.zeros((batch, num_positions, router.config.hidden_size if router.recurrent else 0))
 
 
 def normed(x_BxTxD: jax.Array) -> jax.Array:

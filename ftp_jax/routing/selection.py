@@ -67,3 +67,23 @@ def keep_context(margin_BxT: jax.Array, sparsity: jax.Array, context_B: jax.Arra
   slots = capacity(sparsity, context_B, routing.bucket_multiple)
   keep = select(margin_BxT, slots, forced_tokens(context_B, num_positions), in_context, routing.selection)
   return jnp.where(sparsity > 0, keep, in_context)
+
+
+def decode_schedule(schedule_L: jax.Array, decode_sparsity: float) -> jax.Array:
+  """The schedule scaled to mean `decode_sparsity` (below 1 in every block), for continuation tokens."""
+  mean = jnp.mean(schedule_L)
+  return jnp.clip(schedule_L * decode_sparsity / jnp.where(mean > 0, mean, 1.0), 0.0, 0.99)
+
+
+def keep_continuation(kind: str, margin_BxT: jax.Array, sparsity: jax.Array, routing: RoutingConfig) -> jax.Array:
+  """Gates (B,T) of continuation tokens in a block of which `sparsity` is asked at decode.
+
+  Each is decided when its token is the newest: the static order ranks that one right behind the sink,
+  so it always computes it; the random router skips with probability `sparsity`; the dynamic router
+  skips where it does so with a probability above the threshold. No token skips where nothing is asked.
+  """
+  if kind == "static" or not routing.decode_sparsity:
+    return jnp.ones(margin_BxT.shape, bool)
+  if kind == "random":
+    return margin_BxT >= sparsity
+  return (sparsity <= 0) | (jax.nn.sigmoid(-margin_BxT) <= routing.decode_threshold)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from ftp_jax.models import scoring
 from ftp_jax.models.config import ModelConfig
-from ftp_jax.routing import masked
+from ftp_jax.routing import masked, routers
 from ftp_jax.routing.config import RoutingConfig
 
 
@@ -44,7 +44,7 @@ def gate_fisher(
 
   def log_probs(gate):
     out = masked.forward(
-        config, routing, params, masked.Router("given", None, gate), tokens_BxT, context_B, length_B, schedule,
+        config, routing, params, routers.Router("given", None, gate), tokens_BxT, context_B, length_B, schedule,
         dtype=dtype, remat_policy=remat_policy,
     )
     return scoring.log_probs(config, params, out.hidden_BxTxD, source)

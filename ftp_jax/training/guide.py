@@ -16,9 +16,9 @@ import optax
 
 from ftp_jax.data.prompts import Prompts, batches, indices_at
 from ftp_jax.models.config import ModelConfig
-from ftp_jax.routing import factors as factor_lib
 from ftp_jax.routing import masked, routers
 from ftp_jax.routing.config import FACTORS, RouterConfig, RoutingConfig
+from ftp_jax.routing.factors import context_factors
 from ftp_jax.training import losses
 from ftp_jax.training.fisher import gate_fisher
 
@@ -113,7 +113,7 @@ def margins(router: RouterConfig, params: Any, factors_LxBxTxF, hidden_LxBxTxD) 
     return state, margin
 
   xs = (chosen, hidden_LxBxTxD, params if router.kind == "per_block" else None)
-  return jax.lax.scan(body, routers.init_state(router, batch, num_positions), xs)[1]
+  return jax.lax.scan(body, routers.init_state(routers.Router("dynamic", router), batch, num_positions), xs)[1]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,10 +145,7 @@ def warm_up(
 
   def loss_fn(params, context, score, hidden, fisher, schedule):
     in_context = jnp.arange(num_positions)[None] < context[:, None]
-    asked = lambda s: jnp.full((1, num_positions), s)
-    features = jax.vmap(
-        lambda score, s: factor_lib.factors(FACTORS, factor_lib.ScoreTables(score, None), asked(s), context)
-    )(score, schedule)
+    features = jax.vmap(lambda score, s: context_factors(FACTORS, score, s, context))(score, schedule)
     target = losses.top_targets(fisher, schedule, context, routing.bucket_multiple)
     return losses.guide_loss(margins(router, params, features, hidden), target, schedule, in_context)
 

@@ -12,7 +12,7 @@ import optax
 from ftp_jax.errors import UserError
 from ftp_jax.models import scoring
 from ftp_jax.models.config import ModelConfig
-from ftp_jax.routing import masked
+from ftp_jax.routing import masked, routers
 from ftp_jax.routing.config import RouterConfig, RoutingConfig
 from ftp_jax.training import losses
 
@@ -113,7 +113,7 @@ def guide_scores(spec: StepSpec, batch: Batch) -> jax.Array:
 def loss_fn(spec: StepSpec, params: Any, router: Any, batch: Batch, schedule_L, step) -> tuple[jax.Array, dict]:
   """w_d L_d + w_s L_s + w_g L_g and its parts."""
   tokens, context, length = batch.tokens_BxT, batch.context_B, batch.length_B
-  routed = masked.Router("dynamic", spec.router, router)
+  routed = routers.Router("dynamic", spec.router, router)
   start = spec.start if masked.can_start_late(spec.routing, routed) else 0
   (entry,), dense = jax.lax.stop_gradient(
       masked.dense_entries(spec.model, spec.routing, params, tokens, context, length, (start,), dtype=spec.dtype)
