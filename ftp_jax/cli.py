@@ -16,6 +16,12 @@ from ftp_jax.errors import UserError
 _OVERRIDES = """\
 Every key of the config can be set: --config.train.steps=20 --config.sparsities="(0.3, 0.4)".
 Finished stages are not repeated; delete a stage's folder to have it run again."""
+_BENCHES = """\
+prefill    time to first token: dense, torch_dense (transformers) and ftp, in turns
+decode     tokens a second and size of the KV cache
+overhead   what routing costs by itself: nothing skipped, the router, gathering and scattering
+compile    compile time and memory against the number of buckets
+crossover  the context from which on --artifact is faster than dense, written into the artifact"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -39,7 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
           "model.remat=full.", file=sys.stderr)  # fmt: skip
     return 2
   except KeyboardInterrupt:
-    print("\nftp-jax: stopped; the same command goes on from the last saved state.", file=sys.stderr)
+    saved = "; the same command goes on from the last saved state" if arguments.command is _stages else ""
+    print(f"\nftp-jax: stopped{saved}.", file=sys.stderr)
     return 130
   return 0
 
@@ -78,6 +85,57 @@ def _parser() -> argparse.ArgumentParser:
     stage.add_argument("--workdir", metavar="DIR", help="run directory (default: runs/<name of the config>)")
     if name in ("run", "evaluate"):
       stage.add_argument("--json", metavar="FILE", help="also write machine, config, records and table to this file")
+  generate = add("generate", "continue prompts, dense or pruned by an artifact", _generate)
+  generate.add_argument("--model", default="smollm2-135m", help="any model source (default: smollm2-135m)")
+  generate.add_argument("--artifact", metavar="DIR", help="what prunes the model (default: nothing does)")
+  generate.add_argument("--prompt", metavar="TEXT", help="one prompt, printed as it is continued (default: stdin)")
+  generate.add_argument(
+      "--prompts", metavar="FILE", help='one prompt a line, or one JSON object with "prompt" a line',
+  )  # fmt: skip
+  generate.add_argument("--chat", action="store_true", help="put prompts into the model's chat template")
+  for name, kind, default, summary in (
+      ("max-new-tokens", int, 64, "most new tokens of a prompt"),
+      ("temperature", float, 0.0, "of sampling; 0 takes the most likely token"),
+      ("top-p", float, 1.0, "draw from the fewest most likely tokens with this probability"),
+      ("seed", int, 0, "prompt i draws from seed + i"),
+      ("batch", int, 8, "prompts that are run at once"),
+      ("dtype", str, "float32", "float32 or bfloat16"),
+      ("attention", str, "auto", "auto, xla, cudnn (NVIDIA) or splash (TPU)"),
+      ("fallback", str, "auto", "compute densely: auto (prompts below the artifact's crossover), never or always"),
+  ):
+    metavar = {int: "N", float: "X", str: "NAME"}[kind]
+    generate.add_argument(
+        f"--{name}", type=kind, default=default, metavar=metavar, help=f"{summary} (default: {default})",
+    )  # fmt: skip
+  generate.add_argument("--stop", metavar="TEXT", action="append", default=[], help="ends the text; may be repeated")
+  for name, summary in (
+      ("decode-sparsity", "asked of new tokens; 0 computes them all"),
+      ("decode-threshold", "new tokens skip above this probability"),
+  ):
+    generate.add_argument(f"--{name}", type=float, metavar="X", help=f"{summary} (default: the artifact's)")
+  generate.add_argument("--json", metavar="FILE", help="also write the results to this file as JSON Lines")
+  bench = add("bench", "measure time and memory of pruned inference on this machine", _bench, _BENCHES)
+  bench.add_argument("kind", metavar="KIND", help="prefill, decode, overhead, compile or crossover")
+  bench.add_argument("--model", default="smollm2-135m", help="any model source (default: smollm2-135m)")
+  for name, metavar, summary in (
+      ("artifact", "DIR", "schedule, router and kv mode of a trained artifact, in place of a built-in schedule"),
+      ("context", "N[,N]", "context lengths (default: 512,2048; crossover: 64 to 2048)"),
+      ("batch", "N[,N]", "rows (default: 1)"),
+      ("sparsity", "S[,S]", "mean sparsities of the built-in schedules (default: 0.3,0.5)"),
+      ("shape", "NAME[,NAME]", "built-in schedules, middle or late (default: late)"),
+      ("kv", "MODE[,MODE]", "evict or project (default: project)"),
+      ("router", "NAME", "static, or dynamic, an untrained one (default: static; overhead measures both)"),
+      ("dtype", "NAME", "float32 or bfloat16 (default: float32)"),
+      ("runs", "N", "measurements of each method; medians are compared (default: 5)"),
+      ("steps", "N", "decode steps of a measurement (default: 32)"),
+      ("json", "FILE", "write machine and records to this file"),
+      ("plot", "FILE", "draw prefill, decode or crossover into this .png (default: beside the JSON)"),
+  ):
+    bench.add_argument(f"--{name}", metavar=metavar, help=summary)
+  bench.add_argument(
+      "--torch", action=argparse.BooleanOptionalAction, default=True,
+      help="also measure the dense model in transformers, where torch can be imported",
+  )  # fmt: skip
   return parser
 
 
@@ -87,6 +145,24 @@ def _fetch(arguments: argparse.Namespace, rest: list[str]) -> None:
   if rest:
     raise UserError(f"the argument {rest[0]!r} is not understood; see ftp-jax fetch --help.")
   print(fetch(arguments.model, arguments.out))
+
+
+def _generate(arguments: argparse.Namespace, rest: list[str]) -> None:
+  if rest:
+    raise UserError(f"the argument {rest[0]!r} is not understood; see ftp-jax generate --help.")
+
+  from ftp_jax.inference import command
+
+  command.run(arguments)
+
+
+def _bench(arguments: argparse.Namespace, rest: list[str]) -> None:
+  if rest:
+    raise UserError(f"the argument {rest[0]!r} is not understood; see ftp-jax bench --help.")
+
+  from ftp_jax.bench import command
+
+  command.run(arguments)
 
 
 def _stages(arguments: argparse.Namespace, rest: list[str]) -> None:

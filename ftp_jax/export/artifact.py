@@ -30,6 +30,8 @@ class Artifact:
     schedule: sparsity (L,) asked of each block for context tokens.
     params: the router's parameters, numpy, as `routing.routers.init_router` shapes them.
     figures: what was measured (asked and achieved sparsity, KL, ...).
+    crossover: {"context": shortest prompt in tokens from which a pruned prefill was faster than a dense one,
+      None if it never was, "machine": where}; None if not measured.
   """
 
   base_model: str
@@ -40,6 +42,7 @@ class Artifact:
   router: RouterConfig
   params: Any
   figures: dict[str, Any]
+  crossover: dict[str, Any] | None = None
 
 
 def save(artifact: Artifact, directory: str | os.PathLike) -> None:
@@ -56,6 +59,7 @@ def save(artifact: Artifact, directory: str | os.PathLike) -> None:
       "routing": dataclasses.asdict(artifact.routing),
       "router": dataclasses.asdict(artifact.router),
       "figures": artifact.figures,
+      "crossover": artifact.crossover,
   }
   config = directory / (CONFIG_FILE + ".tmp")
   config.write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
@@ -90,6 +94,7 @@ def load(directory: str | os.PathLike) -> Artifact:
         router=RouterConfig(**(router | {"factors": tuple(router["factors"])})),
         params=weights,
         figures=described["figures"],
+        crossover=described.get("crossover"),  # absent in artifacts whose crossover was never measured
     )
   except (KeyError, TypeError, ValueError) as error:
     raise UserError(f"{directory / CONFIG_FILE} is incomplete ({error}); export the artifact again.") from None

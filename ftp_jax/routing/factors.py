@@ -63,11 +63,11 @@ def newest_factors(names, seen_BxCxP, column_C, before_BxCxP, position_BxC, spar
     before_BxCxP: which entries of P are tokens before it, boolean.
   """
   known = position_BxC.astype(jnp.float32) + 1
-  own = jnp.take_along_axis(seen_BxCxP, column_C[None, :, None], axis=2)
+  own = lambda: jnp.take_along_axis(seen_BxCxP, column_C[None, :, None], axis=2)
   make = {
       "position": lambda: jnp.ones(known.shape),
-      "score": lambda: own[..., 0] * known / (1 + own[..., 0] * known),
-      "rank": lambda: jnp.sum((seen_BxCxP > own) & before_BxCxP, axis=-1) / jnp.maximum(known - 1, 1.0),
+      "score": lambda: own()[..., 0] * known / (1 + own()[..., 0] * known),
+      "rank": lambda: jnp.sum((seen_BxCxP > own()) & before_BxCxP, axis=-1) / jnp.maximum(known - 1, 1.0),
       "sparsity": lambda: jnp.broadcast_to(sparsity, known.shape),
   }
   return jnp.stack([make[name]() for name in names], axis=-1).astype(jnp.float32)

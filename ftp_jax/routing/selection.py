@@ -29,8 +29,16 @@ def descending_rank(values_BxT: jax.Array, valid_BxT: jax.Array) -> jax.Array:
 
   Invalid positions rank behind all valid ones.
   """
-  order = jnp.argsort(jnp.where(valid_BxT, -values_BxT, jnp.inf)[:, ::-1], axis=-1, stable=True)
-  return jnp.argsort(order, axis=-1)[:, ::-1].astype(jnp.int32)
+  # Positions by rank; scattering their ranks back is cheaper than a second sort.
+  order = _descending_order(jnp.where(valid_BxT, values_BxT, -jnp.inf))
+  rank = jnp.broadcast_to(jnp.arange(values_BxT.shape[1], dtype=jnp.int32)[None], order.shape)
+  return jax.vmap(lambda at, r: jnp.zeros_like(r).at[at].set(r, unique_indices=True))(order, rank)
+
+
+def _descending_order(values_BxT: jax.Array) -> jax.Array:
+  """Positions (B,T) from the largest value to the smallest, among equal ones the later first."""
+  last = values_BxT.shape[1] - 1
+  return last - jnp.argsort(-values_BxT[:, ::-1], axis=-1, stable=True)
 
 
 def forced_tokens(context_B: jax.Array, num_positions: int) -> jax.Array:
@@ -53,8 +61,12 @@ def select(margin_BxT, capacity_B, forced_BxT, valid_BxT, selection: str) -> jax
     keep_BxT, boolean; False outside `valid_BxT`.
   """
   forced_BxT &= valid_BxT
-  rank = descending_rank(jnp.where(forced_BxT, jnp.inf, margin_BxT), valid_BxT)
-  keep = valid_BxT & (rank < capacity_B[:, None])
+  value = jnp.where(valid_BxT, jnp.where(forced_BxT, jnp.inf, margin_BxT), -jnp.inf)
+  # The last token that gets a slot: those with a larger margin are kept, and of its equals the later ones.
+  last_B1 = jnp.take_along_axis(_descending_order(value), capacity_B[:, None] - 1, axis=1)
+  least_B1 = jnp.take_along_axis(value, last_B1, axis=1)
+  later = jnp.arange(value.shape[1])[None] >= last_B1
+  keep = valid_BxT & ((value > least_B1) | ((value == least_B1) & later))
   if selection == "argmax":
     keep &= (margin_BxT > 0) | forced_BxT
   return keep

@@ -1,0 +1,76 @@
+"""`ftp-jax bench KIND`: reads flags, measures, prints a table and writes JSON and plot."""
+
+import argparse
+import contextlib
+from typing import Any
+
+import jax
+
+from ftp_jax.bench import compiling, crossover, decode, overhead, plot, prefill, records
+from ftp_jax.bench.cases import pruned
+from ftp_jax.bench.settings import Settings, read
+from ftp_jax.bench.torch_dense import TorchDense, TorchMissing
+from ftp_jax.errors import UserError
+from ftp_jax.export.artifact import load as load_artifact
+from ftp_jax.models.sources import Model, load_model
+from ftp_jax.report.machine import describe_machine
+
+_BENCHES = {
+    "prefill": prefill.bench,
+    "decode": decode.bench,
+    "overhead": overhead.bench,
+    "compile": compiling.bench,
+    "crossover": prefill.bench,
+}
+
+
+def run(arguments: argparse.Namespace) -> None:
+  """Runs the command.
+
+  Raises:
+    UserError: a flag is wrong, the model or artifact unusable, or memory too small.
+  """
+  settings = read(arguments)
+  artifact = load_artifact(settings.artifact) if settings.artifact else None
+  model = load_model(settings.model, settings.dtype)
+  settings.check_positions(model.config.max_positions)
+  cases = pruned(model, settings, artifact)
+  machine = describe_machine()
+  try:
+    with _torch(model, settings) as torch:
+      if torch:
+        machine |= {name: torch.info[name] for name in ("torch", "torch_threads")}
+      found = _BENCHES[settings.kind](model, cases, settings, torch)
+  except RuntimeError as error:  # jax reports memory by the text of its error alone
+    if "RESOURCE_EXHAUSTED" not in str(error):
+      raise
+    raise UserError("the device is out of memory; lower --batch or --context.") from error
+  print(records.format_table(found))
+  if settings.kind == "crossover":
+    _report_crossover(crossover.write(found, settings, machine), settings)
+  _write(machine, found, settings)
+
+
+def _torch(model: Model, settings: Settings) -> contextlib.AbstractContextManager[TorchDense | None]:
+  if settings.torch:
+    try:
+      return TorchDense(model.directory, settings.dtype, gpu=jax.default_backend() == "gpu")
+    except TorchMissing as error:
+      print(f"No torch_dense rows: {error} (pip install torch).")
+  return contextlib.nullcontext()
+
+
+def _report_crossover(context: int | None, settings: Settings) -> None:
+  if context is None:
+    print(f"Never faster than dense at the longest context measured; {settings.artifact} says so now.")
+  else:
+    print(f"Faster than dense from {context} tokens on; {settings.artifact} says so now.")
+
+
+def _write(machine: dict[str, Any], found: list[dict[str, Any]], settings: Settings) -> None:
+  if settings.json:
+    records.write_json(machine, found, settings.json)
+    print(f"written {settings.json}")
+  if settings.plot:
+    plot.write(found, settings.plot)
+    print(f"written {settings.plot}")

@@ -1,0 +1,427 @@
+"""The Python API of inference.
+
+  engine = Engine.load("smollm2-135m", "runs/quickstart/S0.30/seed0/artifact")
+  engine.generate([engine.encode("The capital of France is")], max_new_tokens=16)
+  engine.score(context, [continuation, ...])     # one prefill, many continuations
+  engine.generate(engine.prefill(prompts), ...)  # a prefix can be continued several times
+
+Prompts and continuations are lists of token ids. Rows of a batch do not affect each other: whether a row is pruned
+or computed densely (`fallback`), which tokens it skips and what it draws are its own.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ftp_jax.data.encoding import chat_turn
+from ftp_jax.errors import UserError
+from ftp_jax.export.artifact import Artifact
+from ftp_jax.export.artifact import load as load_artifact
+from ftp_jax.inference import programs
+from ftp_jax.inference.programs import Spec, Stream, Weights
+from ftp_jax.inference.sampling import Sampling
+from ftp_jax.models.huggingface import fingerprint
+from ftp_jax.models.kernels import IMPLEMENTATIONS
+from ftp_jax.models.sources import DTYPES, Model, load_model
+from ftp_jax.routing import routers
+from ftp_jax.routing.bucketed import Prefilled
+from ftp_jax.routing.cache import empty_recent
+from ftp_jax.routing.config import RoutingConfig
+from ftp_jax.routing.plan import MAX_BUCKETS, Plan, make_plan
+
+FALLBACKS = ("auto", "never", "always")
+_STEPS = 16  # decode steps between two looks of the host, where nothing is streamed
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+  """Of one continuation. logprobs: natural logarithms, one a token; greedy: every token was the most likely one."""
+
+  logprobs: tuple[float, ...]
+  greedy: bool
+
+  @property
+  def total(self) -> float:
+    return math.fsum(self.logprobs)
+
+
+@dataclasses.dataclass(frozen=True)
+class Generation:
+  """Of one prompt.
+
+  Attributes:
+    tokens: the new ones, those included that ended the row: a stop token, or what completes a stop string.
+    text: what they say, cut before the stop token or stop string, without special tokens.
+    stopped: a stop token, a stop string or the stream ended the row, not `max_new_tokens`.
+  """
+
+  tokens: tuple[int, ...]
+  text: str
+  stopped: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+  """Rows of a prefix that were computed the same way. index: which prompts they are."""
+
+  spec: Spec
+  weights: Weights
+  plan: Plan
+  index: tuple[int, ...]
+  prefilled: Prefilled
+
+
+@dataclasses.dataclass(frozen=True)
+class Prefix:
+  """Prefilled prompts; may be continued any number of times."""
+
+  lengths: tuple[int, ...]
+  groups: tuple[Group, ...]
+
+  @property
+  def cache_bytes(self) -> int:
+    """Bytes of the context's keys, values and their positions."""
+    return sum(a.nbytes for group in self.groups for a in group.prefilled.cache[:3])
+
+
+class Engine:
+  """A frozen model, dense or pruned by an artifact.
+
+  Attributes:
+    model: the base model.
+    artifact: what prunes it, or None.
+    crossover: context length from which pruning was measured to pay; None if it was not measured.
+  """
+
+  def __init__(
+      self,
+      model: Model,
+      artifact: Artifact | None = None,
+      *,
+      dtype: str = "float32",
+      fallback: str = "auto",
+      attention: str = "auto",
+      max_buckets: int = MAX_BUCKETS,
+      buckets: Sequence[int] | None = None,
+      decode_sparsity: float | None = None,
+      decode_threshold: float | None = None,
+  ):
+    """
+    Args:
+      model, artifact: which belong together; their fingerprints are compared.
+      dtype: of the computation, "float32" or "bfloat16".
+      fallback: `auto` computes prompts shorter than the artifact's crossover densely (all are pruned where none was
+        measured), `never` prunes all, `always` none.
+      attention: implementation, see `models.kernels`.
+      max_buckets, buckets: capacities of the compiled programs, see `routing.plan.make_plan`.
+      decode_sparsity, decode_threshold: replace those of the artifact.
+
+    Raises:
+      UserError: the artifact was made for another model, or an option is unknown.
+    """
+    _check_options(dtype, fallback, attention)
+    self.model, self.artifact = model, artifact
+    self.fallback, self.max_buckets, self.buckets = fallback, max_buckets, buckets
+    zeros = jnp.zeros(model.config.num_blocks)
+    self._dense = (
+        Spec(model.config, RoutingConfig(), DTYPES[dtype], attention), Weights(model.params, routers.STATIC, zeros)
+    )  # fmt: skip
+    self._pruned, self.crossover = None, None
+    if artifact is None:
+      return
+    found = fingerprint(model.directory)
+    if found != artifact.fingerprint:
+      raise UserError(
+          f"The artifact was made for {artifact.base_model} (fingerprint {artifact.fingerprint}), but this model has "
+          f"{found}; load the base model it belongs to."
+      )
+    changes = {"decode_sparsity": decode_sparsity, "decode_threshold": decode_threshold}
+    routing = dataclasses.replace(artifact.routing, **{k: v for k, v in changes.items() if v is not None})
+    router = routers.Router("dynamic", artifact.router, jax.tree.map(jnp.asarray, artifact.params))
+    schedule = jnp.asarray(artifact.schedule, jnp.float32)
+    self._pruned = dataclasses.replace(self._dense[0], routing=routing), Weights(model.params, router, schedule)
+    if artifact.crossover:  # never faster: no prompt is long enough
+      never = model.config.max_positions + 1
+      self.crossover = never if artifact.crossover["context"] is None else artifact.crossover["context"]
+
+  @classmethod
+  def load(cls, source: str, artifact: str | None = None, *, dtype: str = "float32", **options) -> "Engine":
+    """Loads a model from any source (`models.sources`) and an artifact from its directory; options as above."""
+    _check_options(dtype, options.get("fallback", "auto"), options.get("attention", "auto"))
+    loaded = load_artifact(artifact) if artifact else None  # first: a wrong name shows before the weights are read
+    return cls(load_model(source, dtype), loaded, dtype=dtype, **options)
+
+  def encode(self, text: str, chat: bool = False) -> list[int]:
+    """Token ids of a prompt.
+
+    Args:
+      chat: the text is a user's message, and the chat template is put around it as in training; otherwise the
+        special tokens that the tokenizer adds to a text are added.
+
+    Raises:
+      UserError: `chat`, but the tokenizer has no usable chat template.
+    """
+    tokenizer = self.model.tokenizer
+    if not chat:
+      return tokenizer.encode(text)
+    if not tokenizer.chat_template:
+      raise UserError("The tokenizer has no chat template; leave out chat or use a chat model.")
+    turn = chat_turn(tokenizer)
+    return tokenizer.encode(turn.before + text.strip() + turn.after, add_special_tokens=False)
+
+  def decode(self, tokens: Sequence[int]) -> str:
+    """Text of tokens, without special ones."""
+    return self.model.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+  @functools.cached_property
+  def stop_tokens(self) -> tuple[int, ...]:
+    """Ids that end a row by default: the tokenizer's end of sequence, and what ends a turn of its chat template."""
+    tokenizer = self.model.tokenizer
+    ends = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
+    try:
+      ends += chat_turn(tokenizer).end if tokenizer.chat_template else ()
+    except UserError:  # a template that cannot be read has no known end
+      pass
+    return tuple(dict.fromkeys(ends))
+
+  def prunes(self, length: int) -> bool:
+    """Whether a prompt of `length` tokens is pruned."""
+    if self._pruned is None or self.fallback == "always":
+      return False
+    return self.fallback == "never" or self.crossover is None or length >= self.crossover
+
+  def prefill(self, prompts: Sequence[Sequence[int]]) -> Prefix:
+    """Runs prompts through the model: those pruned and those computed densely as one batch each.
+
+    Raises:
+      UserError: a prompt is empty, or longer than the model's positions, or holds an id that is no token.
+    """
+    self.check(prompts)
+    groups = []
+    for pruned, execution in ((True, self._pruned), (False, self._dense)):
+      index = tuple(i for i, prompt in enumerate(prompts) if self.prunes(len(prompt)) == pruned)
+      if index:
+        groups.append(self._prefill(*execution, index, [prompts[i] for i in index]))
+    return Prefix(tuple(map(len, prompts)), tuple(groups))
+
+  def _prefill(self, spec: Spec, weights: Weights, index, prompts) -> Group:
+    length = padded_length(max(map(len, prompts)), self.model.config.max_positions)
+    dense = weights is self._dense[1]
+    plan = make_plan(
+        np.asarray(weights.schedule_L), length, spec.routing, self.max_buckets, None if dense else self.buckets
+    )
+    tokens = np.zeros((len(prompts), length), np.int32)
+    for row, prompt in zip(tokens, prompts):
+      row[: len(prompt)] = prompt
+    context = np.array([len(prompt) for prompt in prompts], np.int32)
+    return Group(spec, weights, plan, index, programs.prefill(spec, plan, weights, tokens, context))
+
+  def generate(
+      self,
+      prompts: Prefix | Sequence[Sequence[int]],
+      max_new_tokens: int,
+      sampling: Sampling = Sampling(),
+      *,
+      stop_tokens: Sequence[int] | None = None,
+      stop_strings: Sequence[str] = (),
+      seed: int = 0,
+      stream: Callable[[int, list[int]], bool | None] | None = None,
+  ) -> list[Generation]:
+    """Continues every prompt.
+
+    Args:
+      prompts: token ids, or what `prefill` gave.
+      max_new_tokens: most new tokens of each.
+      stop_tokens: ids that end a row; None: those of the attribute `stop_tokens`.
+      stop_strings: texts that end a row, found on the host in the decoded new tokens; one that is itself a special
+        or added token of the tokenizer counts as a stop token.
+      seed: row i draws from seed + i.
+      stream: called with (prompt, new tokens) as they come, one at a time; returns True to end that row. Rows that
+        are pruned come before those computed densely.
+
+    Raises:
+      UserError: as `prefill`, or the prompt and the new tokens together exceed the model's positions.
+    """
+    if not isinstance(prompts, Prefix):
+      self.check(prompts, max_new_tokens)  # before the work
+      prompts = self.prefill(prompts)
+    self._check_room(max(prompts.lengths), max_new_tokens)
+    added = self.model.tokenizer.get_added_vocab() if stop_strings else {}
+    stop_tokens = {*(self.stop_tokens if stop_tokens is None else stop_tokens)}
+    stop_tokens |= {added[text] for text in stop_strings if text in added}
+    stops = _Stops(frozenset(stop_tokens), tuple(text for text in stop_strings if text and text not in added))
+    results: list[Generation | None] = [None] * len(prompts.lengths)
+    for group in prompts.groups:
+      rows = self._generate(group, max_new_tokens, sampling, stops, seed, stream)
+      for index, result in zip(group.index, rows):
+        results[index] = result
+    return results
+
+  def _generate(self, group: Group, max_new_tokens, sampling, stops: "_Stops", seed, stream) -> list[Generation]:
+    spec, batch = group.spec, len(group.index)
+    stop_K = jnp.asarray(sorted(stops.tokens) or (-1,), jnp.int32)
+    seed_B = jnp.asarray([(seed + i) % 2**32 for i in group.index], jnp.uint32)
+    token_B, done_B = programs.first_token(sampling, group.prefilled.logits_BxV, seed_B, stop_K)
+    state = Stream(
+        token_B, done_B, empty_recent(spec.model, batch, _room(max_new_tokens), spec.dtype), jnp.ones((), jnp.int32)
+    )
+    new: list[list[int]] = [[] for _ in range(batch)]
+    ended = [False] * batch
+    fresh = np.asarray(token_B)[:, None]
+    while True:
+      for b, tokens in enumerate(fresh.tolist()):
+        if ended[b]:
+          continue
+        size = stops.find(self.decode, new[b], tokens)
+        ended[b] = size is not None
+        new[b] += tokens[:size]
+        if stream and stream(group.index[b], tokens[:size]):
+          ended[b] = True
+      left = max_new_tokens - max(map(len, new))
+      if all(ended) or left <= 0:
+        return [Generation(tuple(row), stops.cut(self.decode, row), end) for row, end in zip(new, ended)]
+      state = state._replace(done_B=jnp.asarray(ended))
+      state, tokens, count = programs.decode_steps(
+          spec, group.plan, group.weights, sampling, 1 if stream else min(_STEPS, left), group.prefilled.cache, state,
+          seed_B, stop_K,
+      )
+      fresh = np.asarray(tokens)[:, : int(count)]
+
+  def score(
+      self, context: Prefix | Sequence[int], continuations: Sequence[Sequence[int]], rows: Sequence[int] | None = None
+  ) -> list[Score]:
+    """Log-probabilities of continuations after a context that is prefilled once.
+
+    They are run as one batch, and each holds a copy of its context's cache.
+
+    Args:
+      context: token ids of one context, or a prefix.
+      continuations: token ids.
+      rows: which prompt of the prefix each continues; None: the first.
+
+    Raises:
+      UserError: as `prefill`, or a continuation is empty or too long.
+    """
+    if not isinstance(context, Prefix):
+      self.check([context])
+    lengths = context.lengths if isinstance(context, Prefix) else (len(context),)
+    rows = [0] * len(continuations) if rows is None else list(rows)
+    if len(rows) != len(continuations) or not set(rows) <= set(range(len(lengths))):
+      raise UserError(f"rows={rows} must name, for each continuation, one of the {len(lengths)} contexts.")
+    if any(not len(c) for c in continuations):
+      raise UserError("A continuation is empty; every continuation needs at least one token to score.")
+    self._check_tokens(continuations)
+    most = self.model.config.max_positions
+    for row, continuation in zip(rows, continuations):
+      if lengths[row] + len(continuation) - 1 > most:  # the last token is scored, not run
+        raise UserError(
+            f"A context of {lengths[row]} tokens with a continuation of {len(continuation)} exceeds the model's {most} "
+            "positions; shorten the context."
+        )
+    if not isinstance(context, Prefix):
+      context = self.prefill([context])
+    results: list[Score | None] = [None] * len(continuations)
+    for group in context.groups:
+      chosen = [i for i, row in enumerate(rows) if row in group.index]
+      if not chosen:
+        continue
+      # Filled up to a power of two: few shapes to compile.
+      filled = chosen + chosen[:1] * (_power_of_two(len(chosen)) - len(chosen))
+      width = padded_length(max(len(continuations[i]) for i in chosen), self.model.config.max_positions)
+      tokens = np.zeros((len(filled), width), np.int32)
+      length = np.array([len(continuations[i]) for i in filled], np.int32)
+      for row, i in zip(tokens, filled):
+        row[: len(continuations[i])] = continuations[i]
+      of_group = np.array([group.index.index(rows[i]) for i in filled], np.int32)
+      spec = group.spec
+      logprob, greedy = jax.device_get(programs.score(
+          spec, group.plan, group.weights, group.prefilled.cache.rows(of_group),
+          empty_recent(spec.model, len(filled), max(width - 1, 1), spec.dtype), group.prefilled.logits_BxV[of_group],
+          tokens, length,
+      ))  # fmt: skip
+      for n, i in enumerate(chosen):
+        size = len(continuations[i])
+        results[i] = Score(tuple(logprob[n, :size].tolist()), bool(greedy[n, :size].all()))
+    return results
+
+  def check(self, prompts: Sequence[Sequence[int]], max_new_tokens: int | None = None) -> None:
+    """Raises the UserError of `prefill`, or of `generate` where new tokens are given, without their work."""
+    if not len(prompts):
+      raise UserError("There is no prompt; pass at least one.")
+    for i, prompt in enumerate(prompts):
+      if isinstance(prompt, str):
+        raise UserError(f"Prompt {i} is a text; pass its token ids, as Engine.encode gives them.")
+      if not len(prompt):
+        raise UserError(f"Prompt {i} is empty; a prompt needs at least one token (a begin-of-text token will do).")
+    self._check_tokens(prompts)
+    self._check_room(max(map(len, prompts)), max_new_tokens)
+
+  def _check_room(self, length: int, new: int | None) -> None:
+    most = self.model.config.max_positions
+    if new is not None and new < 1:
+      raise UserError(f"max_new_tokens={new} must be at least 1.")
+    if length > most:
+      raise UserError(f"A prompt of {length} tokens exceeds the model's {most} positions; shorten it.")
+    if length + (new or 0) > most:
+      raise UserError(
+          f"A prompt of {length} tokens and {new} new ones exceed the model's {most} positions; shorten the prompt or "
+          "ask for fewer new tokens."
+      )
+
+  def _check_tokens(self, rows: Sequence[Sequence[int]]) -> None:
+    size = self.model.config.vocab_size
+    for row in rows:
+      if min(row) < 0 or max(row) >= size:
+        raise UserError(f"A token id lies outside 0..{size - 1}; encode the text with this model's tokenizer.")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Stops:
+  """What ends a row: token ids and strings of the text."""
+
+  tokens: frozenset[int]
+  strings: tuple[str, ...]
+
+  def find(self, decode, before: list[int], fresh: list[int]) -> int | None:
+    """How many of the fresh tokens, which follow those before, complete a stop; None if they do not."""
+    hits = [n for n, token in enumerate(fresh, 1) if token in self.tokens][:1]
+    if self.strings and self._at(decode(before + fresh)) is not None:
+      hits += [n for n in range(1, len(fresh) + 1) if self._at(decode(before + fresh[:n])) is not None][:1]
+    return min(hits, default=None)
+
+  def cut(self, decode, tokens: list[int]) -> str:
+    """The text of a row's tokens before what stopped it."""
+    text = decode(tokens[:-1] if tokens[-1] in self.tokens else tokens)
+    return text[: self._at(text)]
+
+  def _at(self, text: str) -> int | None:
+    return min((text.index(string) for string in self.strings if string in text), default=None)
+
+
+def _check_options(dtype: str, fallback: str, attention: str) -> None:
+  for name, value, known in (
+      ("dtype", dtype, DTYPES), ("fallback", fallback, FALLBACKS), ("attention", attention, IMPLEMENTATIONS),
+  ):  # fmt: skip
+    if value not in known:
+      raise UserError(f"{name}={value!r} is unknown; choose one of {', '.join(known)}.")
+
+
+def padded_length(length: int, most: int) -> int:
+  """`length` rounded up to a sixteenth of the power of two above it: eight shapes an octave to compile, 1/8 waste."""
+  step = max(1, _power_of_two(length) // 16)
+  return max(length, min(-(-length // step) * step, most))
+
+
+def _room(tokens: int) -> int:
+  """Slots for new tokens: powers of two from 16 on, so that few programs are compiled."""
+  return max(16, _power_of_two(tokens))
+
+
+def _power_of_two(n: int) -> int:
+  """The smallest one that is at least n."""
+  return 1 << (n - 1).bit_length()

@@ -1,0 +1,127 @@
+"""The compiled programs of inference: prefill, decode loop, scores. Pure functions of arrays, jitted once a shape.
+
+A `Spec` is everything static about them but the plan: a dense model is the spec of a static router under
+the schedule 0, so that dense and pruned inference run the same code.
+"""
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from ftp_jax.inference.sampling import Sampling, sample
+from ftp_jax.models import decoder
+from ftp_jax.models.config import ModelConfig
+from ftp_jax.routing import bucketed, decode
+from ftp_jax.routing.cache import Cache, Recent
+from ftp_jax.routing.config import RoutingConfig
+from ftp_jax.routing.plan import Plan
+from ftp_jax.routing.routers import Router
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+  """Static description of a model and how it is routed; hashable."""
+
+  model: ModelConfig
+  routing: RoutingConfig
+  dtype: Any = jnp.float32
+  attention: str = "auto"
+
+
+class Weights(NamedTuple):
+  """Arrays that every program reads: the frozen model, the router and its schedule (L)."""
+
+  params: Any
+  router: Router
+  schedule_L: jax.Array
+
+
+class Stream(NamedTuple):
+  """State of a decode loop.
+
+  Attributes:
+    token_B: the newest token of each row, not yet run through the model.
+    done_B: the row has met a stop token.
+    recent: keys and values of the tokens run so far.
+    step: tokens sampled so far, the newest included.
+  """
+
+  token_B: jax.Array
+  done_B: jax.Array
+  recent: Recent
+  step: jax.Array
+
+
+@functools.partial(jax.jit, static_argnames=("spec", "plan"))
+def prefill(spec: Spec, plan: Plan, weights: Weights, tokens_BxT: jax.Array, context_B: jax.Array):
+  """`bucketed.prefill` of a batch of contexts."""
+  return bucketed.prefill(
+      spec.model, spec.routing, plan, *weights[:2], tokens_BxT, context_B, weights.schedule_L, dtype=spec.dtype,
+      attention=spec.attention,
+  )
+
+
+def _extend(spec: Spec, plan: Plan, weights: Weights, cache: Cache, recent: Recent, tokens_BxC):
+  return decode.extend(
+      spec.model, spec.routing, plan, *weights[:2], cache, recent, tokens_BxC, weights.schedule_L, dtype=spec.dtype
+  )
+
+
+@functools.partial(jax.jit, static_argnames="sampling")
+def first_token(sampling: Sampling, logits_BxV: jax.Array, seed_B: jax.Array, stop_K: jax.Array):
+  """The first token (B,) after the context, and whether it stops the row."""
+  token_B = sample(sampling, logits_BxV, seed_B, jnp.zeros((), jnp.int32))
+  return token_B, jnp.any(token_B[:, None] == stop_K[None], axis=1)
+
+
+@functools.partial(jax.jit, static_argnames=("spec", "plan", "sampling"), donate_argnames="stream")
+def decode_steps(
+    spec: Spec, plan: Plan, weights: Weights, sampling: Sampling, steps, cache: Cache, stream: Stream, seed_B, stop_K
+):
+  """Samples up to `steps` further tokens, fewer once every row is done; one program whatever `steps` is.
+
+  Returns:
+    (stream, tokens_BxM, count): the first `count` columns of the tokens are sampled; those of a row after its stop
+    token are meaningless. M is the room of `stream.recent`.
+  """
+
+  def more(carry):
+    stream, _, count = carry
+    return (count < steps) & ~jnp.all(stream.done_B)
+
+  def step(carry):
+    stream, tokens, count = carry
+    out = _extend(spec, plan, weights, cache, stream.recent, stream.token_B[:, None])
+    logits = decoder.unembed(spec.model, weights.params, out.hidden_BxCxD[:, 0])
+    token_B = sample(sampling, logits, seed_B, stream.step)
+    done_B = stream.done_B | jnp.any(token_B[:, None] == stop_K[None], axis=1)
+    tokens = jax.lax.dynamic_update_slice(tokens, token_B[:, None], (0, count))
+    return Stream(token_B, done_B, out.recent, stream.step + 1), tokens, count + 1
+
+  tokens = jnp.zeros(stream.recent.computed_LxBxM.shape[1:], jnp.int32)
+  return jax.lax.while_loop(more, step, (stream, tokens, jnp.zeros((), jnp.int32)))
+
+
+@functools.partial(jax.jit, static_argnames=("spec", "plan"))
+def score(spec: Spec, plan: Plan, weights: Weights, cache: Cache, recent: Recent, logits_BxV, tokens_BxC, length_B):
+  """Log-probabilities of continuations, teacher forced.
+
+  Args:
+    logits_BxV: after each row's context.
+    tokens_BxC: right-padded continuations.
+    length_B: their lengths, at least 1.
+
+  Returns:
+    (logprob_BxC, greedy_BxC): of each token, and whether it was the most likely; 0 and False at padding.
+  """
+  batch, num_tokens = tokens_BxC.shape
+  logits = logits_BxV[:, None]
+  if num_tokens > 1:
+    out = _extend(spec, plan, weights, cache, recent, tokens_BxC[:, :-1])
+    logits = jnp.concatenate([logits, decoder.unembed(spec.model, weights.params, out.hidden_BxCxD)], axis=1)
+  valid = jnp.arange(num_tokens)[None] < length_B[:, None]
+  logprob = jnp.take_along_axis(jax.nn.log_softmax(logits), tokens_BxC[:, :, None], axis=2)[..., 0]
+  return jnp.where(valid, logprob, 0.0), valid & (jnp.argmax(logits, axis=-1) == tokens_BxC)

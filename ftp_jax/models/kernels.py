@@ -1,0 +1,164 @@
+"""Fused kernels that mean the same as `attention.attend_positions`: cuDNN on NVIDIA GPUs, splash on TPUs.
+
+They serve prefills: no gradient is promised. What a kernel cannot do (dtype, head size, number of
+queries, window) falls back to XLA, and so do arrays that XLA partitions over several devices, which a
+TPU kernel does not bear; inside `jax.shard_map(..., check_vma=False)` kernels run.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu import splash_attention
+
+from ftp_jax.errors import UserError
+from ftp_jax.models import attention
+
+IMPLEMENTATIONS = ("auto", "xla", "cudnn", "splash")
+# Which backend, as `backend_name` has it, and in words which hardware, each kernel needs.
+_NEEDS = {"cudnn": ("cuda", "an NVIDIA GPU of compute capability 8.0 or more"), "splash": ("tpu", "a TPU")}
+_LANES = 128
+_LARGEST_BLOCK = 512
+
+
+def attend(
+    q_BxTxHxN: jax.Array,
+    k_BxSxGxN: jax.Array,
+    v_BxSxGxN: jax.Array,
+    query_BxT: jax.Array,
+    key_BxS: jax.Array,
+    window: int | None = None,
+    *,
+    aligned: bool,
+    implementation: str,
+) -> jax.Array:
+  """Attended values (B,T,H,N) of queries and keys that stand at given positions.
+
+  Args:
+    query_BxT, key_BxS, window: as in `attention.attend_positions`.
+    aligned: the queries are the keys: T = S, the same position in each slot, padding slots last. Then
+      "the key stands at or before the query" and "the key's slot comes at or before the query's" agree.
+    implementation: one of IMPLEMENTATIONS; "auto" is the kernel of the backend.
+
+  Raises:
+    UserError: there is no such implementation, or it does not run on this backend.
+  """
+  name = choose(
+      implementation, backend_name(), dtype=q_BxTxHxN.dtype, head_dim=q_BxTxHxN.shape[3],
+      num_queries=q_BxTxHxN.shape[1], aligned=aligned, window=window, partitioned=_partitioned(q_BxTxHxN),
+  )
+  if name == "splash":
+    return splash(q_BxTxHxN, k_BxSxGxN, v_BxSxGxN)
+  if name == "cudnn":
+    return cudnn(q_BxTxHxN, k_BxSxGxN, v_BxSxGxN, query_BxT, key_BxS, window, aligned=aligned)
+  return attention.attend_positions(q_BxTxHxN, k_BxSxGxN, v_BxSxGxN, query_BxT, key_BxS, window)
+
+
+def choose(
+    implementation: str,
+    backend: str,
+    *,
+    dtype: Any,
+    head_dim: int,
+    num_queries: int,
+    aligned: bool,
+    window: int | None,
+    partitioned: bool = False,
+) -> str:
+  """What `attend` runs: "xla", "cudnn" or "splash".
+
+  Args:
+    backend: see `backend_name`.
+    partitioned: XLA partitions the arrays over several devices.
+
+  Raises:
+    UserError: see `attend`.
+  """
+  if implementation not in IMPLEMENTATIONS:
+    raise UserError(f"There is no attention={implementation}; choose one of {', '.join(IMPLEMENTATIONS)}.")
+  if implementation in _NEEDS and backend != _NEEDS[implementation][0]:
+    raise UserError(
+        f"attention={implementation} needs {_NEEDS[implementation][1]} and jax runs on {backend} here; "
+        "choose attention=auto or attention=xla."
+    )
+  if implementation == "auto":
+    implementation = next((name for name, (needed, _) in _NEEDS.items() if needed == backend), "xla")
+  if partitioned:
+    return "xla"
+  if implementation == "cudnn" and dtype in (jnp.bfloat16, jnp.float16) and head_dim % 8 == 0 and head_dim <= 128:
+    return "cudnn"
+  # The TPU compiler refuses the kernel in fp16.
+  whole = num_queries % _LANES == 0
+  if implementation == "splash" and dtype in (jnp.bfloat16, jnp.float32) and aligned and not window and whole:
+    return "splash"
+  return "xla"
+
+
+def backend_name() -> str:
+  """"cuda" where cuDNN has fused attention, else jax's name of the backend ("cpu", "tpu", "gpu")."""
+  name = jax.default_backend()
+  if name != "gpu":
+    return name
+  # "9.0" on an NVIDIA GPU; "gfx942" on an AMD one, which jax calls "gpu" too.
+  major = str(getattr(jax.local_devices()[0], "compute_capability", "")).split(".")[0]
+  return "cuda" if major.isdigit() and int(major) >= 8 else "gpu"
+
+
+def _partitioned(a: jax.Array) -> bool:
+  mesh = jax.typeof(a).sharding.mesh
+  return any(size > 1 for axis, size in mesh.shape.items() if axis not in mesh.manual_axes)
+
+
+def cudnn(
+    q_BxTxHxN: jax.Array,
+    k_BxSxGxN: jax.Array,
+    v_BxSxGxN: jax.Array,
+    query_BxT: jax.Array,
+    key_BxS: jax.Array,
+    window: int | None,
+    *,
+    aligned: bool,
+    implementation: str = "cudnn",
+) -> jax.Array:
+  """`attend` on cuDNN; arrays of fp16 or bf16.
+
+  Unless aligned and without a window it holds a mask of (B,T,S), one number for all heads.
+
+  Args:
+    implementation: of `jax.nn.dot_product_attention`: "xla" computes the same without a GPU.
+  """
+  valid_BxT = query_BxT >= 0
+  if aligned and not window:
+    # A sequence without tokens counts as one slot: no kernel has to define attention to nothing.
+    count = lambda valid: jnp.maximum(jnp.sum(valid, axis=1, dtype=jnp.int32), 1)
+    masking = dict(
+        is_causal=True, query_seq_lengths=count(valid_BxT), key_value_seq_lengths=count(key_BxS < attention.EMPTY)
+    )
+  else:
+    # A window counts positions, and after eviction slots know nothing of the positions between them.
+    masking = dict(mask=attention.visible(query_BxT, key_BxS, window)[:, None])
+  out = jax.nn.dot_product_attention(q_BxTxHxN, k_BxSxGxN, v_BxSxGxN, implementation=implementation, **masking)
+  # Rows of padding hold whatever the kernel left there.
+  return jnp.where(valid_BxT[:, :, None, None], out, 0)
+
+
+def splash(q_BxTxHxN: jax.Array, k_BxTxGxN: jax.Array, v_BxTxGxN: jax.Array, *, interpret: bool = False) -> jax.Array:
+  """`attend` on the splash kernel: aligned, without a window, T a multiple of 128.
+
+  Padding needs no segment ids. It comes last, so that under a causal mask no valid query sees a key of
+  padding, and a query of padding sees at least itself, which keeps its row finite.
+
+  Args:
+    interpret: run the kernel's body without a TPU, slowly.
+  """
+  num_queries, heads, dim = q_BxTxHxN.shape[1:]
+  block = max(size for size in range(_LANES, _LARGEST_BLOCK + 1, _LANES) if num_queries % size == 0)
+  causal = splash_attention.CausalMask((num_queries, num_queries))
+  kernel = splash_attention.make_splash_mha_single_device(
+      splash_attention.MultiHeadMask([causal] * heads),
+      block_sizes=splash_attention.BlockSizes(block_q=block, block_kv=block),
+      interpret=interpret,
+  )
+  heads_first = lambda a: a.swapaxes(1, 2)
+  out = jax.vmap(kernel)(heads_first(q_BxTxHxN * dim**-0.5), heads_first(k_BxTxGxN), heads_first(v_BxTxGxN))
+  return heads_first(out)

@@ -1,0 +1,209 @@
+"""Bucketed execution of a prefill: kept tokens are gathered, in order, into the block's bucket of slots.
+
+The routes are those of `masked.forward`, by the same functions; only kept tokens are computed. One scan runs
+over the blocks and branches to the body of the block's bucket, so that a program holds as many block bodies as
+there are distinct buckets. The last block computes the last token's output alone, as nothing else is read.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from ftp_jax.models import decoder, kernels
+from ftp_jax.models.attention import EMPTY, visible
+from ftp_jax.models.config import ModelConfig
+from ftp_jax.routing import factors as factor_lib
+from ftp_jax.routing import routers
+from ftp_jax.routing.cache import Cache, empty_cache, write
+from ftp_jax.routing.config import RoutingConfig
+from ftp_jax.routing.plan import Plan
+from ftp_jax.routing.routers import Router
+from ftp_jax.routing.selection import keep_context
+
+
+class Prefilled(NamedTuple):
+  """Result of a prefill: next-token logits (B,V) in fp32 after each row's context, and its cache."""
+
+  logits_BxV: jax.Array
+  cache: Cache
+
+
+class Slots(NamedTuple):
+  """The kept tokens of one block, in order, in K slots.
+
+  Attributes:
+    position_BxK: which token; the last position of the padded context in padding slots.
+    filled_BxK: the slot holds a token.
+    slot_BxT: the slot of each kept token; in range, but meaningless, for the others.
+  """
+
+  position_BxK: jax.Array
+  filled_BxK: jax.Array
+  slot_BxT: jax.Array
+
+
+def fill_slots(keep_BxT: jax.Array, num_slots: int) -> Slots:
+  """Slots of the kept tokens, of which no row has more than `num_slots`."""
+  num_positions = keep_BxT.shape[1]
+  kept_so_far = jnp.cumsum(keep_BxT, axis=1)
+  # Slot k holds the first position up to which k + 1 tokens are kept.
+  position = jax.vmap(lambda count: jnp.searchsorted(count, jnp.arange(1, num_slots + 1)))(kept_so_far)
+  slot = jnp.clip(kept_so_far - 1, 0, num_slots - 1)
+  return Slots(jnp.minimum(position, num_positions - 1), position < num_positions, slot)
+
+
+def gather(x_BxTxD: jax.Array, index_BxK: jax.Array) -> jax.Array:
+  """Rows (B,K,...) of x; every index is in range."""
+  return jax.vmap(lambda x, i: x.at[i].get(mode="promise_in_bounds"))(x_BxTxD, index_BxK)
+
+
+def prefill(
+    config: ModelConfig,
+    routing: RoutingConfig,
+    plan: Plan,
+    params: Any,
+    router: Router,
+    tokens_BxT: jax.Array,
+    context_B: jax.Array,
+    schedule_L: jax.Array,
+    *,
+    dtype: Any = jnp.float32,
+    attention: str = "auto",
+) -> Prefilled:
+  """Runs the contexts of a batch through routed blocks.
+
+  Args:
+    plan: made of the very `schedule_L`; T of the tokens is its `num_positions`.
+    tokens_BxT: right-padded context tokens.
+    context_B: their lengths m >= 1.
+    attention: implementation, see `kernels.IMPLEMENTATIONS`.
+
+  Returns:
+    Prefilled; equal to what the masked execution gives for the last context token.
+  """
+  batch, num_positions = tokens_BxT.shape
+  assert num_positions == plan.num_positions and router.kind != "given"
+  t = jnp.arange(num_positions)[None]
+  position_BxT = jnp.broadcast_to(t, tokens_BxT.shape)
+  in_context = t < context_B[:, None]
+  key_BxT = jnp.where(in_context, t, EMPTY)
+  sin, cos = decoder.angles(config, t)
+  row_B = routers.row_seed(tokens_BxT, context_B)
+  block, blocks = decoder.Block(config), params["blocks"]
+  window_BxW = factor_lib.window_rows(context_B, routing.score_window)
+
+  def attend(q, k, v, query, key, aligned):
+    return kernels.attend(
+        q, k, v, query, key, config.sliding_window, aligned=aligned, implementation=attention
+    )
+
+  def rope(position):
+    return gather(jnp.broadcast_to(sin, (batch,) + sin.shape[1:]), position), gather(
+        jnp.broadcast_to(cos, (batch,) + cos.shape[1:]), position
+    )
+
+  def decide(x, score, state, inputs):
+    """Gates (B,T) of the context tokens."""
+    features = None
+    if router.factors:
+      features = factor_lib.context_factors(router.factors, score, inputs["sparsity"], context_B)
+    margin, state = routers.margin(
+        router, inputs["router"] if router.per_block else router.params, features, x, state, position_BxT, row_B,
+        inputs["index"],
+    )
+    return keep_context(margin, inputs["sparsity"], context_B, routing), state
+
+  def scores_of(apply, x, k, key, keep, score, to_positions):
+    """The score table after a block whose keys `k` stand at positions `key`."""
+    at = jnp.maximum(window_BxW, 0)
+    q = apply(decoder.Block.queries, gather(x, at), *rope(at))
+    counts = (window_BxW >= 0) & jnp.take_along_axis(keep, at, axis=1)
+    new = factor_lib.window_scores(q, k, visible(at, key, config.sliding_window), counts)
+    return jnp.where(keep, to_positions(new), score)
+
+  def make_body(slots: int, routed: bool, last: bool):
+    """One block: (x, score, state, inputs) -> (x, score, state, keep, k_tile, v_tile, position_tile)."""
+
+    def body(x, score, state, inputs):
+      weights = jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, inputs["index"], keepdims=False), blocks)
+      apply = lambda method, *args: block.apply({"params": weights}, *args, method=method)
+      keep = in_context
+      if routed:
+        keep, state = decide(x, score, state, inputs)
+      elif router.recurrent:
+        _, state = decide(x, score, state, inputs)
+      compact = routed and (slots < num_positions or routing.kv_mode == "evict")
+      if compact:
+        filled = fill_slots(keep, slots)
+        query = jnp.where(filled.filled_BxK, filled.position_BxK, -1)
+        chosen, angles = gather(x, filled.position_BxK), rope(filled.position_BxK)
+      else:
+        query, chosen, angles = jnp.where(in_context, t, -1), x, (sin, cos)
+      evicting = compact and routing.kv_mode == "evict"
+      if evicting:
+        k, v = apply(decoder.Block.keys_values, chosen, *angles)
+        key = jnp.where(filled.filled_BxK, filled.position_BxK, EMPTY)
+      else:
+        k, v = apply(decoder.Block.keys_values, x, sin, cos)
+        key = key_BxT
+      if router.reads_scores and not last:
+        to_positions = (lambda a: jnp.take_along_axis(a, filled.slot_BxT, axis=1)) if evicting else (lambda a: a)
+        score = scores_of(apply, x, k, key, keep, score, to_positions)
+      if last:
+        at = context_B[:, None] - 1
+        chosen, angles, query = gather(x, at), rope(at), at
+      q = apply(decoder.Block.queries, chosen, *angles)
+      aligned = not last and (evicting or not compact)
+      y = apply(decoder.Block.attention_out, chosen, attend(q, k, v, query, key, aligned))
+      y = apply(decoder.Block.mlp, y)
+      if last:
+        x = y
+      elif compact:
+        x = jnp.where(keep[:, :, None], gather(y, filled.slot_BxT), x)
+      elif routed:
+        x = jnp.where(keep[:, :, None], y, x)
+      else:
+        x = y
+      spare = 0 if last else num_positions - key.shape[1]
+      pad = lambda a, axis, value: jnp.pad(
+          a, [(0, spare if i == axis else 0) for i in range(a.ndim)], constant_values=value
+      )
+      tiles = pad(k.transpose(0, 2, 3, 1), 3, 0), pad(v.transpose(0, 2, 1, 3), 2, 0), pad(key, 1, EMPTY)
+      return x, score, state, keep, tiles
+
+    return body
+
+  bodies = [make_body(slots, routed, last=False) for slots, routed in plan.bodies]
+
+  fits = all(offset + num_positions <= sum(plan.cache_slots) for offset in plan.offsets[:-1])
+
+  def step(carry, inputs):
+    x, score, state, buffers = carry
+    x, score, state, keep, tiles = jax.lax.switch(inputs["body"], bodies, x, score, state, inputs)
+    buffers = tuple(write(b, tile, inputs["offset"], axis, fits) for b, tile, axis in zip(buffers, tiles, (3, 2, 1)))
+    return (x, score, state, buffers), keep
+
+  inputs = {
+      "sparsity": jnp.asarray(schedule_L, jnp.float32),
+      "index": jnp.arange(config.num_blocks),
+      "router": router.params if router.per_block else None,
+      "body": jnp.asarray(plan.body_of, jnp.int32),
+      "offset": jnp.asarray(plan.offsets, jnp.int32),
+  }
+  carry = (
+      decoder.embed(config, params, tokens_BxT, dtype),
+      jnp.zeros((batch, num_positions)),
+      routers.init_state(router, batch, num_positions),
+      empty_cache(config, plan, batch, dtype),
+  )
+  (x, score, state, buffers), keep = jax.lax.scan(step, carry, jax.tree.map(lambda a: a[:-1], inputs))
+  final = jax.tree.map(lambda a: a[-1], inputs)
+  slots, routed = plan.bodies[plan.body_of[-1]]
+  x, _, _, last_keep, tiles = make_body(slots, routed, last=True)(x, score, state, final)
+  buffers = [
+      jax.lax.dynamic_update_slice_in_dim(b, tile, plan.offsets[-1], axis)
+      for b, tile, axis in zip(buffers, tiles, (3, 2, 1))
+  ]
+  keep = jnp.concatenate([keep, last_keep[None]])
+  return Prefilled(decoder.unembed(config, params, x[:, 0]), Cache(*buffers, keep, context_B, row_B))

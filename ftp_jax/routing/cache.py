@@ -1,0 +1,92 @@
+"""The KV cache of a routed prefill, and the room for tokens generated after it.
+
+The context cache is one buffer for all blocks: block i owns the slots [offset_i, offset_i + size_i) of the
+plan. Under `evict` a block has slots for the tokens it keeps only, so the buffer is really smaller. It is
+read-only after the prefill, so decode loops carry the small `Recent` alone.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from ftp_jax.models.attention import EMPTY
+from ftp_jax.models.config import ModelConfig
+from ftp_jax.routing.plan import Plan
+
+
+class Cache(NamedTuple):
+  """Keys and values of the context, S slots in all blocks together.
+
+  Attributes:
+    k_BxGxNxS: keys, rope applied, slots last: the layout of the product with a query.
+    v_BxGxSxN: values.
+    position_BxS: position of the token in each slot, EMPTY where there is none, ascending inside a block.
+    keep_LxBxT: routes of the context tokens.
+    context_B: context lengths.
+    row_B: what seeds the random router.
+  """
+
+  k_BxGxNxS: jax.Array
+  v_BxGxSxN: jax.Array
+  position_BxS: jax.Array
+  keep_LxBxT: jax.Array
+  context_B: jax.Array
+  row_B: jax.Array
+
+  def rows(self, index_R: jax.Array) -> "Cache":
+    """The cache of the chosen rows, repeated where an index is: one prefill, several continuations."""
+    take = lambda a: jnp.take(a, index_R, axis=0)
+    return Cache(*map(take, self[:3]), jnp.take(self.keep_LxBxT, index_R, axis=1), *map(take, self[4:]))
+
+
+class Recent(NamedTuple):
+  """Keys and values of continuation tokens, M slots in every block; token j of each row has slot j.
+
+  Attributes:
+    computed_LxBxM: the token computed the block, so that under `evict` it can be seen there.
+    count: tokens so far.
+  """
+
+  k_LxBxGxMxN: jax.Array
+  v_LxBxGxMxN: jax.Array
+  computed_LxBxM: jax.Array
+  count: jax.Array
+
+
+def empty_cache(config: ModelConfig, plan: Plan, batch: int, dtype) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Buffers (k_BxGxNxS, v_BxGxSxN, position_BxS) before a prefill."""
+  slots = sum(plan.cache_slots)
+  shape = (batch, config.num_kv_heads, config.head_dim, slots)
+  k = jnp.zeros(shape, dtype)
+  return k, jnp.zeros(shape[:2] + (slots, config.head_dim), dtype), jnp.full((batch, slots), EMPTY, jnp.int32)
+
+
+def empty_recent(config: ModelConfig, batch: int, room: int, dtype) -> Recent:
+  shape = (config.num_blocks, batch, config.num_kv_heads, room, config.head_dim)
+  computed = jnp.zeros((config.num_blocks, batch, room), bool)
+  return Recent(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), computed, jnp.zeros((), jnp.int32))
+
+
+def write(buffer: jax.Array, tile: jax.Array, offset: jax.Array, axis: int, fits: bool) -> jax.Array:
+  """Writes a tile at `offset` along `axis`.
+
+  Blocks write tiles of one size in their order, and what a tile has beyond its block's slots is overwritten
+  by the next: the write needs no branch, which would copy the buffer. Near the end the buffer may be shorter
+  than a tile; there the write starts earlier and puts back what it finds.
+
+  Args:
+    fits: no tile reaches beyond the buffer (static).
+  """
+  if fits:
+    return jax.lax.dynamic_update_slice_in_dim(buffer, tile, offset, axis)
+  room = buffer.shape[axis]
+  size = min(tile.shape[axis], room)
+  tile = jax.lax.slice_in_dim(tile, 0, size, axis=axis)
+  start = jnp.minimum(offset, room - size)
+  shift = offset - start
+  old = jax.lax.dynamic_slice_in_dim(buffer, start, size, axis)
+  doubled = jnp.concatenate([tile, tile], axis=axis)
+  moved = jax.lax.dynamic_slice_in_dim(doubled, size - shift, size, axis)
+  at = jax.lax.broadcasted_iota(jnp.int32, tile.shape, axis)
+  return jax.lax.dynamic_update_slice_in_dim(buffer, jnp.where(at < shift, old, moved), start, axis)

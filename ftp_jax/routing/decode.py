@@ -1,0 +1,177 @@
+"""Continuation tokens on top of a prefilled cache: one at a time when generating, many when scoring.
+
+Gates of continuation tokens take the causal view: each is decided by what is known when the token is the
+newest. Teacher forcing many tokens at once therefore gives what decoding them one by one gives.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from ftp_jax.models import decoder
+from ftp_jax.models.attention import visible
+from ftp_jax.models.config import ModelConfig
+from ftp_jax.routing import factors as factor_lib
+from ftp_jax.routing import routers
+from ftp_jax.routing.cache import Cache, Recent
+from ftp_jax.routing.config import RoutingConfig
+from ftp_jax.routing.plan import Plan
+from ftp_jax.routing.routers import Router
+from ftp_jax.routing.selection import decode_schedule, keep_continuation
+
+_LOWEST = -1e30
+
+
+class Extended(NamedTuple):
+  """Result of `extend`.
+
+  Attributes:
+    hidden_BxCxD: states of the new tokens that leave the last block, before the final norm.
+    keep_LxBxC: their routes.
+    recent: with the new tokens appended.
+  """
+
+  hidden_BxCxD: jax.Array
+  keep_LxBxC: jax.Array
+  recent: Recent
+
+
+def extend(
+    config: ModelConfig,
+    routing: RoutingConfig,
+    plan: Plan,
+    params: Any,
+    router: Router,
+    cache: Cache,
+    recent: Recent,
+    tokens_BxC: jax.Array,
+    schedule_L: jax.Array,
+    *,
+    dtype: Any = jnp.float32,
+) -> Extended:
+  """Runs C further tokens of every row; `recent` must have room for them.
+
+  A block that all of the new tokens skip is not computed: its weights are not even read.
+  """
+  batch, num_new = tokens_BxC.shape
+  groups, dim = config.num_kv_heads, config.head_dim
+  per_group = config.num_heads // groups
+  num_context, room = cache.keep_LxBxT.shape[2], recent.computed_LxBxM.shape[2]
+  count = recent.count
+  steps_C = count + jnp.arange(num_new)  # slots of the new tokens in `recent`
+  position_BxC = cache.context_B[:, None] + steps_C[None]
+  sin, cos = decoder.angles(config, position_BxC)
+  block = decoder.Block(config)
+  evict = routing.kv_mode == "evict"
+  routes = bool(routing.decode_sparsity) and router.kind != "static"
+  scored = routes and router.reads_scores
+  room_M = jnp.arange(room)
+  # Recent tokens stand at context + slot, so that their distance to a new token is that of the slots.
+  recent_CxM = visible(steps_C[None], room_M[None], config.sliding_window)[0]
+  before_BxCxP = jnp.concatenate([
+      jnp.broadcast_to((jnp.arange(num_context)[None] < cache.context_B[:, None])[:, None],
+                       (batch, num_new, num_context)),
+      jnp.broadcast_to(room_M[None, None] < steps_C[None, :, None], (batch, num_new, room)),
+  ], axis=2)  # fmt: skip
+
+  def attend_to(slots: int):
+    """Attention of a block whose cache has `slots` slots: values (B,C,H,N) and, if scored, rows (B,C,P)."""
+
+    def attend(q_BxCxHxN, offset, k_recent, v_recent, seen_BxCxM):
+      k = jax.lax.dynamic_slice_in_dim(cache.k_BxGxNxS, offset, slots, 3)
+      v = jax.lax.dynamic_slice_in_dim(cache.v_BxGxSxN, offset, slots, 2)
+      key = jax.lax.dynamic_slice_in_dim(cache.position_BxS, offset, slots, 1)
+      q = q_BxCxHxN.reshape(batch, num_new, groups, per_group, dim).transpose(0, 2, 1, 3, 4)
+      q = q.reshape(batch, groups, num_new * per_group, dim) * dim**-0.5
+      product = lambda spec, a, b: jnp.einsum(spec, a, b, preferred_element_type=jnp.float32)
+      masked = lambda scores, mask: jnp.where(jnp.repeat(mask, per_group, axis=1)[:, None], scores, _LOWEST)
+      old = masked(product("bgqn,bgns->bgqs", q, k), visible(position_BxC, key, config.sliding_window))
+      new = masked(product("bgqn,bgmn->bgqm", q, k_recent), seen_BxCxM)
+      top = jnp.maximum(jnp.max(old, axis=-1, keepdims=True), jnp.max(new, axis=-1, keepdims=True))
+      old, new = jnp.exp(old - top), jnp.exp(new - top)
+      total = jnp.sum(old, axis=-1, keepdims=True) + jnp.sum(new, axis=-1, keepdims=True)
+      out = product("bgqs,bgsn->bgqn", old.astype(v.dtype), v)
+      out = (out + product("bgqm,bgmn->bgqn", new.astype(v.dtype), v_recent)) / total
+      out = out.reshape(batch, groups, num_new, per_group, dim).transpose(0, 2, 1, 3, 4)
+      out = out.reshape(q_BxCxHxN.shape).astype(q_BxCxHxN.dtype)
+      if not scored:
+        return out, None
+      split = lambda a: (a / total).reshape(batch, groups, num_new, per_group, -1).mean(axis=(1, 3))
+      rows = jnp.zeros((batch, num_new, num_context)).at[
+          jnp.arange(batch)[:, None, None], jnp.arange(num_new)[None, :, None], key[:, None, :]
+      ].set(split(old), mode="drop")  # empty slots stand beyond every position
+      return out, jnp.concatenate([rows, split(new)], axis=2)
+
+    return attend
+
+  sizes = sorted(set(plan.cache_slots))
+  branches = [attend_to(slots) for slots in sizes]
+
+  def body(carry, inputs):
+    x, k_all, v_all, computed_all, seen, state = carry
+    index = inputs["index"]
+    # Indexed where they are used: inside the branch that a skipped block does not take.
+    weights = lambda: jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, index, keepdims=False), params["blocks"])
+    apply = lambda method, *args: block.apply({"params": weights()}, *args, method=method)
+    swap = lambda a: a.transpose(0, 2, 1, 3)
+    keep = jnp.ones((batch, num_new), bool)
+    if routes:
+      features = None
+      if router.factors:
+        features = factor_lib.newest_factors(
+            router.factors, seen, num_context + steps_C, before_BxCxP, position_BxC, inputs["sparsity"]
+        )
+      margin, state = routers.margin(
+          router, inputs["router"] if router.per_block else router.params, features, x, state, position_BxC,
+          cache.row_B, index,
+      )
+      keep = keep_continuation(router.kind, margin, inputs["sparsity"], routing)
+    computed = jax.lax.dynamic_index_in_dim(computed_all, index, keepdims=False)
+    computed = jax.lax.dynamic_update_slice_in_dim(computed, keep, count, 1)
+    mask = jnp.broadcast_to(recent_CxM[None], (batch, num_new, room))
+    projected = None if evict else tuple(map(swap, apply(decoder.Block.keys_values, x, sin, cos)))
+
+    def compute(x, seen):
+      k, v = projected or map(swap, apply(decoder.Block.keys_values, x, sin, cos))
+      here = lambda all_blocks, new: jax.lax.dynamic_update_slice_in_dim(
+          jax.lax.dynamic_index_in_dim(all_blocks, index, keepdims=False), new, count, 2
+      )
+      q = apply(decoder.Block.queries, x, sin, cos)
+      attended, rows = jax.lax.switch(
+          inputs["size"], branches, q, inputs["offset"], here(k_all, k), here(v_all, v),
+          mask & computed[:, None, :] if evict else mask,
+      )
+      y = apply(decoder.Block.mlp, apply(decoder.Block.attention_out, x, attended))
+      if scored:
+        known = jnp.concatenate([inputs["keep"], computed], axis=1)
+        seen = jnp.where(keep[:, :, None] & known[:, None, :], rows, seen)
+      return jnp.where(keep[:, :, None], y, x), seen, k, v
+
+    def skip(x, seen):
+      k, v = projected or (jnp.zeros((batch, groups, num_new, dim), x.dtype),) * 2
+      return x, seen, k, v
+
+    x, seen, k, v = jax.lax.cond(jnp.any(keep), compute, skip, x, seen) if routes else compute(x, seen)
+    put = lambda all_blocks, new: jax.lax.dynamic_update_slice(all_blocks, new[None], (index, 0, 0, count, 0))
+    computed_all = jax.lax.dynamic_update_slice(computed_all, keep[None], (index, 0, count))
+    return (x, put(k_all, k), put(v_all, v), computed_all, seen, state), keep
+
+  inputs = {
+      "index": jnp.arange(config.num_blocks),
+      "sparsity": decode_schedule(jnp.asarray(schedule_L, jnp.float32), routing.decode_sparsity),
+      "router": router.params if router.per_block else None,
+      "size": jnp.asarray([sizes.index(s) for s in plan.cache_slots], jnp.int32),
+      "offset": jnp.asarray(plan.offsets, jnp.int32),
+      "keep": cache.keep_LxBxT if scored else None,
+  }
+  carry = (
+      decoder.embed(config, params, tokens_BxC, dtype),
+      recent.k_LxBxGxMxN,
+      recent.v_LxBxGxMxN,
+      recent.computed_LxBxM,
+      jnp.zeros((batch, num_new, num_context + room if scored else 0)),
+      routers.init_state(router, batch, num_new),
+  )
+  (x, k, v, computed, _, _), keep = jax.lax.scan(body, carry, inputs)
+  return Extended(x, keep, Recent(k, v, computed, count + num_new))

@@ -1,0 +1,107 @@
+"""The plan of a bucketed execution: which static number of token slots each block computes.
+
+Routes never depend on the plan: how many tokens of a row a block keeps follows from the schedule and
+the row's own context (`selection.capacity`). A bucket is the room that the compiled program reserves,
+at least what the longest context it takes can need; a program has one block body for each distinct one.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Sequence
+
+import numpy as np
+
+from ftp_jax.errors import UserError
+from ftp_jax.routing.config import RoutingConfig
+from ftp_jax.routing.selection import capacity
+
+MAX_BUCKETS = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """Static shapes of one compiled program; hashable.
+
+  Attributes:
+    num_positions: T, slots of the padded context.
+    bodies: distinct (slots, routed) pairs; a block of which nothing is asked has T slots and is not routed.
+    body_of: for each block the index of its body.
+    evict: whether the cache of a block has the block's own slots, or T.
+  """
+
+  num_positions: int
+  bodies: tuple[tuple[int, bool], ...]
+  body_of: tuple[int, ...]
+  evict: bool
+
+  @property
+  def slots(self) -> tuple[int, ...]:
+    """Token slots each block computes, (L)."""
+    return tuple(self.bodies[i][0] for i in self.body_of)
+
+  @property
+  def cache_slots(self) -> tuple[int, ...]:
+    """Key and value slots of each block's cache, (L)."""
+    return self.slots if self.evict else (self.num_positions,) * len(self.body_of)
+
+  @property
+  def offsets(self) -> tuple[int, ...]:
+    """Where each block's slots begin in the one cache buffer, (L)."""
+    return tuple(itertools.accumulate((0, *self.cache_slots[:-1])))
+
+
+def make_plan(
+    schedule_L: Sequence[float],
+    num_positions: int,
+    routing: RoutingConfig,
+    max_buckets: int = MAX_BUCKETS,
+    buckets: Sequence[int] | None = None,
+) -> Plan:
+  """Chooses the buckets of a schedule for contexts of up to `num_positions` tokens.
+
+  Args:
+    schedule_L: sparsity asked of each block.
+    max_buckets: most distinct capacities; those needed are merged upwards at the least cost in slots.
+    buckets: the capacities to choose from instead; every block takes the smallest that holds it.
+
+  Raises:
+    UserError: `buckets` cannot hold the prompt.
+  """
+  routed = [float(s) > 0 for s in schedule_L]
+  asked = np.asarray(schedule_L, np.float32)  # the longest context needs most
+  needed = np.asarray(capacity(asked, np.full(len(asked), num_positions, np.int32), routing.bucket_multiple))
+  needed = [int(n) if r else num_positions for n, r in zip(needed, routed)]
+  if buckets is not None:
+    rooms = sorted(buckets)
+    if not rooms or max(needed) > rooms[-1]:
+      raise UserError(
+          f"The largest of buckets={tuple(buckets)} holds fewer than the {max(needed)} tokens that a block computes of "
+          f"a prompt of {num_positions}; add a bucket of at least that size or shorten the prompt."
+      )
+  else:
+    rooms = merge(sorted({n for n, r in zip(needed, routed) if r}), np.bincount(needed), max_buckets) + [num_positions]
+  room = [min(next(size for size in rooms if size >= n), num_positions) if r else n for n, r in zip(needed, routed)]
+  bodies = sorted(set(zip(room, routed)))
+  return Plan(
+      num_positions, tuple(bodies), tuple(bodies.index(pair) for pair in zip(room, routed)), routing.kv_mode == "evict"
+  )
+
+
+def merge(sizes: Sequence[int], count, most: int) -> list[int]:
+  """At most `most` of the ascending `sizes`, such that rounding each up to one of them costs the fewest slots.
+
+  Args:
+    count: how many blocks need each size, indexed by size.
+  """
+  if len(sizes) <= most:
+    return list(sizes)
+  # best[i]: the cheapest choice for sizes[:i + 1] whose largest is sizes[i], as (cost, chosen).
+  best = [(float(sum(count[s] * (size - s) for s in sizes[: i + 1])), [size]) for i, size in enumerate(sizes)]
+  for _ in range(most - 1):
+    longer = list(best)
+    for i, size in enumerate(sizes):
+      for j in range(i):
+        cost = best[j][0] + sum(count[s] * (size - s) for s in sizes[j + 1 : i + 1])
+        longer[i] = min(longer[i], (cost, best[j][1] + [size]))
+    best = longer
+  return best[-1][1]
