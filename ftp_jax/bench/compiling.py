@@ -60,7 +60,8 @@ def bench(model: Model, cases: Sequence[Case], settings: Settings, torch: None =
   with _no_persistent_cache():
     for batch, context in itertools.product(settings.batch, settings.context):
       methods = [_Compile(case, plan, batch) for case, plan in _plans(model, cases, settings, context)]
-      seconds = interleave(methods, settings.runs, f"compile context {context} batch {batch}")
+      show = lambda speedup: f"{1 / speedup:.2f}x the time of dense"
+      seconds = interleave(methods, settings.runs, f"compile context {context} batch {batch}", show)
       for method, own in zip(methods, seconds):
         ratio = statistics.median(own) / statistics.median(seconds[0])
         found.append(records.make(

@@ -1,5 +1,6 @@
 """Plots of a bench against context: speedup with its ideal, or tokens a second; a panel for each batch."""
 
+import itertools
 import os
 import pathlib
 from collections.abc import Sequence
@@ -11,6 +12,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from ftp_jax.report.plots import BLACK, BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILION, _panels, _styled
 
 _COLOURS = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY)
+_MARKERS = "osv^D"
+_DASHED = (0, (4, 2))
 
 
 def write(records: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
@@ -30,18 +33,18 @@ def _draw(records):
   figure.set_dpi(130)
   for axes, batch in zip(panels[0], batches):
     of_batch = [r for r in records if r["batch"] == batch]
-    colours = iter(_COLOURS * len(of_batch))
+    looks = itertools.product(_MARKERS, _COLOURS)
     for label in dict.fromkeys(map(_label, of_batch)):
       line = sorted((r for r in of_batch if _label(r) == label), key=lambda r: r["context"])
       x = [r["context"] for r in line]
-      fixed = {"dense": BLACK, "torch_dense": GREY}
-      colour = fixed[line[0]["method"]] if line[0]["method"] in fixed else next(colours)
-      marker = "_" if line[0]["method"] == "dense" else "o"
+      fixed = {"dense": ("_", BLACK), "torch_dense": ("x", GREY)}
+      marker, colour = fixed.get(line[0]["method"]) or next(looks)
       axes.plot(x, [r[key] for r in line], color=colour, marker=marker, label=label)
       if not decode and line[0]["method"] == "ftp":
-        axes.plot(x, [r["ideal_speedup"] for r in line], color=colour, marker=".", linestyle=(0, (4, 2)), linewidth=1)
+        ideal = [r["ideal_speedup"] for r in line]
+        axes.plot(x, ideal, color=colour, marker=marker, markersize=3, linestyle=_DASHED, linewidth=1)
     if not decode:
-      axes.plot([], [], color=GREY, linestyle=(0, (4, 2)), linewidth=1, label="ideal, by FLOPs")
+      axes.plot([], [], color=GREY, linestyle=_DASHED, linewidth=1, label="ideal, by FLOPs")
     axes.set_xscale("log", base=2)
     axes.set_xticks(sorted({r["context"] for r in of_batch}))
     axes.xaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
@@ -49,7 +52,7 @@ def _draw(records):
     axes.set_ylim(bottom=0)
     axes.set_xlabel("context (tokens)")
     axes.set_title(f"batch {batch}, {records[0]['dtype']}")
-    axes.legend()
+  axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
   panels[0, 0].set_ylabel("tokens a second" if decode else "prefill speedup over dense")
   return figure
 

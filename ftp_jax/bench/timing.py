@@ -26,13 +26,18 @@ def seconds_of(run: Callable[[], Any]) -> tuple[float, Any]:
   return time.perf_counter() - start, result
 
 
-def interleave(methods: Sequence[Method], runs: int, title: str, rest: float = _REST) -> list[list[float]]:
+def interleave(
+    methods: Sequence[Method],
+    runs: int,
+    title: str,
+    show: Callable[[float], str] = lambda speedup: f"{speedup:.2f}x as fast as dense",
+) -> list[list[float]]:
   """Measures every method once a round: a warm-up round, which is dropped, then `runs` rounds.
 
   Args:
-    methods: the first is what the progress bar compares the others to.
+    methods: the first is the dense one, to which the progress bar compares the others.
     title: of the progress bar.
-    rest: seconds to wait before each measurement.
+    show: what the bar says of a speedup.
 
   Returns:
     The seconds of each method, one a round.
@@ -43,11 +48,11 @@ def interleave(methods: Sequence[Method], runs: int, title: str, rest: float = _
       for method, own in zip(methods, seconds):
         if not number:
           bar.set_postfix_str(f"warming up {method.name}")
-        time.sleep(rest)
+        time.sleep(_REST)
         taken = method.measure()
         if number:
           own.append(taken)
-          bar.set_postfix_str(f"{method.name}: {speedup(own, seconds[0]):.2f}x of {methods[0].name}", refresh=False)
+          bar.set_postfix_str(f"{method.name}: {show(speedup(own, seconds[0]))}", refresh=False)
         bar.update()
   return seconds
 

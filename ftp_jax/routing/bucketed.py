@@ -126,7 +126,7 @@ def prefill(
     """One block: (x, score, state, inputs) -> (x, score, state, keep, k_tile, v_tile, position_tile)."""
 
     def body(x, score, state, inputs):
-      weights = jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, inputs["index"], keepdims=False), blocks)
+      weights = decoder.block_at(blocks, inputs["index"])
       apply = lambda method, *args: block.apply({"params": weights}, *args, method=method)
       keep = in_context
       if routed:

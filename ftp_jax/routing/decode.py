@@ -4,6 +4,7 @@ Gates of continuation tokens take the causal view: each is decided by what is kn
 newest. Teacher forcing many tokens at once therefore gives what decoding them one by one gives.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -78,10 +79,12 @@ def extend(
   def attend_to(slots: int):
     """Attention of a block whose cache has `slots` slots: values (B,C,H,N) and, if scored, rows (B,C,P)."""
 
+    part = functools.partial(jax.lax.dynamic_slice_in_dim, allow_negative_indices=False)
+
     def attend(q_BxCxHxN, offset, k_recent, v_recent, seen_BxCxM):
-      k = jax.lax.dynamic_slice_in_dim(cache.k_BxGxNxS, offset, slots, 3)
-      v = jax.lax.dynamic_slice_in_dim(cache.v_BxGxSxN, offset, slots, 2)
-      key = jax.lax.dynamic_slice_in_dim(cache.position_BxS, offset, slots, 1)
+      k = part(cache.k_BxGxNxS, offset, slots, 3)
+      v = part(cache.v_BxGxSxN, offset, slots, 2)
+      key = part(cache.position_BxS, offset, slots, 1)
       q = q_BxCxHxN.reshape(batch, num_new, groups, per_group, dim).transpose(0, 2, 1, 3, 4)
       q = q.reshape(batch, groups, num_new * per_group, dim) * dim**-0.5
       product = lambda spec, a, b: jnp.einsum(spec, a, b, preferred_element_type=jnp.float32)
@@ -109,11 +112,12 @@ def extend(
   branches = [attend_to(slots) for slots in sizes]
 
   def body(carry, inputs):
-    x, k_all, v_all, computed_all, seen, state = carry
+    x, seen, state = carry
     index = inputs["index"]
     # Indexed where they are used: inside the branch that a skipped block does not take.
-    weights = lambda: jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, index, keepdims=False), params["blocks"])
-    apply = lambda method, *args: block.apply({"params": weights()}, *args, method=method)
+    apply = lambda method, *args: block.apply(
+        {"params": decoder.block_at(params["blocks"], index)}, *args, method=method
+    )
     swap = lambda a: a.transpose(0, 2, 1, 3)
     keep = jnp.ones((batch, num_new), bool)
     if routes:
@@ -127,19 +131,16 @@ def extend(
           cache.row_B, index,
       )
       keep = keep_continuation(router.kind, margin, inputs["sparsity"], routing)
-    computed = jax.lax.dynamic_index_in_dim(computed_all, index, keepdims=False)
-    computed = jax.lax.dynamic_update_slice_in_dim(computed, keep, count, 1)
+    computed = jax.lax.dynamic_update_slice_in_dim(inputs["computed"], keep, count, 1)
     mask = jnp.broadcast_to(recent_CxM[None], (batch, num_new, room))
     projected = None if evict else tuple(map(swap, apply(decoder.Block.keys_values, x, sin, cos)))
 
     def compute(x, seen):
       k, v = projected or map(swap, apply(decoder.Block.keys_values, x, sin, cos))
-      here = lambda all_blocks, new: jax.lax.dynamic_update_slice_in_dim(
-          jax.lax.dynamic_index_in_dim(all_blocks, index, keepdims=False), new, count, 2
-      )
+      appended = lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new, count, 2)
       q = apply(decoder.Block.queries, x, sin, cos)
       attended, rows = jax.lax.switch(
-          inputs["size"], branches, q, inputs["offset"], here(k_all, k), here(v_all, v),
+          inputs["size"], branches, q, inputs["offset"], appended(inputs["k"], k), appended(inputs["v"], v),
           mask & computed[:, None, :] if evict else mask,
       )
       y = apply(decoder.Block.mlp, apply(decoder.Block.attention_out, x, attended))
@@ -153,9 +154,7 @@ def extend(
       return x, seen, k, v
 
     x, seen, k, v = jax.lax.cond(jnp.any(keep), compute, skip, x, seen) if routes else compute(x, seen)
-    put = lambda all_blocks, new: jax.lax.dynamic_update_slice(all_blocks, new[None], (index, 0, 0, count, 0))
-    computed_all = jax.lax.dynamic_update_slice(computed_all, keep[None], (index, 0, count))
-    return (x, put(k_all, k), put(v_all, v), computed_all, seen, state), keep
+    return (x, seen, state), (keep, k, v)
 
   inputs = {
       "index": jnp.arange(config.num_blocks),
@@ -164,14 +163,19 @@ def extend(
       "size": jnp.asarray([sizes.index(s) for s in plan.cache_slots], jnp.int32),
       "offset": jnp.asarray(plan.offsets, jnp.int32),
       "keep": cache.keep_LxBxT if scored else None,
+      "k": recent.k_LxBxGxMxN,
+      "v": recent.v_LxBxGxMxN,
+      "computed": recent.computed_LxBxM,
   }
   carry = (
       decoder.embed(config, params, tokens_BxC, dtype),
-      recent.k_LxBxGxMxN,
-      recent.v_LxBxGxMxN,
-      recent.computed_LxBxM,
       jnp.zeros((batch, num_new, num_context + room if scored else 0)),
       routers.init_state(router, batch, num_new),
   )
-  (x, k, v, computed, _, _), keep = jax.lax.scan(body, carry, inputs)
-  return Extended(x, keep, Recent(k, v, computed, count + num_new))
+  (x, _, _), (keep, k, v) = jax.lax.scan(body, carry, inputs)
+  # All blocks at once, after the loop: an update inside it would copy the buffers for every block.
+  put = lambda buffer, new, axis: jax.lax.dynamic_update_slice_in_dim(buffer, new, count, axis)
+  appended = Recent(
+      put(recent.k_LxBxGxMxN, k, 3), put(recent.v_LxBxGxMxN, v, 3), put(recent.computed_LxBxM, keep, 2), count + num_new
+  )
+  return Extended(x, keep, appended)

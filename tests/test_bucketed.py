@@ -1,0 +1,491 @@
+"""Bucketed prefill, cache and decode against the masked reference, the dense decoder and hand-worked plans.
+
+What is static (model, router, routing, plan) comes from a small table, since compiling takes all the time;
+weights, routers, tokens, contexts and schedules of that plan are drawn.
+"""
+
+import dataclasses
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+
+from ftp_jax.errors import UserError
+from ftp_jax.models import decoder
+from ftp_jax.models.attention import EMPTY
+from ftp_jax.routing import bucketed, decode, routers
+from ftp_jax.routing.cache import empty_recent, write
+from ftp_jax.routing.config import RouterConfig, RoutingConfig
+from ftp_jax.routing.plan import Plan, make_plan, merge
+from ftp_jax.routing.selection import capacity
+from tests import tiny
+
+prefill = jax.jit(bucketed.prefill, static_argnames=("config", "routing", "plan", "dtype", "attention"))
+extend = jax.jit(decode.extend, static_argnames=("config", "routing", "plan", "dtype"))
+dense_forward = jax.jit(decoder.forward, static_argnums=0)
+unembed = jax.jit(decoder.unembed, static_argnums=0)
+init_params = jax.jit(tiny.params, static_argnums=0)
+init_router = jax.jit(routers.init_router, static_argnums=(0, 2, 3))
+
+ROWS, CONTEXT, NEW, ROOM = 3, 12, 4, 6  # B, T, continuation tokens and the slots reserved for them
+# Shrinking a failure would compile for minutes, and the inputs are small as they are.
+drawn = functools.partial(settings, deadline=None, derandomize=True, database=None, phases=[Phase.generate])
+assert_close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
+
+GQA = tiny.config()
+MHA = tiny.config(num_kv_heads=4, tie_embeddings=False)
+WINDOW = tiny.config(sliding_window=5, num_kv_heads=1)
+QWEN = tiny.config(qkv_bias=True, qk_norm=True, tie_embeddings=False)
+DENSE = None  # a block of which nothing is asked
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+  """`slots`: what each block computes of a context of CONTEXT tokens; `router`: a RouterConfig or a kind."""
+
+  name: str
+  model: object
+  router: object
+  routing: RoutingConfig
+  slots: tuple
+  max_buckets: int = 4
+  at_once: bool = True  # also extend by all tokens at once, one more program
+
+  @property
+  def dynamic(self):
+    return isinstance(self.router, RouterConfig)
+
+
+ROUTED = (
+    Case("static", GQA, "static", RoutingConfig("evict"), (DENSE, 6, 9, 6), at_once=False),
+    Case("one_block", tiny.config(num_blocks=1), "random", RoutingConfig("evict"), (7,), at_once=False),
+    Case("random_project", MHA, "random", RoutingConfig("project", decode_sparsity=0.4), (9, 4, DENSE, 6), 1),
+    Case(
+        "random_evict", QWEN, "random", RoutingConfig("evict", "argmax", bucket_multiple=4, decode_sparsity=0.2),
+        (12, 2, DENSE, 12),
+    ),
+    Case("global_project", GQA, RouterConfig(), RoutingConfig("project", decode_sparsity=0.4), (DENSE, 4, 10, 6)),
+    Case(
+        "global_evict", WINDOW, RouterConfig(),
+        RoutingConfig("evict", "argmax", score_window=3, decode_sparsity=0.4, decode_threshold=0.4), (8, DENSE, 5, 3), 1,
+    ),
+    Case(
+        "hidden_project", WINDOW, RouterConfig(factors=(), hidden_states=True),
+        RoutingConfig("project", decode_sparsity=0.5, decode_threshold=0.6), (12, 6, 6, 5), 1,
+    ),
+    Case(
+        "recurrent_evict", QWEN, RouterConfig("recurrent", hidden_states=True, hidden_size=16),
+        RoutingConfig("evict", bucket_multiple=4, decode_sparsity=0.4), (DENSE, 4, 7, DENSE),
+    ),
+    Case(
+        "recurrent_project", QWEN, RouterConfig("recurrent", ("score", "position")),
+        RoutingConfig("project", decode_sparsity=0.3), (8, 4, 8, DENSE), 2,
+    ),
+    Case(
+        "per_block_project", GQA, RouterConfig("per_block", ("rank", "position")),
+        RoutingConfig("project", "argmax", score_window=1), (10, 5, DENSE, 3), 2, at_once=False,
+    ),
+    Case(
+        "per_block_evict", MHA, RouterConfig("per_block", ("sparsity", "score"), hidden_states=True, hidden_size=8),
+        RoutingConfig("evict", "topk", bucket_multiple=3, decode_sparsity=0.4), (8, 3, 3, 11), 2,
+    ),
+)
+CASE = {case.name: case for case in ROUTED}
+all_cases = pytest.mark.parametrize("case", ROUTED, ids=lambda case: case.name)
+
+
+# --- drawing and running ------------------------------------------------------------------------
+
+
+@functools.cache
+def model_params(config, seed):
+  """Random norms and biases too: their initial values, one and zero, would hide mistakes."""
+  params = init_params(config, seed)
+  rng = np.random.default_rng(seed)
+  shift = lambda a: a + rng.normal(0, 0.2, a.shape).astype(np.float32) if a.ndim == 2 else a
+  return {"embed": params["embed"], "blocks": jax.tree.map(shift, params["blocks"])}
+
+
+@functools.cache
+def make_router(case, seed):
+  """Margins of both signs, of contexts and of continuations, with every seed."""
+  if not case.dynamic:
+    return routers.Router(case.router, None, jax.random.key(seed) if case.router == "random" else None)
+  params = init_router(case.router, jax.random.key(seed), case.model.num_blocks, case.model.hidden_size)
+  rng = np.random.default_rng(seed)
+  params = jax.tree.map(lambda a: 2 * a + rng.normal(0, 0.3, a.shape).astype(np.float32), params)
+  return routers.Router("dynamic", case.router, params)
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Inputs:
+  """One draw. `tokens`: contexts, each followed by its continuation and zeros, (B, CONTEXT + NEW)."""
+
+  params: object
+  router: object
+  schedule: np.ndarray
+  tokens: np.ndarray
+  context: np.ndarray
+  padding: int
+
+  def __repr__(self):
+    return f"context={self.context}, schedule={self.schedule}, padding={self.padding}"
+
+  @property
+  def prompts(self):
+    return np.where(np.arange(CONTEXT)[None] < self.context[:, None], self.tokens[:, :CONTEXT], self.padding)
+
+  @property
+  def continuation(self):
+    return np.take_along_axis(self.tokens, self.context[:, None] + np.arange(NEW)[None], axis=1)
+
+
+def schedule_of(slots, below):
+  """Sparsities of which contexts of CONTEXT tokens need `slots`; `below` in (0, 1) places them in that range."""
+  return np.array([0 if n is DENSE else 1 - (n - u) / CONTEXT for n, u in zip(slots, below)], np.float32)
+
+
+@st.composite
+def inputs(draw, case):
+  seed = draw(st.integers(0, 2))
+  context = np.array(draw(st.lists(st.sampled_from((1, 2, 3, 5, 7, 10, 11, 12)), min_size=ROWS, max_size=ROWS)), np.int32)
+  below = draw(st.lists(st.floats(0.05, 0.9), min_size=len(case.slots), max_size=len(case.slots)))
+  tokens, *_ = tiny.batch(case.model, context, context + NEW, CONTEXT + NEW, draw(st.integers(0, 999)))
+  router = make_router(case, draw(st.integers(0, 2)))
+  return Inputs(
+      model_params(case.model, seed), router, schedule_of(case.slots, below), tokens, context,
+      draw(st.sampled_from((0, 17))),
+  )
+
+
+def plan_of(case, schedule, num_positions=CONTEXT):
+  return make_plan(schedule, num_positions, case.routing, case.max_buckets)
+
+
+def reference(case, x):
+  """Logits (B,T,V) and routes (L,B,T) of the masked execution."""
+  out = tiny.forward(case.model, case.routing, x.params, x.router, x.tokens, x.context, x.context + NEW, x.schedule)
+  return np.asarray(unembed(case.model, x.params, out.hidden_BxTxD)), np.asarray(out.keep_LxBxT)
+
+
+def run_prefill(case, x):
+  plan = plan_of(case, x.schedule)
+  return plan, prefill(case.model, case.routing, plan, x.params, x.router, x.prompts, x.context, x.schedule)
+
+
+def run_extend(case, x, plan, cache, tokens, chunk):
+  """Logits (B,C,V) and routes (L,B,C) of `tokens`, `chunk` at a time."""
+  recent = empty_recent(case.model, len(tokens), ROOM, jnp.float32)
+  logits, keep = [], []
+  for begin in range(0, tokens.shape[1], chunk):
+    out = extend(
+        case.model, case.routing, plan, x.params, x.router, cache, recent, tokens[:, begin : begin + chunk], x.schedule
+    )
+    recent = out.recent
+    logits.append(unembed(case.model, x.params, out.hidden_BxCxD))
+    keep.append(out.keep_LxBxC)
+  return np.concatenate(logits, axis=1), np.concatenate(keep, axis=2)
+
+
+# --- equal to the reference ---------------------------------------------------------------------
+
+
+@all_cases
+def test_prefill_equals_masked_and_the_cache_holds_what_is_kept(case):
+  kept = []
+
+  @drawn(max_examples=8)
+  @given(inputs(case))
+  def law(x):
+    logits, keep = reference(case, x)
+    plan, out = run_prefill(case, x)
+    in_context = np.arange(CONTEXT)[None] < x.context[:, None]
+    keep = keep[:, :, :CONTEXT] & in_context
+    np.testing.assert_array_equal(out.cache.keep_LxBxT, keep)
+    assert_close(out.logits_BxV, logits[np.arange(ROWS), x.context - 1])
+
+    held = keep if case.routing.kv_mode == "evict" else np.broadcast_to(in_context, keep.shape)
+    position = np.asarray(out.cache.position_BxS)
+    assert position.shape[1] == sum(plan.cache_slots) == out.cache.k_BxGxNxS.shape[3] == out.cache.v_BxGxSxN.shape[2]
+    for i, (offset, slots) in enumerate(zip(plan.offsets, plan.cache_slots)):
+      for b in range(ROWS):
+        own = np.flatnonzero(held[i, b])
+        expected = np.concatenate([own, np.full(slots - len(own), EMPTY)])
+        np.testing.assert_array_equal(position[b, offset : offset + slots], expected)
+    if case.routing.kv_mode == "project":
+      assert plan.cache_slots == (CONTEXT,) * len(case.slots)
+    kept.append(keep[:, in_context].mean())
+
+  law()
+  assert 0.2 < np.mean(kept) < 0.95  # the draws do skip tokens, and not all
+
+
+@all_cases
+def test_teacher_forcing_equals_prefill_and_decode(case):
+  """One token at a time and all at once; and repeated rows of one cache continue as the row does."""
+  kept = []
+
+  @drawn(max_examples=6)
+  @given(inputs(case), st.permutations([0, 0, 1, 2]))
+  def law(x, rows):
+    logits, keep = reference(case, x)
+    at = x.context[:, None] + np.arange(NEW)[None]
+    logits, keep = np.take_along_axis(logits, at[:, :, None], axis=1), np.take_along_axis(keep, at[None], axis=2)
+    plan, out = run_prefill(case, x)
+    for chunk in (1, NEW) if case.at_once else (1,):
+      new_logits, new_keep = run_extend(case, x, plan, out.cache, x.continuation, chunk)
+      np.testing.assert_array_equal(new_keep, keep)
+      assert_close(new_logits, logits)
+    kept.append(keep.mean())
+
+    rows = np.array(rows[:ROWS])
+    new_logits, new_keep = run_extend(case, x, plan, out.cache.rows(rows), x.continuation[rows], 1)
+    np.testing.assert_array_equal(new_keep, keep[:, rows])
+    assert_close(new_logits, logits[rows])
+
+  law()
+  if case.routing.decode_sparsity:
+    assert 0.1 < np.mean(kept) < 0.98
+  else:
+    assert np.mean(kept) == 1
+
+
+@all_cases
+def test_neighbours_change_nothing(case):
+  @drawn(max_examples=4)
+  @given(inputs(case), inputs(case), st.integers(0, ROWS - 1))
+  def law(x, other, row):
+    y = dataclasses.replace(x, tokens=other.tokens.copy(), context=other.context.copy(), padding=other.padding)
+    y.tokens[row], y.context[row] = x.tokens[row], x.context[row]
+    results = []
+    for case_inputs in (x, y):
+      plan, out = run_prefill(case, case_inputs)
+      logits, keep = run_extend(case, case_inputs, plan, out.cache, case_inputs.continuation, 1)
+      results.append((out.logits_BxV[row], out.cache.keep_LxBxT[:, row], logits[row], keep[:, row]))
+    for a, b in zip(*results):
+      (np.testing.assert_array_equal if a.dtype == bool else assert_close)(a, b)
+
+  law()
+
+
+@pytest.mark.parametrize("name", ["recurrent_evict", "global_evict", "random_project"])
+def test_more_padding_and_another_plan_change_nothing(name):
+  """Every row alone in a longer context, which needs other buckets."""
+  case, longer = CASE[name], CONTEXT + 5
+  schedule = schedule_of(case.slots, [0.5] * len(case.slots))
+  plan = plan_of(case, schedule, longer)
+  assert plan.slots != plan_of(case, schedule).slots
+
+  @drawn(max_examples=3)
+  @given(inputs(case))
+  def law(x):
+    x = dataclasses.replace(x, schedule=schedule)
+    own_plan, together = run_prefill(case, x)
+    logits, keep = run_extend(case, x, own_plan, together.cache, x.continuation, 1)
+    for b in range(ROWS):
+      prompt = np.pad(x.prompts[b : b + 1], ((0, 0), (0, longer - CONTEXT)), constant_values=29)
+      alone = prefill(case.model, case.routing, plan, x.params, x.router, prompt, x.context[b : b + 1], schedule)
+      np.testing.assert_array_equal(alone.cache.keep_LxBxT[:, 0, :CONTEXT], together.cache.keep_LxBxT[:, b])
+      assert_close(alone.logits_BxV[0], together.logits_BxV[b])
+      own_logits, own_keep = run_extend(case, x, plan, alone.cache, x.continuation[b : b + 1], 1)
+      np.testing.assert_array_equal(own_keep[:, 0], keep[:, b])
+      assert_close(own_logits[0], logits[b])
+
+  law()
+
+
+@pytest.mark.parametrize("name", ["recurrent_evict", "hidden_project"])
+def test_schedule_zero_equals_dense(name):
+  case = dataclasses.replace(CASE[name], slots=(DENSE,) * 4)
+
+  @drawn(max_examples=4)
+  @given(inputs(case))
+  def law(x):
+    dense = np.asarray(unembed(case.model, x.params, dense_forward(case.model, x.params, x.tokens, x.context + NEW)))
+    plan, out = run_prefill(case, x)
+    assert plan.bodies == ((CONTEXT, False),)
+    assert_close(out.logits_BxV, dense[np.arange(ROWS), x.context - 1])
+    logits, keep = run_extend(case, x, plan, out.cache, x.continuation, 1)
+    assert keep.all()
+    assert_close(logits, np.take_along_axis(dense, (x.context[:, None] + np.arange(NEW)[None])[:, :, None], axis=1))
+
+  law()
+
+
+# --- skipped means not computed -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name,read",
+    [("recurrent_evict", ()), ("per_block_evict", ()), ("recurrent_project", ("attn_norm", "k", "v", "k_norm")),
+     ("global_project", ("attn_norm", "k", "v"))],
+)
+def test_a_skipped_block_reads_no_weight_but_those_of_keys_and_values(name, read):
+  case = CASE[name]
+  skips = jax.tree.map(jnp.zeros_like, make_router(case, 0).params)
+  skips["out"]["bias"] += jnp.broadcast_to(jnp.array([5.0, -5.0]), skips["out"]["bias"].shape)
+  router = routers.Router("dynamic", case.router, skips)
+  asked = np.array([slots is not DENSE for slots in case.slots])
+
+  def spoil(params, blocks, spared=()):
+    hurt = lambda a: jnp.where(blocks.reshape((-1,) + (1,) * (a.ndim - 1)), jnp.nan, a)
+    hurt_all = {k: v if k in spared else jax.tree.map(hurt, v) for k, v in params["blocks"].items()}
+    return {**params, "blocks": hurt_all}
+
+  @drawn(max_examples=3)
+  @given(inputs(case))
+  def law(x):
+    x = dataclasses.replace(x, router=router)
+    plan, out = run_prefill(case, x)
+    run = lambda params: run_extend(
+        case, dataclasses.replace(x, params=params), plan, out.cache, x.continuation, 1
+    )
+    logits, keep = run(x.params)
+    np.testing.assert_array_equal(keep, np.broadcast_to(~asked[:, None, None], keep.shape))
+    np.testing.assert_array_equal(run(spoil(x.params, asked, read))[0], logits)
+    if not asked.all():
+      assert np.isnan(run(spoil(x.params, ~asked))[0]).all()  # the test can see what is computed
+
+  law()
+
+
+# --- plans -------------------------------------------------------------------------------------
+
+
+def test_a_plan_by_hand():
+  routing = RoutingConfig("evict")
+  plan = make_plan([0.0, 0.5, 0.3, 0.5, 0.0], 10, routing)
+  assert plan == Plan(10, ((5, True), (7, True), (10, False)), (2, 0, 1, 0, 2), True)
+  assert plan.slots == plan.cache_slots == (10, 5, 7, 5, 10)
+  assert plan.offsets == (0, 10, 15, 22, 27)
+  project = make_plan([0.0, 0.5, 0.3, 0.5, 0.0], 10, RoutingConfig("project"))
+  assert project.slots == plan.slots and project.cache_slots == (10,) * 5
+  assert project.offsets == (0, 10, 20, 30, 40)
+  assert make_plan([0.0, 0.5, 0.3], 10, RoutingConfig("evict", bucket_multiple=4)).slots == (10, 8, 8)
+  assert make_plan([0.9, 0.99, 0.05], 10, routing).slots == (2, 2, 10)
+  # A block that is asked for a little needs every slot, but its gates are still decided.
+  assert make_plan([0.0, 0.05], 10, routing).bodies == ((10, False), (10, True))
+  assert hash(plan) == hash(make_plan([0.0, 0.5, 0.3, 0.5, 0.0], 10, routing))
+
+
+def test_merged_buckets_by_hand():
+  # 3 and 4 merge at the cost of one slot, 7 and 10 would cost three.
+  assert make_plan([0.7, 0.6, 0.3, 0.0], 10, RoutingConfig(), 2).slots == (4, 4, 7, 10)
+  # Three blocks of 3 slots weigh more than one of 4: 4 joins 6.
+  assert make_plan([0.7, 0.7, 0.7, 0.6, 0.4], 10, RoutingConfig(), 2).slots == (3, 3, 3, 6, 6)
+  assert make_plan([0.7, 0.6, 0.3, 0.0], 10, RoutingConfig(), 1).slots == (7, 7, 7, 10)
+
+
+@drawn(max_examples=150)
+@given(st.lists(st.tuples(st.integers(1, 20), st.integers(1, 5)), min_size=1, max_size=7, unique_by=lambda p: p[0]),
+       st.integers(1, 5))
+def test_merge_costs_the_fewest_slots(pairs, most):
+  sizes = sorted(size for size, _ in pairs)
+  count = np.zeros(21, int)
+  for size, number in pairs:
+    count[size] = number
+  cost = lambda rooms: sum(count[s] * (min(room for room in rooms if room >= s) - s) for s in sizes)
+  chosen = merge(sizes, count, most)
+  assert len(chosen) <= most and chosen == sorted(set(chosen)) and set(chosen) <= set(sizes)
+  every = (c for n in range(1, most + 1) for c in itertools.combinations(sizes, n) if c[-1] == sizes[-1])
+  assert cost(chosen) == min(map(cost, every))
+
+
+@drawn(max_examples=60)
+@given(
+    st.lists(st.one_of(st.just(0.0), st.floats(0.001, 0.99)), min_size=1, max_size=12),
+    st.sampled_from((5, 16, 33)), st.sampled_from((1, 4)), st.integers(1, 4), st.sampled_from(("evict", "project")),
+)
+def test_a_plan_holds_every_context_in_few_bodies(schedule, num_positions, multiple, max_buckets, kv_mode):
+  routing = RoutingConfig(kv_mode, bucket_multiple=multiple)
+  plan = make_plan(schedule, num_positions, routing, max_buckets)
+  routed = [plan.bodies[i][1] for i in plan.body_of]
+  assert routed == [s > 0 for s in schedule]
+  assert len({body for body in plan.bodies if body[1]}) <= max_buckets and len(plan.bodies) <= max_buckets + 1
+  contexts = np.arange(1, num_positions + 1)
+  for sparsity, slots in zip(schedule, plan.slots):
+    assert slots == num_positions if sparsity == 0 else slots <= num_positions
+    assert np.max(np.asarray(capacity(np.float32(sparsity), contexts, multiple))) <= slots
+  sizes = plan.cache_slots
+  assert plan.offsets == tuple(sum(sizes[:i]) for i in range(len(sizes)))
+
+
+def test_buckets_given_by_the_user():
+  plan = make_plan([0.0, 0.5, 0.3, 0.8], 10, RoutingConfig(), buckets=[16, 4, 6])
+  assert plan.slots == (10, 6, 10, 4)  # none has more slots than the prompt has tokens
+  assert plan.bodies == ((4, True), (6, True), (10, False), (10, True))
+  with pytest.raises(UserError, match="fewer than the 7 tokens .* prompt of 10"):
+    make_plan([0.5, 0.3], 10, RoutingConfig(), buckets=[4, 6])
+  with pytest.raises(UserError, match="fewer than the 10 tokens"):
+    make_plan([0.5, 0.0], 10, RoutingConfig(), buckets=[4, 6])
+  with pytest.raises(UserError, match="buckets"):
+    make_plan([0.5], 10, RoutingConfig(), buckets=[])
+
+
+@pytest.mark.parametrize("sparsity,length", [(0.001, 999), (0.627, 437), (0.733, 603), (0.797, 867), (0.931, 2029)])
+def test_a_plan_reserves_what_the_compiled_program_keeps(sparsity, length):
+  """(1 - s) m comes to a thousandth above a whole number, where fp32 and a compiler's fused operations disagree."""
+  slots = make_plan([sparsity], length, RoutingConfig()).slots[0]
+  compiled = jax.jit(capacity, compiler_options={"xla_backend_optimization_level": 3})  # conftest sets 0
+  assert compiled(jnp.float32(sparsity), jnp.array([length]))[0] == slots
+
+
+# --- slots and cache -----------------------------------------------------------------------------
+
+
+def test_slots_of_kept_tokens_by_hand():
+  keep = jnp.array([[1, 0, 1, 0, 1], [1, 0, 0, 1, 0], [1, 1, 1, 0, 0]], bool)
+  out = bucketed.fill_slots(keep, 4)
+  np.testing.assert_array_equal(out.position_BxK, [[0, 2, 4, 4], [0, 3, 4, 4], [0, 1, 2, 4]])
+  np.testing.assert_array_equal(out.filled_BxK, [[1, 1, 1, 0], [1, 1, 0, 0], [1, 1, 1, 0]])
+  slot = np.asarray(out.slot_BxT)
+  for row, slots in enumerate([[0, 1, 2], [0, 1], [0, 1, 2]]):
+    assert slot[row][np.asarray(keep[row])].tolist() == slots
+  assert 0 <= slot.min() and slot.max() <= 3
+
+
+@pytest.mark.parametrize(
+    "offset,tile,expected",
+    [
+        (2, [1, 2, 3], [-1, -2, 1, 2, 3, -6]),
+        (3, [1, 2, 3], [-1, -2, -3, 1, 2, 3]),
+        (4, [1, 2, 3], [-1, -2, -3, -4, 1, 2]),
+        (5, [1, 2, 3], [-1, -2, -3, -4, -5, 1]),
+        (0, [1, 2, 3, 4, 5, 6, 7, 8], [1, 2, 3, 4, 5, 6]),
+        (4, [1, 2, 3, 4, 5, 6, 7, 8], [-1, -2, -3, -4, 1, 2]),
+    ],
+)
+@pytest.mark.parametrize("axis", [1, 2])
+def test_a_tile_is_written_where_it_belongs(offset, tile, expected, axis):
+  """Also one that is longer than what is left of the buffer, or than the buffer."""
+  shaped = lambda a: jnp.asarray(a).reshape((1, -1, 1) if axis == 1 else (1, 1, -1))
+  for fits in (False, True) if offset + len(tile) <= 6 else (False,):
+    out = write(shaped([-1, -2, -3, -4, -5, -6]), shaped(tile), jnp.int32(offset), axis, fits)
+    assert out.ravel().tolist() == expected
+
+
+# --- compiled programs ----------------------------------------------------------------------------
+
+
+def test_a_program_has_a_body_for_each_bucket_and_none_for_each_block():
+  def products(schedule, max_buckets=4):
+    config = tiny.config(num_blocks=len(schedule))
+    plan = make_plan(schedule, CONTEXT, RoutingConfig("evict"), max_buckets)
+    shape = lambda *dims: jax.ShapeDtypeStruct(dims, jnp.int32)
+    lowered = prefill.lower(
+        config, RoutingConfig("evict"), plan, decoder.abstract_params(config), routers.STATIC, shape(2, CONTEXT),
+        shape(2), np.asarray(schedule, np.float32),
+    )
+    return len(plan.bodies), lowered.as_text().count("stablehlo.dot_general")
+
+  two, few = products([0.5, 0.25] * 2)
+  assert (two, few) == products([0.5, 0.25] * 6)
+  assert (two, few) == products([0.5, 0.3, 0.4, 0.25], max_buckets=2)
+  three, more = products([0.5, 0.25, 0.75, 0.5])
+  assert (two, three) == (2, 3)
+  assert more - few == few // 3  # one body more beside the two and that of the last block
