@@ -64,7 +64,7 @@ class Case:
 ROUTED = (
     Case("static", GQA, "static", RoutingConfig("evict"), (DENSE, 6, 9, 6), at_once=False),
     Case("one_block", tiny.config(num_blocks=1), "random", RoutingConfig("evict"), (7,), at_once=False),
-    Case("random_project", MHA, "random", RoutingConfig("project", decode_sparsity=0.4), (9, 4, DENSE, 6), 1),
+    Case("random_project", MHA, "random", RoutingConfig("project", decode_sparsity=0.4), (9, 4, DENSE, 6), 1, at_once=False),
     Case(
         "random_evict", QWEN, "random", RoutingConfig("evict", "argmax", bucket_multiple=4, decode_sparsity=0.2),
         (12, 2, DENSE, 12),
@@ -72,11 +72,12 @@ ROUTED = (
     Case("global_project", GQA, RouterConfig(), RoutingConfig("project", decode_sparsity=0.4), (DENSE, 4, 10, 6)),
     Case(
         "global_evict", WINDOW, RouterConfig(),
-        RoutingConfig("evict", "argmax", score_window=3, decode_sparsity=0.4, decode_threshold=0.4), (8, DENSE, 5, 3), 1,
+        RoutingConfig("evict", "argmax", score_window=3, decode_sparsity=0.4, decode_rule="quantile"), (8, DENSE, 5, 3),
+        1,
     ),
     Case(
         "hidden_project", WINDOW, RouterConfig(factors=(), hidden_states=True),
-        RoutingConfig("project", decode_sparsity=0.5, decode_threshold=0.6), (12, 6, 6, 5), 1,
+        RoutingConfig("project", decode_sparsity=0.5, decode_threshold=0.6, one_pass_block=0), (12, 6, 6, 5), 1,
     ),
     Case(
         "recurrent_evict", QWEN, RouterConfig("recurrent", hidden_states=True, hidden_size=16),
@@ -84,15 +85,15 @@ ROUTED = (
     ),
     Case(
         "recurrent_project", QWEN, RouterConfig("recurrent", ("score", "position")),
-        RoutingConfig("project", decode_sparsity=0.3), (8, 4, 8, DENSE), 2,
+        RoutingConfig("project", decode_sparsity=0.3, one_pass_block=1), (8, 4, 8, DENSE), 2,
     ),
     Case(
         "per_block_project", GQA, RouterConfig("per_block", ("rank", "position")),
-        RoutingConfig("project", "argmax", score_window=1), (10, 5, DENSE, 3), 2, at_once=False,
+        RoutingConfig("project", "argmax", score_window=1, one_pass_block=3), (10, 5, DENSE, 3), 1, at_once=False,
     ),
     Case(
         "per_block_evict", MHA, RouterConfig("per_block", ("sparsity", "score"), hidden_states=True, hidden_size=8),
-        RoutingConfig("evict", "topk", bucket_multiple=3, decode_sparsity=0.4), (8, 3, 3, 11), 2,
+        RoutingConfig("evict", "topk", bucket_multiple=3, decode_sparsity=0.4, one_pass_block=2), (8, 3, 3, 11), 2,
     ),
 )
 CASE = {case.name: case for case in ROUTED}
@@ -122,7 +123,7 @@ def make_router(case, seed):
   return routers.Router("dynamic", case.router, params)
 
 
-@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Inputs:
   """One draw. `tokens`: contexts, each followed by its continuation and zeros, (B, CONTEXT + NEW)."""
 
@@ -133,8 +134,8 @@ class Inputs:
   context: np.ndarray
   padding: int
 
-  def __repr__(self):
-    return f"context={self.context}, schedule={self.schedule}, padding={self.padding}"
+  def _repr_pretty_(self, printer, cycle):  # what hypothesis prints of a failing draw
+    printer.text(f"context={self.context}, schedule={self.schedule}, padding={self.padding}, weights not shown")
 
   @property
   def prompts(self):
@@ -273,7 +274,7 @@ def test_neighbours_change_nothing(case):
   law()
 
 
-@pytest.mark.parametrize("name", ["recurrent_evict", "global_evict", "random_project"])
+@pytest.mark.parametrize("name", ["global_evict", "recurrent_project"])
 def test_more_padding_and_another_plan_change_nothing(name):
   """Every row alone in a longer context, which needs other buckets."""
   case, longer = CASE[name], CONTEXT + 5
@@ -398,7 +399,7 @@ def test_merge_costs_the_fewest_slots(pairs, most):
 
 @drawn(max_examples=60)
 @given(
-    st.lists(st.one_of(st.just(0.0), st.floats(0.001, 0.99)), min_size=1, max_size=12),
+    st.lists(st.one_of(st.just(0.0), st.floats(0.001, 0.99)), min_size=6, max_size=6),
     st.sampled_from((5, 16, 33)), st.sampled_from((1, 4)), st.integers(1, 4), st.sampled_from(("evict", "project")),
 )
 def test_a_plan_holds_every_context_in_few_bodies(schedule, num_positions, multiple, max_buckets, kv_mode):

@@ -138,6 +138,7 @@ class _Pipeline:
 
   @functools.cached_property
   def frozen(self) -> Frozen:
+    self.routing.check_blocks(self.model.config.num_blocks)
     return Frozen(self.model.config, self.model.params, DTYPES[self.config.model.dtype])
 
   @functools.lru_cache(maxsize=None)

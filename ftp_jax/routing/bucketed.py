@@ -19,7 +19,7 @@ from ftp_jax.routing.cache import Cache, empty_cache, write
 from ftp_jax.routing.config import RoutingConfig
 from ftp_jax.routing.plan import Plan
 from ftp_jax.routing.routers import Router
-from ftp_jax.routing.selection import keep_context
+from ftp_jax.routing.selection import decode_schedule, keep_context, least_kept_margin
 
 
 class Prefilled(NamedTuple):
@@ -103,8 +103,11 @@ def prefill(
         jnp.broadcast_to(cos, (batch,) + cos.shape[1:]), position
     )
 
+  quantile = bool(routing.decode_sparsity) and routing.decode_rule == "quantile"
+  scored = router.reads_scores and any(routed for _, routed in plan.bodies)
+
   def decide(x, score, state, inputs):
-    """Gates (B,T) of the context tokens."""
+    """Gates (B,T) of the context tokens, the margin (B) that the decode rule `quantile` reads, and the state."""
     features = None
     if router.factors:
       features = factor_lib.context_factors(router.factors, score, inputs["sparsity"], context_B)
@@ -112,7 +115,8 @@ def prefill(
         router, inputs["router"] if router.per_block else router.params, features, x, state, position_BxT, row_B,
         inputs["index"],
     )
-    return keep_context(margin, inputs["sparsity"], context_B, routing), state
+    least = least_kept_margin(margin, inputs["decode_sparsity"], context_B) if quantile else jnp.zeros(batch)
+    return keep_context(margin, inputs["sparsity"], context_B, routing), least, state
 
   def scores_of(apply, x, k, key, keep, score, to_positions):
     """The score table after a block whose keys `k` stand at positions `key`."""
@@ -122,17 +126,19 @@ def prefill(
     new = factor_lib.window_scores(q, k, visible(at, key, config.sliding_window), counts)
     return jnp.where(keep, to_positions(new), score)
 
-  def make_body(slots: int, routed: bool, last: bool):
-    """One block: (x, score, state, inputs) -> (x, score, state, keep, k_tile, v_tile, position_tile)."""
+  def make_body(slots: int, routed: bool, last: bool, planned: bool):
+    """One block: (x, score, state, inputs) -> (x, score, state, (keep, least), tiles of keys, values, positions)."""
 
     def body(x, score, state, inputs):
       weights = decoder.block_at(blocks, inputs["index"])
       apply = lambda method, *args: block.apply({"params": weights}, *args, method=method)
-      keep = in_context
-      if routed:
-        keep, state = decide(x, score, state, inputs)
-      elif router.recurrent:
-        _, state = decide(x, score, state, inputs)
+      keep, least = in_context, jnp.zeros(batch)
+      if routed and planned:
+        keep, least = inputs["decided"]
+      elif routed:
+        keep, least, state = decide(x, score, state, inputs)
+      elif router.recurrent and not planned:
+        _, _, state = decide(x, score, state, inputs)
       compact = routed and (slots < num_positions or routing.kv_mode == "evict")
       if compact:
         filled = fill_slots(keep, slots)
@@ -147,7 +153,7 @@ def prefill(
       else:
         k, v = apply(decoder.Block.keys_values, x, sin, cos)
         key = key_BxT
-      if router.reads_scores and not last:
+      if scored and not last and not planned:
         to_positions = (lambda a: jnp.take_along_axis(a, filled.slot_BxT, axis=1)) if evicting else (lambda a: a)
         score = scores_of(apply, x, k, key, keep, score, to_positions)
       if last:
@@ -170,25 +176,31 @@ def prefill(
           a, [(0, spare if i == axis else 0) for i in range(a.ndim)], constant_values=value
       )
       tiles = pad(k.transpose(0, 2, 3, 1), 3, 0), pad(v.transpose(0, 2, 1, 3), 2, 0), pad(key, 1, EMPTY)
-      return x, score, state, keep, tiles
+      return x, score, state, (keep, least), tiles
 
     return body
 
-  bodies = [make_body(slots, routed, last=False) for slots, routed in plan.bodies]
-
   fits = all(offset + num_positions <= sum(plan.cache_slots) for offset in plan.offsets[:-1])
 
-  def step(carry, inputs):
-    x, score, state, buffers = carry
-    x, score, state, keep, tiles = jax.lax.switch(inputs["body"], bodies, x, score, state, inputs)
-    buffers = tuple(write(b, tile, inputs["offset"], axis, fits) for b, tile, axis in zip(buffers, tiles, (3, 2, 1)))
-    return (x, score, state, buffers), keep
+  def run(carry, inputs, begin, end, planned):
+    """Blocks [begin, end), with bodies for the buckets they have."""
+    used = sorted(set(plan.body_of[begin:end]))
+    bodies = [make_body(*plan.bodies[i], last=False, planned=planned) for i in used]
+    inputs = inputs | {"body": jnp.asarray([used.index(i) for i in plan.body_of[begin:end]], jnp.int32)}
+
+    def step(carry, inputs):
+      x, score, state, buffers = carry
+      x, score, state, decided, tiles = jax.lax.switch(inputs["body"], bodies, x, score, state, inputs)
+      buffers = tuple(write(b, tile, inputs["offset"], axis, fits) for b, tile, axis in zip(buffers, tiles, (3, 2, 1)))
+      return (x, score, state, buffers), decided
+
+    return jax.lax.scan(step, carry, inputs)
 
   inputs = {
       "sparsity": jnp.asarray(schedule_L, jnp.float32),
+      "decode_sparsity": decode_schedule(jnp.asarray(schedule_L, jnp.float32), routing.decode_sparsity),
       "index": jnp.arange(config.num_blocks),
       "router": router.params if router.per_block else None,
-      "body": jnp.asarray(plan.body_of, jnp.int32),
       "offset": jnp.asarray(plan.offsets, jnp.int32),
   }
   carry = (
@@ -197,13 +209,29 @@ def prefill(
       routers.init_state(router, batch, num_positions),
       empty_cache(config, plan, batch, dtype),
   )
-  (x, score, state, buffers), keep = jax.lax.scan(step, carry, jax.tree.map(lambda a: a[:-1], inputs))
-  final = jax.tree.map(lambda a: a[-1], inputs)
+  last, decided = config.num_blocks - 1, []
+  for begin, end in routing.phases(config.num_blocks):
+    planned = begin == routing.one_pass_block and any(plan.bodies[i][1] for i in plan.body_of[begin:])
+    some = jax.tree.map(lambda a: a[begin:end], inputs)
+    if planned:  # all gates from here on, before any of these blocks is computed
+      x, score, state, _ = carry
+
+      def plan_block(state, inputs):
+        keep, least, state = decide(x, score, state, inputs)
+        return state, (keep, least)
+
+      _, some["decided"] = jax.lax.scan(plan_block, state, some)
+    if begin < min(end, last):
+      carry, out = run(carry, jax.tree.map(lambda a: a[: last - begin], some), begin, min(end, last), planned)
+      decided.append(out)
+  x, score, state, buffers = carry
   slots, routed = plan.bodies[plan.body_of[-1]]
-  x, _, _, last_keep, tiles = make_body(slots, routed, last=True)(x, score, state, final)
+  body = make_body(slots, routed, last=True, planned=planned)
+  x, _, _, out, tiles = body(x, score, state, jax.tree.map(lambda a: a[-1], some))
   buffers = [
       jax.lax.dynamic_update_slice_in_dim(b, tile, plan.offsets[-1], axis)
       for b, tile, axis in zip(buffers, tiles, (3, 2, 1))
   ]
-  keep = jnp.concatenate([keep, last_keep[None]])
-  return Prefilled(decoder.unembed(config, params, x[:, 0]), Cache(*buffers, keep, context_B, row_B))
+  decided.append(jax.tree.map(lambda a: a[None], out))
+  keep, least = jax.tree.map(lambda *a: jnp.concatenate(a), *decided)
+  return Prefilled(decoder.unembed(config, params, x[:, 0]), Cache(*buffers, keep, context_B, row_B, least))

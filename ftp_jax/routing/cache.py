@@ -25,6 +25,7 @@ class Cache(NamedTuple):
     keep_LxBxT: routes of the context tokens.
     context_B: context lengths.
     row_B: what seeds the random router.
+    least_LxB: `selection.least_kept_margin` of the context, for the decode rule `quantile`.
   """
 
   k_BxGxNxS: jax.Array
@@ -33,11 +34,16 @@ class Cache(NamedTuple):
   keep_LxBxT: jax.Array
   context_B: jax.Array
   row_B: jax.Array
+  least_LxB: jax.Array
 
   def rows(self, index_R: jax.Array) -> "Cache":
     """The cache of the chosen rows, repeated where an index is: one prefill, several continuations."""
     take = lambda a: jnp.take(a, index_R, axis=0)
-    return Cache(*map(take, self[:3]), jnp.take(self.keep_LxBxT, index_R, axis=1), *map(take, self[4:]))
+    of_blocks = lambda a: jnp.take(a, index_R, axis=1)
+    return Cache(
+        *map(take, self[:3]), of_blocks(self.keep_LxBxT), take(self.context_B), take(self.row_B),
+        of_blocks(self.least_LxB),
+    )  # fmt: skip
 
 
 class Recent(NamedTuple):

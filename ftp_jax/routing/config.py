@@ -7,6 +7,7 @@ from ftp_jax.errors import UserError
 FACTORS = ("position", "score", "rank", "sparsity")
 KV_MODES = ("evict", "project")
 SELECTIONS = ("topk", "argmax")
+DECODE_RULES = ("threshold", "quantile")
 KINDS = ("global", "per_block", "recurrent")
 
 
@@ -49,7 +50,12 @@ class RoutingConfig:
     score_window: number of last context queries whose attention scores the context tokens.
     decode_sparsity: sparsity asked of continuation tokens, the schedule scaled to this mean; 0 computes
       them all (strict).
-    decode_threshold: skip probability above which a continuation token skips a block.
+    decode_rule: when the dynamic router lets a continuation token skip: `threshold` (the paper's: its skip probability
+      is above `decode_threshold`) or `quantile` (causal router: its margin is below those of the context tokens that
+      would be kept at the sparsity asked of continuation tokens).
+    decode_threshold: see there.
+    one_pass_block: one-pass routing: the gates of this block and all after it are decided from what enters this
+      block, so that the whole plan is known there; -1: every block decides from what enters it.
   """
 
   kv_mode: str = "project"
@@ -57,16 +63,35 @@ class RoutingConfig:
   bucket_multiple: int = 1
   score_window: int = 8
   decode_sparsity: float = 0.0
+  decode_rule: str = "threshold"
   decode_threshold: float = 0.5
+  one_pass_block: int = -1
 
   def __post_init__(self):
     if self.kv_mode not in KV_MODES:
       raise UserError(f"routing.kv_mode={self.kv_mode!r} is unknown; choose one of {', '.join(KV_MODES)}.")
     if self.selection not in SELECTIONS:
       raise UserError(f"routing.selection={self.selection!r} is unknown; choose one of {', '.join(SELECTIONS)}.")
+    if self.decode_rule not in DECODE_RULES:
+      raise UserError(f"routing.decode_rule={self.decode_rule!r} is unknown; choose one of {', '.join(DECODE_RULES)}.")
     if self.bucket_multiple < 1 or self.score_window < 1:
       raise UserError("routing.bucket_multiple and routing.score_window must be at least 1.")
     if not 0 <= self.decode_sparsity < 1:
       raise UserError(f"routing.decode_sparsity={self.decode_sparsity} must be at least 0 and below 1.")
     if not 0 < self.decode_threshold < 1:
       raise UserError(f"routing.decode_threshold={self.decode_threshold} must lie between 0 and 1.")
+    if self.one_pass_block < -1:
+      raise UserError(f"routing.one_pass_block={self.one_pass_block} must be a block, counted from 0, or -1 for none.")
+
+  def check_blocks(self, num_blocks: int) -> None:
+    """UserError if a block is named that a model of `num_blocks` does not have."""
+    if self.one_pass_block >= num_blocks:
+      raise UserError(
+          f"routing.one_pass_block={self.one_pass_block} does not exist: the model has blocks 0 to {num_blocks - 1}."
+      )
+
+  def phases(self, num_blocks: int, start: int = 0) -> list[tuple[int, int]]:
+    """The runs of blocks [begin, end) from `start` on; the second, if any, decides from what enters its first."""
+    if start < self.one_pass_block < num_blocks:
+      return [(start, self.one_pass_block), (self.one_pass_block, num_blocks)]
+    return [(start, num_blocks)]

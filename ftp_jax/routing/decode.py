@@ -111,7 +111,7 @@ def extend(
   sizes = sorted(set(plan.cache_slots))
   branches = [attend_to(slots) for slots in sizes]
 
-  def body(carry, inputs):
+  def body(plan_from, carry, inputs):
     x, seen, state = carry
     index = inputs["index"]
     # Indexed where they are used: inside the branch that a skipped block does not take.
@@ -121,16 +121,17 @@ def extend(
     swap = lambda a: a.transpose(0, 2, 1, 3)
     keep = jnp.ones((batch, num_new), bool)
     if routes:
-      features = None
+      features, (deciding_x, deciding_seen) = None, plan_from or (x, seen)
       if router.factors:
         features = factor_lib.newest_factors(
-            router.factors, seen, num_context + steps_C, before_BxCxP, position_BxC, inputs["sparsity"]
+            router.factors, deciding_seen, num_context + steps_C, before_BxCxP, position_BxC, inputs["sparsity"]
         )
       margin, state = routers.margin(
-          router, inputs["router"] if router.per_block else router.params, features, x, state, position_BxC,
+          router, inputs["router"] if router.per_block else router.params, features, deciding_x, state,
+          position_BxC,
           cache.row_B, index,
       )
-      keep = keep_continuation(router.kind, margin, inputs["sparsity"], routing)
+      keep = keep_continuation(router.kind, margin, inputs["sparsity"], inputs["least"], routing)
     computed = jax.lax.dynamic_update_slice_in_dim(inputs["computed"], keep, count, 1)
     mask = jnp.broadcast_to(recent_CxM[None], (batch, num_new, room))
     projected = None if evict else tuple(map(swap, apply(decoder.Block.keys_values, x, sin, cos)))
@@ -163,6 +164,7 @@ def extend(
       "size": jnp.asarray([sizes.index(s) for s in plan.cache_slots], jnp.int32),
       "offset": jnp.asarray(plan.offsets, jnp.int32),
       "keep": cache.keep_LxBxT if scored else None,
+      "least": cache.least_LxB,
       "k": recent.k_LxBxGxMxN,
       "v": recent.v_LxBxGxMxN,
       "computed": recent.computed_LxBxM,
@@ -172,7 +174,14 @@ def extend(
       jnp.zeros((batch, num_new, num_context + room if scored else 0)),
       routers.init_state(router, batch, num_new),
   )
-  (x, _, _), (keep, k, v) = jax.lax.scan(body, carry, inputs)
+  parts = []
+  for begin, end in routing.phases(config.num_blocks):
+    plan_from = carry[:2] if begin == routing.one_pass_block else None
+    some = jax.tree.map(lambda a: a[begin:end], inputs)
+    carry, part = jax.lax.scan(functools.partial(body, plan_from), carry, some)
+    parts.append(part)
+  x = carry[0]
+  keep, k, v = jax.tree.map(lambda *a: jnp.concatenate(a), *parts) if len(parts) > 1 else parts[0]
   # All blocks at once, after the loop: an update inside it would copy the buffers for every block.
   put = lambda buffer, new, axis: jax.lax.dynamic_update_slice_in_dim(buffer, new, count, axis)
   appended = Recent(

@@ -16,7 +16,7 @@ from ftp_jax.routing import factors as factor_lib
 from ftp_jax.routing import routers
 from ftp_jax.routing.config import FACTORS, RoutingConfig
 from ftp_jax.routing.routers import Router
-from ftp_jax.routing.selection import decode_schedule, forced_tokens, keep_context, keep_continuation
+from ftp_jax.routing.selection import decode_schedule, forced_tokens, keep_context, keep_continuation, least_kept_margin
 
 
 class Entry(NamedTuple):
@@ -82,7 +82,8 @@ def factors(names, scores: Scores, sparsity, decode_sparsity, context_B: jax.Arr
 
 def can_start_late(routing: RoutingConfig, router: Router) -> bool:
   """Whether nothing but the states and the score table passes from block to block."""
-  return router.kind != "given" and not router.recurrent and not routing.decode_sparsity
+  own = router.kind == "given" or router.recurrent
+  return not own and not routing.decode_sparsity and routing.one_pass_block < 0
 
 
 def dense_entries(
@@ -206,7 +207,8 @@ def forward(
     read = features[..., [names.index(name) for name in router.factors]] if router.factors else None
     margin, state = routers.margin(router, router_slice, read, x, state, position, row_B, index)
     keep = keep_context(margin, sparsity, context_B, routing)
-    keep |= valid & ~in_context & keep_continuation(router.kind, margin, decode_sparsity, routing)
+    least = least_kept_margin(margin, decode_sparsity, context_B) if causal_view else None
+    keep |= valid & ~in_context & keep_continuation(router.kind, margin, decode_sparsity, least, routing)
     gate = keep.astype(jnp.float32)
     if straight_through:
       soft = jax.nn.sigmoid(margin)
@@ -214,10 +216,12 @@ def forward(
       gate += jnp.where(decided, soft - jax.lax.stop_gradient(soft), 0.0)
     return keep, gate, margin, state, features
 
-  def body(carry, xs):
+  def body(plan_from, carry, xs):
     x, scores, state = carry
     block_params, sparsity, decode_sparsity, index, router_slice = xs
-    keep, gate, margin, state, features = route(x, scores, state, sparsity, decode_sparsity, index, router_slice)
+    keep, gate, margin, state, features = route(
+        *(plan_from or (x, scores)), state, sparsity, decode_sparsity, index, router_slice
+    )
     apply = lambda method, *args: block.apply({"params": block_params}, *args, method=method)
     q, k, v = apply(decoder.Block.qkv, x, sin, cos)
     evict = routing.kv_mode == "evict"
@@ -249,12 +253,21 @@ def forward(
       router.params if router.per_block else None,
   )
 
-  def scanned(carry, xs):
-    *rest, router_slice = xs
-    return body(carry, (*rest, router_slice if router.per_block else router.params))
+  def run(carry, begin, end):
+    plan_from = carry[:2] if begin == routing.one_pass_block else None
 
-  xs = jax.tree.map(lambda a: a[start:], xs)
-  (x, _, _), (keep, margin, features) = jax.lax.scan(decoder.remat(scanned, remat_policy), (x, scores, state), xs)
+    def scanned(carry, xs):
+      *rest, router_slice = xs
+      return body(plan_from, carry, (*rest, router_slice if router.per_block else router.params))
+
+    return jax.lax.scan(decoder.remat(scanned, remat_policy), carry, jax.tree.map(lambda a: a[begin:end], xs))
+
+  carry, parts = (x, scores, state), []
+  for begin, end in routing.phases(num_blocks, start):
+    carry, out = run(carry, begin, end)
+    parts.append(out)
+  x = carry[0]
+  keep, margin, features = jax.tree.map(lambda *a: jnp.concatenate(a), *parts) if len(parts) > 1 else parts[0]
   if start:
     prefix = lambda value, like: jnp.broadcast_to(value, (start,) + like.shape[1:]).astype(like.dtype)
     keep = jnp.concatenate([prefix(valid, keep), keep])

@@ -65,8 +65,9 @@ def make_plan(
     buckets: the capacities to choose from instead; every block takes the smallest that holds it.
 
   Raises:
-    UserError: `buckets` cannot hold the prompt.
+    UserError: `buckets` cannot hold the prompt, or `routing` names a block that the schedule has not.
   """
+  routing.check_blocks(len(schedule_L))
   routed = [float(s) > 0 for s in schedule_L]
   asked = np.asarray(schedule_L, np.float32)  # the longest context needs most
   needed = np.asarray(capacity(asked, np.full(len(asked), num_positions, np.int32), routing.bucket_multiple))

@@ -87,15 +87,30 @@ def decode_schedule(schedule_L: jax.Array, decode_sparsity: float) -> jax.Array:
   return jnp.clip(schedule_L * decode_sparsity / jnp.where(mean > 0, mean, 1.0), 0.0, 0.99)
 
 
-def keep_continuation(kind: str, margin_BxT: jax.Array, sparsity: jax.Array, routing: RoutingConfig) -> jax.Array:
+def least_kept_margin(margin_BxT: jax.Array, sparsity: jax.Array, context_B: jax.Array) -> jax.Array:
+  """The smallest margin (B,) among the ceil((1 - s) m) context tokens with the largest ones."""
+  in_context = jnp.arange(margin_BxT.shape[1])[None] < context_B[:, None]
+  order = _descending_order(jnp.where(in_context, margin_BxT, -jnp.inf))
+  last = jnp.take_along_axis(order, capacity(sparsity, context_B)[:, None] - 1, axis=1)
+  return jnp.take_along_axis(margin_BxT, last, axis=1)[:, 0]
+
+
+def keep_continuation(
+    kind: str, margin_BxT: jax.Array, sparsity: jax.Array, least_B: jax.Array | None, routing: RoutingConfig
+) -> jax.Array:
   """Gates (B,T) of continuation tokens in a block of which `sparsity` is asked at decode.
 
   Each is decided when its token is the newest: the static order ranks that one right behind the sink,
   so it always computes it; the random router skips with probability `sparsity`; the dynamic router
-  skips where it does so with a probability above the threshold. No token skips where nothing is asked.
+  follows `decode_rule`. No token skips where nothing is asked.
+
+  Args:
+    least_B: `least_kept_margin` of each row's context; read by the rule `quantile`.
   """
   if kind == "static" or not routing.decode_sparsity:
     return jnp.ones(margin_BxT.shape, bool)
   if kind == "random":
     return margin_BxT >= sparsity
+  if routing.decode_rule == "quantile":
+    return (sparsity <= 0) | (margin_BxT >= least_B[:, None])
   return (sparsity <= 0) | (jax.nn.sigmoid(-margin_BxT) <= routing.decode_threshold)

@@ -42,6 +42,9 @@ class GuideData(NamedTuple):
 @functools.partial(jax.jit, static_argnames=("config", "routing", "with_hidden", "dtype"))
 def _inputs(config, routing, params, tokens, context, length, *, with_hidden, dtype):
   entries, _ = masked.dense_entries(config, routing, params, tokens, context, length, dtype=dtype)
+  if routing.one_pass_block >= 0:  # later blocks decide from what enters this one
+    decides = np.minimum(np.arange(config.num_blocks), routing.one_pass_block)
+    entries = jax.tree.map(lambda a: a[decides], entries)
   return entries.score_BxT, routers.normed(entries.x_BxTxD).astype(jnp.float16) if with_hidden else None
 
 
