@@ -413,7 +413,8 @@ def test_an_evicting_cache_is_as_small_as_its_plan():
   a_slot = 2 * 2 * 8 * 4 + 4  # keys and values of two heads, and a position
   assert dense == 2 * 4 * 18 * a_slot  # rows, blocks, slots
   assert size("evict") == dense / 2
-  assert size("project") == dense
+  project = build(**CASES["qwen_project"]).prefill(PROMPTS)  # has the same heads
+  assert project.cache_bytes == 3 * 4 * 18 * a_slot
   assert size("evict", (0.0, 0.5, 0.75, 0.99)) == 2 * (18 + 9 + 5 + 2) * a_slot
 
 
@@ -471,7 +472,7 @@ def test_mistakes_are_one_sentence(engine, call, message):
 def test_the_last_position_can_be_reached():
   engine = build(routing=None)
   full = prompts_of((POSITIONS,))[0]
-  assert len(engine.generate([full[:-4]], 4)[0].tokens) == 4
+  assert len(engine.generate([full[:-1]], 1)[0].tokens) == 1
   assert engine.score(full, [[5]])[0].total < 0  # the last token is scored, not run
 
 
