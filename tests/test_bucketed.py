@@ -434,7 +434,7 @@ def test_buckets_given_by_the_user():
 
 @pytest.mark.parametrize("sparsity,length", [(0.001, 999), (0.627, 437), (0.733, 603), (0.797, 867), (0.931, 2029)])
 def test_a_plan_reserves_what_the_compiled_program_keeps(sparsity, length):
-  """(1 - s) m comes to a thousandth above a whole number, where fp32 and a compiler's fused operations disagree."""
+  """(1 - s) m comes close above a whole number, where fp32 and a compiler's fused operations would disagree."""
   slots = make_plan([sparsity], length, RoutingConfig()).slots[0]
   compiled = jax.jit(capacity, compiler_options={"xla_backend_optimization_level": 3})  # conftest sets 0
   assert compiled(jnp.float32(sparsity), jnp.array([length]))[0] == slots

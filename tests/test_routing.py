@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from ftp_jax.errors import UserError
 from ftp_jax.models import decoder
@@ -34,6 +36,17 @@ def test_capacity_counts_the_slots_of_each_row():
   np.testing.assert_array_equal(capacity(jnp.float32(0.9), m), [2, 2, 2, 1])  # forced tokens need 2
   np.testing.assert_array_equal(capacity(jnp.float32(0.3), m, 4), [8, 4, 3, 1])
   np.testing.assert_array_equal(capacity(jnp.float32(0.0), m, 4), m)
+  million = jnp.array([1_000_000, 999_999])
+  np.testing.assert_array_equal(capacity(jnp.float32(0.3), million), [700_000, 700_000])
+
+
+@settings(deadline=None)
+@given(st.sampled_from((10, 16, 40, 64, 1000)).flatmap(lambda grid: st.tuples(st.integers(0, grid - 1), st.just(grid))),
+       st.integers(1, 1_000_000))
+def test_capacity_is_exact_on_grids(sparsity, m):
+  units, grid = sparsity
+  wanted = -((units - grid) * m // grid)
+  assert capacity(jnp.float32(units / grid), jnp.array([m]))[0] == min(max(wanted, 2), m)
 
 
 def test_descending_rank_breaks_ties_towards_the_later_token():

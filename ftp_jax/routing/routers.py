@@ -122,11 +122,11 @@ def normed(x_BxTxD: jax.Array) -> jax.Array:
 
 
 def margin_of_inputs(config, params, factors_BxTxF, normed_BxTxD, state_BxTxR) -> tuple[jax.Array, jax.Array]:
-  """Margins (B,T) in fp32 and the carried state; `normed_BxTxD` is read only if the config asks for it."""
-  inputs = factors_BxTxF
+  """Margins (B,T) in fp32 and the carried state; factors and normed states are read only if the config asks for them."""
+  inputs = [factors_BxTxF] if config.factors else []
   if config.hidden_states:
-    inputs = jnp.concatenate([inputs, normed_BxTxD.astype(jnp.float32)], axis=-1)
-  logits, state = RouterMLP(config).apply({"params": params}, inputs, state_BxTxR)
+    inputs.append(normed_BxTxD.astype(jnp.float32))
+  logits, state = RouterMLP(config).apply({"params": params}, jnp.concatenate(inputs, axis=-1), state_BxTxR)
   return logits[..., 1] - logits[..., 0], state
 
 
