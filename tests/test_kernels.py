@@ -46,7 +46,8 @@ def _assert_close(got, want, query, tolerance):
   )
 
 
-# With tiles of 4 queries and 8 keys: tiles that end inside padding, tiles of padding only, one tile and many.
+# With tiles of 4 or 3 queries and 4 or 8 keys: tiles that end inside padding, tiles of padding only, one and many,
+# taken whole and in parts, and more keys than one tile of either size.
 _ALIGNED = dict(slots=21, groups=2)
 _CHOSEN = dict(slots=43, queries=10, groups=1)
 _CASES = {
@@ -80,8 +81,9 @@ def _forms(window, aligned):
     + [pytest.param(_ONE_QUERY, 1, id="one query-1")],
 )
 def test_tiles_and_the_call_to_cudnn_equal_the_mask(values, window, monkeypatch):
-  monkeypatch.setattr(attention, "_QUERY_TILE", 4)
-  monkeypatch.setattr(attention, "_KEY_TILE", 8)
+  tiles = dict(_QUERY_TILE=4, _SCATTERED_QUERY_TILE=3, _KEY_TILE=4, _LONG_KEY_TILE=8, _LONG=20)
+  for name, size in tiles.items():
+    monkeypatch.setattr(attention, name, size)
   q, k, v, query, key = _inputs(**values)
   # Were a key of padding seen, it would win the softmax of many a query.
   k = jnp.where((key < attention.EMPTY)[:, :, None, None], k, 50.0)

@@ -7,14 +7,18 @@ to be fast. Its implementations are XLA here and, in `kernels`, cuDNN on GPU and
 `attention_rows` gives the probabilities of a few query rows, which no fused kernel returns.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
 _LOWEST = -1e30
 # Position of an empty key slot: no query sees it.
 EMPTY = 2**30
-# Tile sizes of the XLA implementation: the fastest of those tried on a CPU with 1 MiB of L2 cache a core.
-_QUERY_TILE, _KEY_TILE = 128, 256
+# Tile sizes of the XLA implementation: the fastest of those tried on a CPU with 1 MiB of L2 cache a core. Queries
+# that stand scattered among more keys want smaller tiles, as a tile computes all that its last query sees.
+_QUERY_TILE, _SCATTERED_QUERY_TILE = 256, 192
+_KEY_TILE, _LONG_KEY_TILE, _LONG = 256, 512, 1024
 
 
 def _scores(q_BxTxHxN, k_BxSxGxN):
@@ -88,41 +92,47 @@ def attend_positions(
     window: sliding window, or None.
   """
   batch, num_queries, heads, dim = q_BxTxHxN.shape
-  groups = k_BxSxGxN.shape[2]
+  num_keys, groups = k_BxSxGxN.shape[1:3]
   per_group = heads // groups
-  query_tile, query_tiles = _tile(num_queries, _QUERY_TILE)
-  key_tile, key_tiles = _tile(k_BxSxGxN.shape[1], _KEY_TILE)
+  query_tile, query_tiles = _tile(num_queries, _QUERY_TILE if num_queries == num_keys else _SCATTERED_QUERY_TILE)
+  # Key tiles that all queries of a tile see in full are taken whole and without a mask, the others in parts.
+  parts = _LONG_KEY_TILE // _KEY_TILE if num_keys > _LONG and not window else 1
+  key_part, key_parts = _tile(num_keys, _KEY_TILE, parts)
 
   q = _pad(q_BxTxHxN * dim**-0.5, query_tile * query_tiles)
   q = q.reshape(batch, query_tiles, query_tile, groups, per_group, dim).transpose(1, 0, 3, 2, 4, 5)
   q = q.reshape(query_tiles, batch, groups, query_tile * per_group, dim)
-  k = _pad(k_BxSxGxN, key_tile * key_tiles).transpose(0, 2, 1, 3)
+  k = _pad(k_BxSxGxN, key_part * key_parts).transpose(0, 2, 1, 3)
   # A column of ones gives the sum of the weights from the same matrix product.
   v = jnp.concatenate([v_BxSxGxN, jnp.ones_like(v_BxSxGxN[..., :1])], axis=-1)
-  v = _pad(v, key_tile * key_tiles).transpose(0, 2, 1, 3)
+  v = _pad(v, key_part * key_parts).transpose(0, 2, 1, 3)
   query = _pad(query_BxT, query_tile * query_tiles, -1).reshape(batch, query_tiles, query_tile).transpose(1, 0, 2)
-  key = _pad(key_BxS, key_tile * key_tiles, EMPTY)
+  key = _pad(key_BxS, key_part * key_parts, EMPTY)
 
-  # Which key tiles a tile of queries can see: [first, last) by their positions.
-  starts = key.reshape(batch, key_tiles, key_tile)[:, :, 0]
-  last = jnp.max(jnp.sum(starts[None] <= jnp.max(query, axis=-1)[:, :, None], axis=-1), axis=1)
-  first = jnp.zeros_like(last)
+  # By their positions: the parts [first, last) hold all keys that a tile of queries sees, [0, whole) are tiles
+  # of which every query sees every key. A row without a query in the tile does not limit what the others leave out.
+  newest = jnp.max(query, axis=-1)[:, :, None]
+  oldest = jnp.min(jnp.where(query < 0, 2 * EMPTY - 1, query), axis=-1)[:, :, None]
+  ends = key.reshape(batch, key_parts, key_part)[None, :, :, -1]
+  count = lambda parts: jnp.sum(parts, axis=-1)
+  last = jnp.max(count(key.reshape(batch, key_parts, key_part)[None, :, :, 0] <= newest), axis=1)
   if window:
-    ends = key.reshape(batch, key_tiles, key_tile)[:, :, -1]
-    # A row without a query in the tile does not limit what the others leave out.
-    oldest = jnp.min(jnp.where(query < 0, 2 * EMPTY - 1, query), axis=-1) - window
-    first = jnp.min(jnp.sum(ends[None] <= oldest[:, :, None], axis=-1), axis=1)
+    whole, first = jnp.zeros_like(last), jnp.min(count(ends <= oldest - window), axis=1)
+  else:
+    whole = jnp.minimum(jnp.min(count(ends <= oldest), axis=1), last) // parts
+    first = whole * parts
 
   def rows(_, xs):
-    q_tile, query_B, first, last = xs
+    q_tile, query_B, whole, first, last = xs
     row_position = jnp.repeat(query_B, per_group, axis=1)
 
-    def accumulate(j, carry):
+    def accumulate(size, masked, j, carry):
       top, out = carry
-      slice_of = lambda a, axis: jax.lax.dynamic_slice_in_dim(a, j * key_tile, key_tile, axis)
+      slice_of = lambda a, axis: jax.lax.dynamic_slice_in_dim(a, j * size, size, axis)
       scores = jnp.einsum("bgqn,bgsn->bgqs", q_tile, slice_of(k, 2), preferred_element_type=jnp.float32)
-      mask = visible(row_position, slice_of(key, 1), window)
-      scores = jnp.where(mask[:, None], scores, _LOWEST)
+      if masked:
+        mask = visible(row_position, slice_of(key, 1), window)
+        scores = jnp.where(mask[:, None], scores, _LOWEST)
       higher = jnp.maximum(top, jnp.max(scores, axis=-1, keepdims=True))
       # Rows that have seen nothing yet gather weights of 1; the first key they see wipes them out.
       weights = jnp.exp(scores - higher).astype(v.dtype)
@@ -130,18 +140,21 @@ def attend_positions(
       return higher, out * jnp.exp(top - higher) + added
 
     zero = jnp.zeros(q_tile.shape[:-1] + (dim + 1,), jnp.float32)
-    _, out = jax.lax.fori_loop(first, last, accumulate, (jnp.full_like(zero[..., :1], _LOWEST), zero))
+    carry = jnp.full_like(zero[..., :1], _LOWEST), zero
+    if not window:
+      carry = jax.lax.fori_loop(0, whole, functools.partial(accumulate, key_part * parts, False), carry)
+    _, out = jax.lax.fori_loop(first, last, functools.partial(accumulate, key_part, True), carry)
     total = out[..., -1:]
     return None, (out[..., :-1] / jnp.where(total == 0, 1.0, total)).astype(q_tile.dtype)
 
-  _, out = jax.lax.scan(rows, None, (q, query, first, last))
+  _, out = jax.lax.scan(rows, None, (q, query, whole, first, last))
   out = out.reshape(query_tiles, batch, groups, query_tile, per_group, dim).transpose(1, 0, 3, 2, 4, 5)
   return out.reshape(batch, query_tiles * query_tile, heads, dim)[:, :num_queries]
 
 
-def _tile(size: int, largest: int) -> tuple[int, int]:
-  """Tile size and number of tiles: as few tiles as `largest` allows, of nearly equal size."""
-  tiles = -(-size // largest)
+def _tile(size: int, largest: int, multiple: int = 1) -> tuple[int, int]:
+  """Tile size and number of tiles, a multiple of `multiple`: as few as `largest` allows, of nearly equal size."""
+  tiles = -(-size // (largest * multiple)) * multiple
   return -(-size // tiles), tiles
 
 
