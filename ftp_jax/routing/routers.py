@@ -4,11 +4,13 @@ All of them give margins (compute logit minus skip logit); `selection` does the 
 way in for every execution, for the context tokens of a prefill as for continuation tokens.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ftp_jax.routing.config import RouterConfig
 
@@ -87,14 +89,28 @@ def random_margin(key: jax.Array, row_B: jax.Array, position_BxT: jax.Array, blo
   return jax.vmap(jax.vmap(draw, in_axes=(None, 0)))(row_B, position_BxT)
 
 
+class PartsDense(nn.Module):
+  """`nn.Dense` of several inputs side by side, without the copy that joining the arrays would be."""
+
+  features: int
+
+  @nn.compact
+  def __call__(self, parts: Sequence[jax.Array]):
+    sizes = [part.shape[-1] for part in parts]
+    kernel = self.param("kernel", nn.initializers.lecun_normal(), (sum(sizes), self.features))
+    bias = self.param("bias", nn.initializers.zeros, (self.features,))
+    kernels = jnp.split(kernel, np.cumsum(sizes)[:-1])
+    return sum(part @ k for part, k in zip(parts, kernels)) + bias.reshape((1,) * (parts[0].ndim - 1) + (-1,))
+
+
 class RouterMLP(nn.Module):
   """Two layers; the recurrent kind adds a projection of the hidden layer one block earlier."""
 
   config: RouterConfig
 
   @nn.compact
-  def __call__(self, inputs_BxTxF, state_BxTxR):
-    hidden = nn.Dense(self.config.hidden_size, name="hidden")(inputs_BxTxF)
+  def __call__(self, parts: Sequence[jax.Array], state_BxTxR):
+    hidden = PartsDense(self.config.hidden_size, name="hidden")(parts)
     if self.config.kind == "recurrent":
       hidden += nn.Dense(self.config.hidden_size, use_bias=False, name="recurrent")(state_BxTxR)
     hidden = nn.silu(hidden)
@@ -104,7 +120,7 @@ class RouterMLP(nn.Module):
 def init_router(config: RouterConfig, key: jax.Array, num_blocks: int, model_size: int) -> Any:
   """Router parameters in fp32; kind `per_block` has a leading L axis on every leaf."""
   inputs = jnp.zeros((1, 1, len(config.factors) + config.hidden_states * model_size))
-  init = lambda k: RouterMLP(config).init(k, inputs, jnp.zeros((1, 1, config.hidden_size)))["params"]
+  init = lambda k: RouterMLP(config).init(k, [inputs], jnp.zeros((1, 1, config.hidden_size)))["params"]
   if config.kind == "per_block":
     return jax.vmap(init)(jax.random.split(key, num_blocks))
   return init(key)
@@ -123,10 +139,10 @@ def normed(x_BxTxD: jax.Array) -> jax.Array:
 
 def margin_of_inputs(config, params, factors_BxTxF, normed_BxTxD, state_BxTxR) -> tuple[jax.Array, jax.Array]:
   """Margins (B,T) in fp32 and the carried state; factors and normed states are read only if the config asks for them."""
-  inputs = [factors_BxTxF] if config.factors else []
+  parts = [factors_BxTxF] if config.factors else []
   if config.hidden_states:
-    inputs.append(normed_BxTxD.astype(jnp.float32))
-  logits, state = RouterMLP(config).apply({"params": params}, jnp.concatenate(inputs, axis=-1), state_BxTxR)
+    parts.append(normed_BxTxD.astype(jnp.float32))
+  logits, state = RouterMLP(config).apply({"params": params}, parts, state_BxTxR)
   return logits[..., 1] - logits[..., 0], state
 
 
