@@ -1,0 +1,174 @@
+"""What a baseline is: an engine, what it costs, and its perplexity; kinds share how they run.
+
+Each is run by `inference.Engine`, so that all are evaluated and timed by what evaluates and times FTP.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ftp_jax.data.prompts import Prompts
+from ftp_jax.evaluation import flops
+from ftp_jax.evaluation.judge import Frozen
+from ftp_jax.evaluation.methods import truncated
+from ftp_jax.evaluation.perplexity import routed_perplexity, truncated_perplexity
+from ftp_jax.export.artifact import Artifact
+from ftp_jax.inference.engine import Engine, Prefix
+from ftp_jax.inference.programs import Execution, Spec, Weights
+from ftp_jax.models.sources import Model
+from ftp_jax.routing import routers
+from ftp_jax.routing.config import RoutingConfig
+
+
+class Costs(NamedTuple):
+  """Of one prefilled prompt.
+
+  Attributes:
+    skipped: share of (token, block) pairs of the whole prompt that were not computed. An attention or MLP sub-block
+      counts as its share of the block's parameters, which is its share of the FLOPs but for attention's products.
+    flops: done.
+  """
+
+  skipped: float
+  flops: float
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Baseline:
+  """A pruned model.
+
+  Attributes:
+    name, sparsity, seed: the method, the S asked of it, and the seed of what is random in it.
+    model: the base model.
+    facts: JSON values from which, with the arrays, the baseline is made again.
+    arrays: nested dicts of arrays, empty where nothing was trained.
+    options: of the engine: dtype, attention, max_buckets, buckets.
+  """
+
+  name: str
+  sparsity: float
+  seed: int
+  model: Model
+  facts: dict[str, Any]
+  arrays: Any = dataclasses.field(default_factory=dict)
+  options: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+  @functools.cached_property
+  def engine(self) -> Engine:
+    """Runs it."""
+    raise NotImplementedError
+
+  @property
+  def frozen(self) -> Frozen:
+    """The model that the engine runs, as the masked executions take it."""
+    return Frozen(self.engine.model.config, self.engine.model.params, self.engine.execution.spec.dtype)
+
+  def prompt(self, tokens: Sequence[int]) -> Sequence[int]:
+    """The tokens that the model sees of a prompt."""
+    return tokens
+
+  def costs(self, cache: Any, row: int, context: int) -> Costs:
+    """Of the prompt of `context` tokens that was prefilled as this row of a cache."""
+    raise NotImplementedError
+
+  def perplexity(self, windows: Prompts, batch: int) -> tuple[float | None, float | None]:
+    """Perplexity over all positions, everything causal, and the sparsity achieved there; None where it says nothing."""
+    raise NotImplementedError
+
+
+class TruncatingEngine(Engine):
+  """A dense engine that reads the sink and the latest tokens of a prompt only, positions counted anew."""
+
+  def __init__(self, model: Model, sparsity: float, **options):
+    super().__init__(model, **options)
+    self.sparsity = sparsity
+
+  def prefill(self, prompts: Sequence[Sequence[int]]) -> Prefix:
+    self.check(prompts)
+    return super().prefill([[prompt[t] for t in truncated(len(prompt), self.sparsity)] for prompt in prompts])
+
+
+class Truncation(Baseline):
+  """Facts: none but the sparsity."""
+
+  @functools.cached_property
+  def engine(self) -> Engine:
+    return TruncatingEngine(self.model, self.sparsity, **self.options)
+
+  def prompt(self, tokens):
+    return [tokens[t] for t in truncated(len(tokens), self.sparsity)]
+
+  def costs(self, cache, row, context) -> Costs:
+    kept, config = len(truncated(context, self.sparsity)), self.model.config
+    return Costs(1 - kept / context, flops.prefill_flops(config, np.ones((config.num_blocks, kept)), kept, "project"))
+
+  def perplexity(self, windows, batch):
+    return truncated_perplexity(self.frozen, self.sparsity, windows, batch), self.sparsity
+
+
+class Smaller(Baseline):
+  """Whole blocks left out for all tokens. Facts: `removed`, their indices; none of them: the dense model."""
+
+  @functools.cached_property
+  def engine(self) -> Engine:
+    config = self.model.config
+    left = np.setdiff1d(np.arange(config.num_blocks), self.facts["removed"])
+    params = self.model.params
+    if len(left) < config.num_blocks:
+      params = params | {"blocks": jax.tree.map(lambda a: a[left], params["blocks"])}
+    smaller = dataclasses.replace(config, num_blocks=len(left))
+    return Engine(dataclasses.replace(self.model, config=smaller, params=params), **self.options)
+
+  def costs(self, cache, row, context) -> Costs:
+    smaller = self.engine.model.config
+    done = flops.prefill_flops(smaller, np.ones((smaller.num_blocks, context)), context, "project")
+    return Costs(1 - smaller.num_blocks / self.model.config.num_blocks, done)
+
+  def perplexity(self, windows, batch):
+    return truncated_perplexity(self.frozen, 0.0, windows, batch), len(self.facts["removed"]) / self.model.config.num_blocks
+
+
+class Routed(Baseline):
+  """Tokens skip blocks in the prefill. Facts: `routing`, `schedule`, and `router`, a kind or a RouterConfig."""
+
+  @functools.cached_property
+  def routing(self) -> RoutingConfig:
+    return RoutingConfig(**self.facts["routing"])
+
+  @functools.cached_property
+  def router(self) -> routers.Router:
+    kind = self.facts["router"]
+    if isinstance(kind, str):
+      return routers.STATIC if kind == "static" else routers.Router(kind, None, jax.random.key(self.seed))
+    config = routers.RouterConfig(**(kind | {"factors": tuple(kind["factors"])}))
+    return routers.Router("dynamic", config, jax.tree.map(jnp.asarray, self.arrays))
+
+  @functools.cached_property
+  def engine(self) -> Engine:
+    weights = Weights(self.model.params, self.router, jnp.asarray(self.facts["schedule"], jnp.float32))
+    return Engine(self.model, execution=Execution(Spec(self.model.config, self.routing), weights), **self.options)
+
+  def costs(self, cache, row, context) -> Costs:
+    keep = np.asarray(cache.keep_LxBxT)[:, row, :context]
+    mode, router = self.routing.kv_mode, self.router.config
+    return Costs(float(1 - keep.mean()), flops.prefill_flops(self.model.config, keep, context, mode, router))
+
+  def perplexity(self, windows, batch):
+    if self.router.kind == "static":  # never skips the newest token: the figure would be the dense one
+      return None, None
+    return routed_perplexity(self.frozen, self.routing, self.router, self.facts["schedule"], windows, batch)
+
+
+def from_artifact(model: Model, artifact: Artifact, **options) -> Routed:
+  """FTP itself as one of the methods; all prompts are pruned, whatever crossover was measured."""
+  facts = {
+      "routing": dataclasses.asdict(artifact.routing), "router": dataclasses.asdict(artifact.router),
+      "schedule": list(artifact.schedule),
+  }  # fmt: skip
+  sparsity = round(float(np.mean(artifact.schedule)), 6)
+  return Routed("ftp", sparsity, 0, model, facts, artifact.params, options)
