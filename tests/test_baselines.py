@@ -9,14 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ftp_jax.data.prompts import Prompts, take
+from ftp_jax.data.prompts import Prompts, pack, take
 from ftp_jax.errors import UserError
 from ftp_jax.evaluation import baselines, flops, methods
-from ftp_jax.evaluation.baselines import Calibration, Yardstick, registry
+from ftp_jax.evaluation.baselines import Calibration, Yardstick, blockpruner, registry, subblocks
 from ftp_jax.evaluation.judge import Frozen, Judge
 from ftp_jax.evaluation.perplexity import truncated_perplexity
 from ftp_jax.export.artifact import Artifact
-from ftp_jax.inference import Engine
+from ftp_jax.inference import Engine, Sampling
 from ftp_jax.models.sources import Model
 from ftp_jax.routing import routers
 from ftp_jax.routing.config import RouterConfig, RoutingConfig
@@ -157,6 +157,72 @@ def test_shortgpt_removes_silent_blocks_at_no_cost(model, prompts, calibration, 
   assert baselines.build("shortgpt", model, 0.95, calibration).engine.model.config.num_blocks == 1
 
 
+def test_blockpruner_removes_silent_subblocks_first_at_no_cost(model, windows):
+  assert_close(subblocks.shares(CONFIG), [0.4, 0.6])
+  sharp = {**model.params["embed"], "final_norm": {"scale": model.params["embed"]["final_norm"]["scale"] * 30}}
+  quiet = model_of({**silenced(model.params, attention=(2,), mlp=(1,)), "embed": sharp})
+  starts = [[5, 9, 2], [7, 7, 3], [1, 8, 6], [4, 2, 9]]
+  said = Engine(quiet).generate(starts, 13, Sampling(1.0))  # a text that the whole model finds likely
+  text = pack([(start + list(row.tokens), 3) for start, row in zip(starts, said)], 16)
+  baseline = baselines.build("blockpruner", quiet, 0.2, Calibration(text, text, batch=2))
+  assert sorted(baseline.facts["order"]) == [[1, 1], [2, 0]]
+  whole = truncated_perplexity(Frozen(CONFIG, quiet.params), 0.0, text, 2)
+  assert_close(baseline.facts["perplexity"], [whole, whole])
+  perplexity, achieved = baseline.perplexity(windows, 2)
+  assert achieved == pytest.approx(0.2)
+  assert perplexity == pytest.approx(truncated_perplexity(Frozen(CONFIG, quiet.params), 0.0, windows, 2), rel=1e-5)
+
+
+def test_blockpruner_takes_the_best_subblock_at_every_step_and_resumes(model, prompts, calibration, tmp_path):
+  calibration = dataclasses.replace(calibration, directory=tmp_path)
+  baseline = baselines.build("blockpruner", model, 0.3, calibration)
+  removed = {"attention": [], "mlp": []}
+  for block, sub in baseline.facts["order"]:
+    gone = 0.4 * len(removed["attention"]) + 0.6 * len(removed["mlp"])
+    without = {}
+    for b in range(BLOCKS):
+      for name, share in (("attention", 0.4), ("mlp", 0.6)):
+        if b not in removed[name] and abs(gone + share - 1.5) < abs(gone - 1.5):
+          tried = {**removed, name: [*removed[name], b]}
+          without[b, name] = truncated_perplexity(Frozen(CONFIG, silenced(model.params, **tried)), 0.0, prompts, 5)
+    best = min(without, key=without.get)
+    assert best == (block, ("attention", "mlp")[sub])
+    removed[best[1]].append(block)
+  assert gone + (0.4, 0.6)[sub] == pytest.approx(1.4) or gone + (0.4, 0.6)[sub] == pytest.approx(1.6)
+
+  with pytest.MonkeyPatch.context() as patch:  # every table that S = 0.3 needs is on disk
+    patch.setattr(blockpruner, "_nll_from", None)
+    again = baselines.build("blockpruner", model, 0.3, calibration)
+  assert again.facts == baseline.facts
+
+
+def test_removed_subblocks_equal_the_full_model_with_zeroed_projections(model, calibration, yardstick, prompts):
+  baseline = baselines.build("blockpruner", model, 0.5, calibration)
+  gone = np.array(baseline.facts["removed"])
+  zeroed = Engine(model_of(silenced(model.params, *map(np.flatnonzero, gone.T))))
+  assert_close(scores(baseline.engine), scores(zeroed), atol=1e-4)
+  prompt = [5, 9, 2, 7, 7, 3, 1, 8, 6, 4, 2, 9]
+  assert baseline.engine.generate([prompt], 6)[0].tokens == zeroed.generate([prompt], 6)[0].tokens
+  record, (expected, _) = yardstick.record(baseline), yardstick.compare(zeroed)
+  assert record["kl"] == pytest.approx(expected.kl.mean(), rel=1e-3)
+  assert record["achieved"] == pytest.approx((gone @ [0.4, 0.6]).mean()) == pytest.approx(0.5, abs=0.061)
+  attentions = BLOCKS - gone[:, 0].sum()
+  assert record["cache_ratio"] == pytest.approx(attentions / BLOCKS, abs=0.03)  # positions are stored once, not per block
+
+
+def test_flops_of_removed_subblocks_by_hand(model, calibration):
+  removed = [[True, False], [False, True], [False, False], [False, True], [True, False]]
+  zeros = np.zeros((BLOCKS, 2)).tolist()
+  facts = {"removed": removed, "schedule": zeros, "threshold": zeros}
+  baseline = registry.METHODS["blockpruner"].kind("blockpruner", 0.4, 0, model, facts)
+  (group,) = baseline.engine.prefill([[5, 9, 2, 7]]).groups
+  costs = baseline.costs(jax.device_get(group.prefilled.cache), 0, 4)
+  query, key, mlp = 4 * 32 * 32, 4 * 32 * 16, 6 * 32 * 48
+  pairs = 4 * 32 * (2 * 10 + 4)  # two causal attentions of four tokens, and the last token in block 3
+  expected = 2 * 32 * 262 + query * (4 + 4 + 1) + key * 12 + mlp * (4 + 4 + 1) + pairs
+  assert costs.flops == expected and costs.skipped == pytest.approx((2 * 0.4 + 2 * 0.6) / 5)
+
+
 def test_a_trained_artifact_is_measured_alike(model, yardstick, prompts):
   router = RouterConfig()
   weights = jax.tree.map(lambda a: np.asarray(a) * 3, routers.init_router(router, jax.random.key(1), BLOCKS, 32))
@@ -170,7 +236,7 @@ def test_a_trained_artifact_is_measured_alike(model, yardstick, prompts):
   assert baseline.sparsity == 0.35 and baseline.engine.prunes(3)
 
 
-ALL = ("truncation", "random", "static", "late", "shortgpt")
+ALL = ("truncation", "random", "static", "late", "shortgpt", "blockpruner")
 
 
 @pytest.mark.parametrize("name", ALL)

@@ -12,17 +12,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ftp_jax.data.prompts import Prompts
+from ftp_jax.data.prompts import Prompts, batches
 from ftp_jax.evaluation import flops
+from ftp_jax.evaluation.baselines import subblock_inference, subblocks
 from ftp_jax.evaluation.judge import Frozen
 from ftp_jax.evaluation.methods import truncated
-from ftp_jax.evaluation.perplexity import routed_perplexity, truncated_perplexity
+from ftp_jax.evaluation.perplexity import perplexity_of, routed_perplexity, summed_nll, truncated_perplexity
 from ftp_jax.export.artifact import Artifact
 from ftp_jax.inference.engine import Engine, Prefix
 from ftp_jax.inference.programs import Execution, Spec, Weights
 from ftp_jax.models.sources import Model
 from ftp_jax.routing import routers
 from ftp_jax.routing.config import RoutingConfig
+from ftp_jax.routing.selection import capacity
 
 
 class Costs(NamedTuple):
@@ -162,6 +164,64 @@ class Routed(Baseline):
     if self.router.kind == "static":  # never skips the newest token: the figure would be the dense one
       return None, None
     return routed_perplexity(self.frozen, self.routing, self.router, self.facts["schedule"], windows, batch)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "dtype"))
+def _causal_subblocks(config, params, removed, router, rows, threshold_Lx2, *, dtype):
+  """Summed NLL, and how many tokens each sub-block computes, (L,2)."""
+  hidden, keep = subblocks.causal_forward(
+      config, removed, params, router, rows.tokens, rows.length, threshold_Lx2, dtype=dtype
+  )
+  return summed_nll(config, params, rows.tokens, rows.length, hidden), jnp.sum(keep, axis=(2, 3))
+
+
+class Subblocks(Baseline):
+  """Attention and MLP of a block removed for all tokens, or skipped by some in the prefill.
+
+  Facts: `removed`, `schedule` and `threshold`, each one pair (attention, MLP) a block: what no token computes, the
+  sparsity asked of context tokens, and the least margin with which a token computes it when each decides for itself.
+  Arrays: the router of `subblocks`, or nothing.
+  """
+
+  @functools.cached_property
+  def removed(self) -> np.ndarray:
+    """(L,2) boolean."""
+    return np.array(self.facts["removed"], bool)
+
+  @functools.cached_property
+  def router(self) -> Any:
+    return jax.tree.map(jnp.asarray, self.arrays) if self.arrays else None
+
+  @functools.cached_property
+  def engine(self) -> Engine:
+    spec = subblock_inference.spec(self.model.config, self.removed)
+    weights = Weights(self.model.params, self.router, jnp.asarray(self.facts["schedule"], jnp.float32))
+    return Engine(self.model, execution=Execution(spec, weights), **self.options)
+
+  def costs(self, cache, row, context) -> Costs:
+    config, schedule = self.model.config, np.asarray(self.facts["schedule"], np.float32)
+    kept = np.asarray(capacity(schedule, np.full(schedule.shape, context, np.int32))) / context
+    kept = np.where(self.removed, 0, np.where(schedule > 0, kept, 1))
+    keep = np.asarray(cache.keep_Lx2xBxT)[:, :, row, :context]
+    key = np.broadcast_to(~self.removed[:, :1], keep[:, 0].shape)
+    done = flops.computed_flops(config, keep[:, 0], keep[:, 1], key)
+    before = np.arange(config.num_blocks) < np.flatnonzero(~self.removed[:, 0])[-1]  # the last attention
+    asks = (schedule > 0) & ~self.removed & before[:, None]
+    done += 2.0 * context * config.hidden_size * asks.sum()
+    return Costs(float(1 - (kept @ subblocks.shares(config)).mean()), done)
+
+  def perplexity(self, windows, batch):
+    model, total, computed = self.frozen, 0.0, np.zeros((self.model.config.num_blocks, 2))
+    threshold_Lx2 = jnp.asarray(self.facts["threshold"], jnp.float32)
+    for rows, weight in batches(windows, batch):
+      rows = rows._replace(length=np.where(weight > 0, rows.length, 1).astype(np.int32))
+      nll, count = _causal_subblocks(
+          model.config, model.params, self.removed, self.router, rows, threshold_Lx2, dtype=model.dtype
+      )
+      # The token that a filling row is left with is always computed.
+      total, computed = total + float(nll), computed + np.asarray(count) - (weight == 0).sum() * ~self.removed
+    share = computed / np.sum(windows.length) @ subblocks.shares(model.config)
+    return perplexity_of(total, windows), float(1 - share.mean())
 
 
 def from_artifact(model: Model, artifact: Artifact, **options) -> Routed:

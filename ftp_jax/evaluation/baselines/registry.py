@@ -14,9 +14,9 @@ from typing import Any
 import jax
 
 from ftp_jax.errors import UserError
-from ftp_jax.evaluation.baselines import shortgpt
+from ftp_jax.evaluation.baselines import blockpruner, shortgpt
 from ftp_jax.evaluation.baselines.calibration import Calibration
-from ftp_jax.evaluation.baselines.kinds import Baseline, Routed, Smaller, Truncation
+from ftp_jax.evaluation.baselines.kinds import Baseline, Routed, Smaller, Subblocks, Truncation
 from ftp_jax.evaluation.judge import Frozen
 from ftp_jax.export.artifact import load_weights, save_weights
 from ftp_jax.models.huggingface import fingerprint
@@ -60,6 +60,7 @@ METHODS = {
     "static": Method(Routed, _uniform("static")),
     "late": Method(Routed, _late),
     "shortgpt": Method(Smaller, shortgpt.calibrate, calibrated=True),
+    "blockpruner": Method(Subblocks, blockpruner.calibrate, calibrated=True),
 }
 
 
