@@ -12,7 +12,7 @@ import pytest
 from ftp_jax.data.prompts import Prompts, pack, take
 from ftp_jax.errors import UserError
 from ftp_jax.evaluation import baselines, flops, methods
-from ftp_jax.evaluation.baselines import Calibration, Yardstick, blockpruner, registry, subblocks
+from ftp_jax.evaluation.baselines import Calibration, Yardstick, blockpruner, mod, registry, skipgpt, subblocks
 from ftp_jax.evaluation.judge import Frozen, Judge
 from ftp_jax.evaluation.perplexity import truncated_perplexity
 from ftp_jax.export.artifact import Artifact
@@ -216,7 +216,7 @@ def test_flops_of_removed_subblocks_by_hand(model, calibration):
   facts = {"removed": removed, "schedule": zeros, "threshold": zeros}
   baseline = registry.METHODS["blockpruner"].kind("blockpruner", 0.4, 0, model, facts)
   (group,) = baseline.engine.prefill([[5, 9, 2, 7]]).groups
-  costs = baseline.costs(jax.device_get(group.prefilled.cache), 0, 4)
+  costs = baseline.costs(np.asarray(baseline.routes(group.prefilled.cache))[..., 0, :], 4)
   query, key, mlp = 4 * 32 * 32, 4 * 32 * 16, 6 * 32 * 48
   pairs = 4 * 32 * (2 * 10 + 4)  # two causal attentions of four tokens, and the last token in block 3
   expected = 2 * 32 * 262 + query * (4 + 4 + 1) + key * 12 + mlp * (4 + 4 + 1) + pairs
@@ -236,15 +236,67 @@ def test_a_trained_artifact_is_measured_alike(model, yardstick, prompts):
   assert baseline.sparsity == 0.35 and baseline.engine.prunes(3)
 
 
-ALL = ("truncation", "random", "static", "late", "shortgpt", "blockpruner")
+def test_mod_routes_every_other_block():
+  np.testing.assert_allclose(mod.every_other(5, 0.2), [0, 0.5, 0, 0.5, 0])
+  with pytest.raises(UserError, match="ask for less"):
+    mod.every_other(4, 0.5)
+
+
+@pytest.fixture(scope="module")
+def trained(model, calibration):
+  return {name: baselines.build(name, model, 0.2, dataclasses.replace(calibration, steps=4)) for name in ("mod", "skipgpt")}
+
+
+def test_mod_is_what_its_validation_saw(model, trained, calibration):
+  baseline = trained["mod"]
+  assert baseline.facts["schedule"] == [0, 0.5, 0, 0.5, 0] and baseline.facts["routing"]["kv_mode"] == "evict"
+  found, (prefix,) = Yardstick(model, calibration.validation, 2).compare(baseline.engine)
+  assert found.kl.mean() == pytest.approx(baseline.facts["validation_kl"], rel=1e-3)
+  keep = np.asarray(prefix.groups[0].prefilled.cache.keep_LxBxT)[:, 0, :12]
+  assert keep.sum(axis=1).tolist() == [12, 6, 12, 6, 12]
+
+
+def test_skipgpt_is_what_its_validation_saw(model, trained, calibration, windows, prompts):
+  baseline = trained["skipgpt"]
+  found, _ = Yardstick(model, calibration.validation, 2).compare(baseline.engine)
+  assert found.kl.mean() == pytest.approx(baseline.facts["validation_kl"], rel=1e-3)
+  record = Yardstick(model, prompts, 2).record(baseline, windows)
+  assert record["achieved"] == pytest.approx(0.2, abs=0.05)  # capacities are whole tokens of short contexts
+  assert record["cache_ratio"] == pytest.approx(1, abs=0.04) and record["perplexity"] > 1
+
+
+def test_skipgpt_gives_the_sparsity_to_the_smallest_margins(model, prompts):
+  bias = np.full((BLOCKS, 2), 3.0)
+  bias[2, 1], bias[4, 0], bias[1, 0] = -1.0, -0.5, 0.0
+  router = {"kernel": jnp.zeros((BLOCKS, 2, 32)), "bias": jnp.asarray(bias)}
+  free = (prompts.context - 2).sum() / prompts.context.sum()  # the first and the last token are always computed
+  asked = (0.6 + 0.4) * free / BLOCKS
+  schedule, threshold = skipgpt.capacities(Frozen(CONFIG, model.params), router, asked, prompts, 2)
+  expected = np.zeros((BLOCKS, 2))
+  expected[2, 1] = expected[4, 0] = free
+  assert_close(schedule, expected)
+  np.testing.assert_array_equal(threshold, 0.0)
+
+
+def test_skipgpt_learns_what_does_nothing(model, prompts, monkeypatch):
+  monkeypatch.setattr(skipgpt, "LEARNING_RATE", 3e-2)
+  sharp = {**model.params["embed"], "final_norm": {"scale": model.params["embed"]["final_norm"]["scale"] * 30}}
+  quiet = model_of({**silenced(model.params, attention=(1,), mlp=(3,)), "embed": sharp})
+  calibration = Calibration(prompts, prompts, batch=5, steps=80)
+  schedule = np.array(baselines.build("skipgpt", quiet, 0.15, calibration).facts["schedule"])
+  assert min(schedule[1, 0], schedule[3, 1]) > 0.5
+  assert (schedule @ [0.4, 0.6]).mean() == pytest.approx(0.15, abs=0.02)
+
+
+ALL = ("truncation", "random", "static", "late", "shortgpt", "blockpruner", "mod", "skipgpt")
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_saved_and_loaded_gives_identical_scores(name, model, calibration, tmp_path):
-  baseline = baselines.build(name, model, 0.4, calibration, seed=2)
+def test_saved_and_loaded_gives_identical_scores(name, model, calibration, trained, tmp_path):
+  baseline = trained[name] if name in trained else baselines.build(name, model, 0.4, calibration, seed=2)
   baselines.save(baseline, tmp_path)
   loaded = baselines.load(tmp_path, model)
-  assert (loaded.name, loaded.sparsity, loaded.seed) == (name, 0.4, 2)
+  assert (loaded.name, loaded.sparsity, loaded.seed) == (name, baseline.sparsity, baseline.seed)
   np.testing.assert_array_equal(scores(loaded.engine), scores(baseline.engine))
 
 

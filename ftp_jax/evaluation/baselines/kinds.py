@@ -74,8 +74,16 @@ class Baseline:
     """The tokens that the model sees of a prompt."""
     return tokens
 
-  def costs(self, cache: Any, row: int, context: int) -> Costs:
-    """Of the prompt of `context` tokens that was prefilled as this row of a cache."""
+  def routes(self, cache: Any) -> jax.Array:
+    """What was computed in a prefill, (...,B,T) boolean: the leading axes are blocks, or blocks and sub-blocks."""
+    return cache.keep_LxBxT
+
+  def costs(self, keep: np.ndarray, context: int) -> Costs:
+    """Of a prompt of `context` tokens.
+
+    Args:
+      keep: its `routes`, (...,T).
+    """
     raise NotImplementedError
 
   def perplexity(self, windows: Prompts, batch: int) -> tuple[float | None, float | None]:
@@ -105,7 +113,7 @@ class Truncation(Baseline):
   def prompt(self, tokens):
     return [tokens[t] for t in truncated(len(tokens), self.sparsity)]
 
-  def costs(self, cache, row, context) -> Costs:
+  def costs(self, keep, context) -> Costs:
     kept, config = len(truncated(context, self.sparsity)), self.model.config
     return Costs(1 - kept / context, flops.prefill_flops(config, np.ones((config.num_blocks, kept)), kept, "project"))
 
@@ -126,7 +134,7 @@ class Smaller(Baseline):
     smaller = dataclasses.replace(config, num_blocks=len(left))
     return Engine(dataclasses.replace(self.model, config=smaller, params=params), **self.options)
 
-  def costs(self, cache, row, context) -> Costs:
+  def costs(self, keep, context) -> Costs:
     smaller = self.engine.model.config
     done = flops.prefill_flops(smaller, np.ones((smaller.num_blocks, context)), context, "project")
     return Costs(1 - smaller.num_blocks / self.model.config.num_blocks, done)
@@ -155,8 +163,8 @@ class Routed(Baseline):
     weights = Weights(self.model.params, self.router, jnp.asarray(self.facts["schedule"], jnp.float32))
     return Engine(self.model, execution=Execution(Spec(self.model.config, self.routing), weights), **self.options)
 
-  def costs(self, cache, row, context) -> Costs:
-    keep = np.asarray(cache.keep_LxBxT)[:, row, :context]
+  def costs(self, keep, context) -> Costs:
+    keep = np.asarray(keep)[:, :context]
     mode, router = self.routing.kv_mode, self.router.config
     return Costs(float(1 - keep.mean()), flops.prefill_flops(self.model.config, keep, context, mode, router))
 
@@ -198,11 +206,14 @@ class Subblocks(Baseline):
     weights = Weights(self.model.params, self.router, jnp.asarray(self.facts["schedule"], jnp.float32))
     return Engine(self.model, execution=Execution(spec, weights), **self.options)
 
-  def costs(self, cache, row, context) -> Costs:
+  def routes(self, cache):
+    return cache.keep_Lx2xBxT
+
+  def costs(self, keep, context) -> Costs:
     config, schedule = self.model.config, np.asarray(self.facts["schedule"], np.float32)
     kept = np.asarray(capacity(schedule, np.full(schedule.shape, context, np.int32))) / context
     kept = np.where(self.removed, 0, np.where(schedule > 0, kept, 1))
-    keep = np.asarray(cache.keep_Lx2xBxT)[:, :, row, :context]
+    keep = np.asarray(keep)[:, :, :context]
     key = np.broadcast_to(~self.removed[:, :1], keep[:, 0].shape)
     done = flops.computed_flops(config, keep[:, 0], keep[:, 1], key)
     before = np.arange(config.num_blocks) < np.flatnonzero(~self.removed[:, 0])[-1]  # the last attention

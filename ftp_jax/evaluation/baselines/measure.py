@@ -102,11 +102,11 @@ class Yardstick:
     for (rows, weight), prefix in zip(self._batches, prefixes):
       cache_bytes += prefix.cache_bytes
       for group in prefix.groups:
-        cache = jax.device_get(group.prefilled.cache)
+        keep = np.asarray(baseline.routes(group.prefilled.cache))
         for row, at in enumerate(group.index):
           if weight[at]:
             m = int(rows.context[at])
-            costs.append(baseline.costs(cache, row, m))
+            costs.append(baseline.costs(keep[..., row, :], m))
             lengths.append(m)
             before += prefill_flops(config, np.ones((config.num_blocks, m)), m, "project")
     perplexity = perplexity_achieved = None

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 
 from ftp_jax.errors import UserError
-from ftp_jax.evaluation.baselines import blockpruner, shortgpt
+from ftp_jax.evaluation.baselines import blockpruner, mod, shortgpt, skipgpt
 from ftp_jax.evaluation.baselines.calibration import Calibration
 from ftp_jax.evaluation.baselines.kinds import Baseline, Routed, Smaller, Subblocks, Truncation
 from ftp_jax.evaluation.judge import Frozen
@@ -61,6 +61,8 @@ METHODS = {
     "late": Method(Routed, _late),
     "shortgpt": Method(Smaller, shortgpt.calibrate, calibrated=True),
     "blockpruner": Method(Subblocks, blockpruner.calibrate, calibrated=True),
+    "mod": Method(Routed, mod.calibrate, calibrated=True, seeded=True),
+    "skipgpt": Method(Subblocks, skipgpt.calibrate, calibrated=True, seeded=True),
 }
 
 

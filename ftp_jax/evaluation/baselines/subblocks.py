@@ -40,12 +40,6 @@ def margin(router_2: Any, sub: int, x_BxTxD: jax.Array) -> jax.Array:
   return routers.normed(x_BxTxD) @ router_2["kernel"][sub] + router_2["bias"][sub]
 
 
-def init_router(config: ModelConfig) -> Any:
-  """Router parameters {"kernel": (L,2,D), "bias": (L,2)}: every token is worth the same, and computed."""
-  shape = (config.num_blocks, 2)
-  return {"kernel": jnp.zeros(shape + (config.hidden_size,)), "bias": jnp.ones(shape)}
-
-
 def forward(
     config: ModelConfig,
     params: Any,
