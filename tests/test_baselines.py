@@ -17,6 +17,7 @@ from ftp_jax.evaluation.judge import Frozen, Judge
 from ftp_jax.evaluation.perplexity import truncated_perplexity
 from ftp_jax.export.artifact import Artifact
 from ftp_jax.inference import Engine, Sampling
+from ftp_jax.inference import engine as engine_module
 from ftp_jax.models.sources import Model
 from ftp_jax.routing import routers
 from ftp_jax.routing.config import RouterConfig, RoutingConfig
@@ -207,7 +208,7 @@ def test_removed_subblocks_equal_the_full_model_with_zeroed_projections(model, c
   assert record["kl"] == pytest.approx(expected.kl.mean(), rel=1e-3)
   assert record["achieved"] == pytest.approx((gone @ [0.4, 0.6]).mean()) == pytest.approx(0.5, abs=0.061)
   attentions = BLOCKS - gone[:, 0].sum()
-  assert record["cache_ratio"] == pytest.approx(attentions / BLOCKS, abs=0.03)  # positions are stored once, not per block
+  assert record["cache_ratio"] == pytest.approx(attentions / BLOCKS, abs=0.03)  # positions are stored once
 
 
 def test_flops_of_removed_subblocks_by_hand(model, calibration):
@@ -223,17 +224,21 @@ def test_flops_of_removed_subblocks_by_hand(model, calibration):
   assert costs.flops == expected and costs.skipped == pytest.approx((2 * 0.4 + 2 * 0.6) / 5)
 
 
-def test_a_trained_artifact_is_measured_alike(model, yardstick, prompts):
+def test_a_trained_artifact_is_measured_alike(model, yardstick, prompts, monkeypatch):
   router = RouterConfig()
   weights = jax.tree.map(lambda a: np.asarray(a) * 3, routers.init_router(router, jax.random.key(1), BLOCKS, 32))
   schedule = (0.0, 0.5, 0.5, 0.25, 0.5)
-  artifact = Artifact("tiny", "", "llama", schedule, RoutingConfig(), router, weights, {}, {"context": 100})
+  made_for, crossover = str(IN_MEMORY), {"context": 10}
+  artifact = Artifact("tiny", made_for, "llama", schedule, RoutingConfig(), router, weights, {}, crossover)
   baseline = baselines.from_artifact(model, artifact)
   judge = Judge(Frozen(CONFIG, model.params), artifact.routing, prompts, 2, 4)
   expected = judge.quality(routers.Router("dynamic", router, weights), np.array(schedule, np.float32))
   found, _ = yardstick.compare(baseline.engine)
   assert_close(found.kl, expected.kl, rtol=1e-3)
   assert baseline.sparsity == 0.35 and baseline.engine.prunes(3)
+  monkeypatch.setattr(engine_module, "fingerprint", str)
+  mixed, _ = yardstick.compare(Engine(model, artifact))  # shorter prompts fall back to the dense model
+  assert_close(mixed.kl, np.where(prompts.context >= 10, found.kl, 0), atol=1e-5)
 
 
 def test_mod_routes_every_other_block():
@@ -244,7 +249,8 @@ def test_mod_routes_every_other_block():
 
 @pytest.fixture(scope="module")
 def trained(model, calibration):
-  return {name: baselines.build(name, model, 0.2, dataclasses.replace(calibration, steps=4)) for name in ("mod", "skipgpt")}
+  calibration = dataclasses.replace(calibration, steps=4)
+  return {name: baselines.build(name, model, 0.2, calibration) for name in ("mod", "skipgpt")}
 
 
 def test_mod_is_what_its_validation_saw(model, trained, calibration):
@@ -279,13 +285,15 @@ def test_skipgpt_gives_the_sparsity_to_the_smallest_margins(model, prompts):
 
 
 def test_skipgpt_learns_what_does_nothing(model, prompts, monkeypatch):
-  monkeypatch.setattr(skipgpt, "LEARNING_RATE", 3e-2)
+  monkeypatch.setattr(skipgpt, "LEARNING_RATE", 3e-3)
   sharp = {**model.params["embed"], "final_norm": {"scale": model.params["embed"]["final_norm"]["scale"] * 30}}
   quiet = model_of({**silenced(model.params, attention=(1,), mlp=(3,)), "embed": sharp})
   calibration = Calibration(prompts, prompts, batch=5, steps=80)
   schedule = np.array(baselines.build("skipgpt", quiet, 0.15, calibration).facts["schedule"])
-  assert min(schedule[1, 0], schedule[3, 1]) > 0.5
-  assert (schedule @ [0.4, 0.6]).mean() == pytest.approx(0.15, abs=0.02)
+  skipped = schedule * [0.4, 0.6] / BLOCKS
+  assert skipped.sum() == pytest.approx(0.15, abs=0.02)
+  # Of the last block's context outputs nothing is used.
+  assert skipped[1, 0] + skipped[3, 1] + skipped[4].sum() > 0.7 * skipped.sum()
 
 
 ALL = ("truncation", "random", "static", "late", "shortgpt", "blockpruner", "mod", "skipgpt")

@@ -201,8 +201,8 @@ def test_baselines_stand_beside_dense(model_directory, tmp_path, monkeypatch):
   smaller = METHODS["shortgpt"].kind("shortgpt", 0.5, 0, load_model(str(model_directory)), facts)
   save_baseline(smaller, tmp_path / "shortgpt")
   found = bench(
-      tmp_path, model_directory, "prefill", *SIZE, "--sparsity=0.25", f"--baseline=truncation,random,{tmp_path}/shortgpt",
-      "--no-torch",
+      tmp_path, model_directory, "prefill", *SIZE, "--sparsity=0.25", "--no-torch",
+      f"--baseline=truncation,random,{tmp_path}/shortgpt",
   )["records"]
   assert [r["method"] for r in found] == ["dense", "ftp", "truncation", "random", "shortgpt"]
   cost = lambda blocks, tokens: prefill_flops(

@@ -26,7 +26,9 @@ QWEN = tiny.config(qkv_bias=True, qk_norm=True)
 NONE = ((False, False),) * 4
 CASES = {  # model, removed, schedule
     "removed": (GQA, ((False, True), (True, False), (True, True), (False, False)), None),
-    "late attention removed": (WINDOW, ((True, False), (False, False), (True, False), (True, True), (True, False)), None),
+    "late attention removed": (
+        WINDOW, ((True, False), (False, False), (True, False), (True, True), (True, False)), None,
+    ),
     "routed": (GQA, NONE, [(0, 0.5), (0.5, 0.25), (0.25, 0), (0.5, 0.5)]),
     "routed, many buckets": (QWEN, NONE, [(0.9, 0.1), (0.2, 0.8), (0.3, 0.7), (0.6, 0.4)]),
     "routed and removed": (

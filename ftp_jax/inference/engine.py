@@ -136,6 +136,7 @@ class Engine:
     )
     self.execution, self.crossover = self._dense, None
     if execution is not None:
+      assert artifact is None
       spec = dataclasses.replace(execution.spec, dtype=DTYPES[dtype], attention=attention)
       self.execution = Execution(spec, execution.weights)
     if artifact is None:

@@ -29,4 +29,5 @@ def evaluate(
     windows: Prompts | None, seed: int = 0, **options,
 ) -> dict[str, Any]:  # fmt: skip
   """`Yardstick.record` of `baseline_at`."""
-  return yardstick.record(baseline_at(directory, name, yardstick.model, sparsity, calibration, seed, **options), windows)
+  baseline = baseline_at(directory, name, yardstick.model, sparsity, calibration, seed, **options)
+  return yardstick.record(baseline, windows)

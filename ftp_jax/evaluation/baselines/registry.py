@@ -129,10 +129,11 @@ def load(directory: str | os.PathLike, model: Model, **options) -> Baseline:
     found = fingerprint(model.directory)
     if made_for != found:
       raise UserError(
-          f"{directory} was made for a model with fingerprint {made_for}, but this one has {found}; load the base model "
-          "it belongs to."
+          f"{directory} was made for a model with fingerprint {made_for}, but this one has {found}; load the base "
+          "model it belongs to."
       )
-    return _method(name).kind(name, described["sparsity"], described["seed"], model, described["facts"], arrays, options)
+    own = described["sparsity"], described["seed"], model, described["facts"]
+    return _method(name).kind(name, *own, arrays, options)
   except KeyError as error:
     raise UserError(f"{path} is incomplete ({error}); build the baseline again.") from None
 

@@ -29,20 +29,20 @@ from ftp_jax.routing.selection import forced_tokens
 from ftp_jax.training import losses
 
 LEARNING_RATE, CLIP = 1e-3, 1.0
-PENALTY = 8.0  # nats for skipping a share of 1 too little or too much
+PENALTY = 4.0  # nats for skipping a share of 1 too little or too much
 _FIRST_BIAS = 2.0  # sigmoid(-2): the share that skips before the first step, 12 %
 _MOST = 0.999  # sparsity of a sub-block: the forced tokens stay
-_ROUNDS = 4  # of setting the threshold; margins move when routes do
+_ROUNDS = 2  # of setting the threshold; margins move when routes do
 
 
 def calibrate(model: Frozen, sparsity: float, calibration: Calibration, seed: int) -> tuple[dict[str, Any], Any]:
-  """Facts of a `Subblocks` and the router's parameters: those of the best validation of four."""
+  """Facts of a `Subblocks` and the router's parameters: those of the best of two validations."""
   shape = (model.config.num_blocks, 2)
   router = {"kernel": jnp.zeros(shape + (model.config.hidden_size,)), "bias": jnp.full(shape, _FIRST_BIAS)}
   optimizer = optax.chain(
       optax.clip_by_global_norm(CLIP), optax.adam(optax.cosine_decay_schedule(LEARNING_RATE, calibration.steps, 0.1))
   )
-  state, best, every = optimizer.init(router), None, max(1, calibration.steps // 4)
+  state, best, every = optimizer.init(router), None, max(1, calibration.steps // 2)
   prompts, num_scored = calibration.prompts, calibration.num_scored
   step = jax.jit(functools.partial(_step, model.config, optimizer, num_scored, model.dtype))
   bar = tqdm.tqdm(range(calibration.steps + 1), desc="SkipGPT: training", mininterval=0.5)
