@@ -12,7 +12,7 @@ import pytest
 from ftp_jax.data.prompts import Prompts, pack, take
 from ftp_jax.errors import UserError
 from ftp_jax.evaluation import baselines, flops, methods
-from ftp_jax.evaluation.baselines import Calibration, Yardstick, blockpruner, mod, registry, skipgpt, subblocks
+from ftp_jax.evaluation.baselines import Calibration, Yardstick, blockpruner, cells, mod, registry, skipgpt, subblocks
 from ftp_jax.evaluation.judge import Frozen, Judge
 from ftp_jax.evaluation.perplexity import truncated_perplexity
 from ftp_jax.export.artifact import Artifact
@@ -306,6 +306,13 @@ def test_saved_and_loaded_gives_identical_scores(name, model, calibration, train
   loaded = baselines.load(tmp_path, model)
   assert (loaded.name, loaded.sparsity, loaded.seed) == (name, baseline.sparsity, baseline.seed)
   np.testing.assert_array_equal(scores(loaded.engine), scores(baseline.engine))
+
+
+def test_a_cell_is_built_once(model, yardstick, calibration, tmp_path, monkeypatch):
+  first = cells.evaluate(tmp_path / "cell", "shortgpt", yardstick, 0.4, calibration, None)
+  assert first["method"] == "shortgpt" and first["achieved"] == pytest.approx(0.4) and first["perplexity"] is None
+  monkeypatch.setattr(cells, "build", None)
+  assert cells.evaluate(tmp_path / "cell", "shortgpt", yardstick, 0.4, None, None) == first
 
 
 def test_mistakes_name_the_fix(model, calibration, tmp_path):
