@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ftp_jax.data.prompts import Prompts, pack, take
+from ftp_jax.data.prompts import Prompts, pack
 from ftp_jax.errors import UserError
 from ftp_jax.evaluation import baselines, flops, methods
 from ftp_jax.evaluation.baselines import Calibration, Yardstick, blockpruner, cells, mod, registry, skipgpt, subblocks
@@ -67,7 +67,7 @@ def windows():
 
 @pytest.fixture(scope="module")
 def calibration(prompts):
-  return Calibration(prompts, take(prompts, [0, 1]), batch=2)
+  return Calibration(prompts, prompts, batch=2)
 
 
 @pytest.fixture(scope="module")
@@ -253,20 +253,19 @@ def trained(model, calibration):
   return {name: baselines.build(name, model, 0.2, calibration) for name in ("mod", "skipgpt")}
 
 
-def test_mod_is_what_its_validation_saw(model, trained, calibration):
+def test_mod_is_what_its_validation_saw(yardstick, trained):
   baseline = trained["mod"]
   assert baseline.facts["schedule"] == [0, 0.5, 0, 0.5, 0] and baseline.facts["routing"]["kv_mode"] == "evict"
-  found, (prefix,) = Yardstick(model, calibration.validation, 2).compare(baseline.engine)
+  found, (prefix, *_) = yardstick.compare(baseline.engine)
   assert found.kl.mean() == pytest.approx(baseline.facts["validation_kl"], rel=1e-3)
   keep = np.asarray(prefix.groups[0].prefilled.cache.keep_LxBxT)[:, 0, :12]
   assert keep.sum(axis=1).tolist() == [12, 6, 12, 6, 12]
 
 
-def test_skipgpt_is_what_its_validation_saw(model, trained, calibration, windows, prompts):
+def test_skipgpt_is_what_its_validation_saw(yardstick, trained, windows):
   baseline = trained["skipgpt"]
-  found, _ = Yardstick(model, calibration.validation, 2).compare(baseline.engine)
-  assert found.kl.mean() == pytest.approx(baseline.facts["validation_kl"], rel=1e-3)
-  record = Yardstick(model, prompts, 2).record(baseline, windows)
+  record = yardstick.record(baseline, windows)
+  assert record["kl"] == pytest.approx(baseline.facts["validation_kl"], rel=1e-3)
   assert record["achieved"] == pytest.approx(0.2, abs=0.05)  # capacities are whole tokens of short contexts
   assert record["cache_ratio"] == pytest.approx(1, abs=0.04) and record["perplexity"] > 1
 

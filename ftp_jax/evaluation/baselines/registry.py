@@ -35,7 +35,6 @@ class Method:
   kind: type[Baseline]
   calibrate: Callable[[Frozen, float, Calibration | None, int], tuple[dict[str, Any], Any]]
   calibrated: bool = False
-  seeded: bool = False
 
 
 def _uniform(router: str):
@@ -56,13 +55,13 @@ def _late(model: Frozen, sparsity: float, calibration, seed):
 METHODS = {
     "dense": Method(Smaller, lambda *_: ({"removed": []}, {})),
     "truncation": Method(Truncation, lambda *_: ({}, {})),
-    "random": Method(Routed, _uniform("random"), seeded=True),
+    "random": Method(Routed, _uniform("random")),
     "static": Method(Routed, _uniform("static")),
     "late": Method(Routed, _late),
     "shortgpt": Method(Smaller, shortgpt.calibrate, calibrated=True),
     "blockpruner": Method(Subblocks, blockpruner.calibrate, calibrated=True),
-    "mod": Method(Routed, mod.calibrate, calibrated=True, seeded=True),
-    "skipgpt": Method(Subblocks, skipgpt.calibrate, calibrated=True, seeded=True),
+    "mod": Method(Routed, mod.calibrate, calibrated=True),
+    "skipgpt": Method(Subblocks, skipgpt.calibrate, calibrated=True),
 }
 
 
