@@ -119,6 +119,7 @@ def _parser() -> argparse.ArgumentParser:
   bench.add_argument("--model", default="smollm2-135m", help="any model source (default: smollm2-135m)")
   for name, metavar, summary in (
       ("artifact", "DIR", "schedule, router and kv mode of a trained artifact, in place of a built-in schedule"),
+      ("baseline", "NAME|DIR[,..]", "prefill: also measure saved baselines, or truncation, random, static, late"),
       ("context", "N[,N]", "context lengths (default: 512,2048; crossover: 64 to 2048)"),
       ("batch", "N[,N]", "rows (default: 1)"),
       ("sparsity", "S[,S]", "mean sparsities of the built-in schedules (default: 0.3,0.5)"),

@@ -13,6 +13,8 @@ import pytest
 from ftp_jax import cli
 from ftp_jax.bench import cases, command, compiling, crossover, overhead, records, settings, timing, torch_dense
 from ftp_jax.errors import UserError
+from ftp_jax.evaluation.baselines import METHODS
+from ftp_jax.evaluation.baselines import save as save_baseline
 from ftp_jax.evaluation.flops import prefill_flops
 from ftp_jax.export import artifact as artifacts
 from ftp_jax.export.artifact import Artifact
@@ -194,6 +196,25 @@ def test_an_artifact_replaces_the_built_in_schedules(model_directory, artifact_d
   assert "--sparsity is not used" in capsys.readouterr().out
 
 
+def test_baselines_stand_beside_dense(model_directory, tmp_path, monkeypatch):
+  facts = {"removed": [1, 2]}
+  smaller = METHODS["shortgpt"].kind("shortgpt", 0.5, 0, load_model(str(model_directory)), facts)
+  save_baseline(smaller, tmp_path / "shortgpt")
+  found = bench(
+      tmp_path, model_directory, "prefill", *SIZE, "--sparsity=0.25", "--no-torch",
+      f"--baseline=truncation,random,{tmp_path}/shortgpt",
+  )["records"]
+  assert [r["method"] for r in found] == ["dense", "ftp", "truncation", "random", "shortgpt"]
+  cost = lambda blocks, tokens: prefill_flops(
+      tiny.config(num_blocks=blocks, vocab_size=len(byte_tokenizer())), np.ones((blocks, tokens)), tokens, "project"
+  )
+  _, _, truncation, chance, shortgpt = found
+  assert truncation["ideal_speedup"] == pytest.approx(cost(4, 16) / cost(4, 12))
+  assert shortgpt["ideal_speedup"] == pytest.approx(cost(4, 16) / cost(2, 16))
+  assert [r["achieved_sparsity"] for r in (truncation, chance, shortgpt)] == [0.25, 0.25, 0.5]
+  assert all(set(r) >= KEYS for r in found) and shortgpt["sparsity"] == 0.5
+
+
 def test_torch_runs_the_same_model(model_directory):
   model = load_model(str(model_directory))
   tokens = cases.random_tokens(model, 3, 16)
@@ -344,6 +365,7 @@ def test_without_torch_its_rows_are_left_out(model_directory, tmp_path, capsys, 
         (["compile", "--plot=b.png"], ["leave out --plot"]),
         (["crossover"], ["--artifact=DIR"]),
         (["crossover", "--artifact=here", "--batch=1,2"], ["single --batch"]),
+        (["decode", "--baseline=late"], ["bench decode", "bench prefill"]),
         (["prefill", "--depth=3"], ["--depth=3", "--help"]),
     ],
 )
@@ -357,6 +379,7 @@ def test_mistakes_that_the_model_shows(capsys, model_directory, artifact_directo
   model = f"--model={model_directory}"
   assert "--context=64" in mistake(capsys, "prefill", model, "--context=65")
   assert "--context=32" in mistake(capsys, "decode", model, "--context=64")  # 32 steps follow
+  assert "static, late" in mistake(capsys, "prefill", model, "--context=16", "--no-torch", "--baseline=shortgpt")
   described = json.loads((artifact_directory / "ftp_config.json").read_text())
   (artifact_directory / "ftp_config.json").write_text(json.dumps(described | {"fingerprint": "0" * 16}))
   assert "fingerprint" in mistake(capsys, "prefill", model, "--context=16", f"--artifact={artifact_directory}")

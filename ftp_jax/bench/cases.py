@@ -18,7 +18,7 @@ from ftp_jax.inference.programs import Spec, Weights
 from ftp_jax.models.sources import DTYPES, Model
 from ftp_jax.routing.bucketed import Prefilled
 from ftp_jax.routing.config import RouterConfig, RoutingConfig
-from ftp_jax.routing.plan import MAX_BUCKETS, Plan, make_plan
+from ftp_jax.routing.plan import MAX_BUCKETS, Plan
 from ftp_jax.routing.routers import STATIC, Router, init_router
 from ftp_jax.search import schedule as schedules
 
@@ -46,7 +46,7 @@ class Case:
     )
 
   def plan(self, num_positions: int, max_buckets: int = MAX_BUCKETS) -> Plan:
-    return make_plan(np.asarray(self.weights.schedule_L), num_positions, self.spec.routing, max_buckets)
+    return self.spec.plan(self.weights, num_positions, max_buckets)
 
   def replace(self, method: str, router: Router, schedule_L=None, **labels) -> "Case":
     """The same under another name, with another router, and another schedule where one is given."""

@@ -59,5 +59,5 @@ def _draw(records):
 
 def _label(record: dict[str, Any]) -> str:
   if not record["shape"]:
-    return record["method"]
+    return record["method"] + (f", S = {record['sparsity']:.2f}" if record["sparsity"] else "")
   return f"{record['shape']}, {record['kv']}, S = {record['sparsity']:.2f}"

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from ftp_jax.bench import records
+from ftp_jax.bench import baselines, records
 from ftp_jax.bench.cases import Case, Prefill, dense, random_tokens
 from ftp_jax.bench.settings import Settings
 from ftp_jax.bench.timing import interleave
@@ -23,11 +23,12 @@ class _TorchPrefill:
 
 
 def bench(model: Model, cases: Sequence[Case], settings: Settings, torch: TorchDense | None) -> list[dict[str, Any]]:
-  """Records of every batch and context: dense, torch_dense where there is torch, then the cases."""
-  found = []
+  """Records of every batch and context: dense, torch_dense where there is torch, the cases, then the baselines."""
+  found, others = [], baselines.chosen(model, settings)
   for batch, context in itertools.product(settings.batch, settings.context):
     tokens = random_tokens(model, batch, context)
     methods: list[Any] = [Prefill(case, tokens) for case in (dense(model, settings.dtype), *cases)]
+    methods += [baselines.BaselinePrefill(baseline, tokens) for baseline in others]
     if torch:
       methods.insert(1, _TorchPrefill(torch, tokens))
     seconds = interleave(methods, settings.runs, f"{settings.kind} context {context} batch {batch}")

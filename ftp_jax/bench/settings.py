@@ -12,6 +12,7 @@ from ftp_jax.routing.config import KV_MODES
 KINDS = ("prefill", "decode", "overhead", "compile", "crossover")
 PLOTTED = ("prefill", "decode", "crossover")
 WITH_TORCH = ("prefill", "decode")
+WITH_BASELINES = ("prefill",)
 SHAPES = ("middle", "late")
 ROUTERS = ("static", "dynamic")
 MAX_SPARSITY = 0.975  # of a block in the built-in schedules
@@ -30,6 +31,7 @@ class Settings:
     runs: measurements of each method.
     steps: decode steps of one measurement.
     artifact: replaces the built-in schedules.
+    baseline: directories of saved baselines, or names of those that need no calibration, at every sparsity.
     torch: also measure transformers on torch.
     json, plot: files to write.
   """
@@ -46,6 +48,7 @@ class Settings:
   steps: int
   dtype: str
   artifact: str | None
+  baseline: tuple[str, ...]
   torch: bool
   json: pathlib.Path | None
   plot: pathlib.Path | None
@@ -84,6 +87,8 @@ def read(arguments: argparse.Namespace) -> Settings:
         f"--sparsity={sparsity[-1]:g} is out of reach; choose one between 0 and {MAX_SPARSITY}, the most that a block "
         "skips here."
     )
+  if arguments.baseline and kind not in WITH_BASELINES:
+    raise UserError(f"bench {kind} measures no baselines; use --baseline with bench prefill.")
   json = pathlib.Path(arguments.json) if arguments.json else None
   plot = pathlib.Path(arguments.plot) if arguments.plot else None
   if plot and kind not in PLOTTED:
@@ -112,6 +117,7 @@ def read(arguments: argparse.Namespace) -> Settings:
       steps=_number("steps", value("steps", "32")),
       dtype=_one_of(value("dtype", "float32"), "--dtype", tuple(DTYPES)),
       artifact=arguments.artifact,
+      baseline=tuple(dict.fromkeys(arguments.baseline.split(","))) if arguments.baseline else (),
       torch=arguments.torch and kind in WITH_TORCH,
       json=json,
       plot=plot,

@@ -12,29 +12,39 @@ from ftp_jax.models.config import ModelConfig
 from ftp_jax.routing.config import RouterConfig
 
 
+def computed_flops(config: ModelConfig, query_LxT: np.ndarray, mlp_LxT: np.ndarray, key_LxT: np.ndarray) -> float:
+  """FLOPs of a prefill that computes just these tokens, and the output head for one.
+
+  Args:
+    query_LxT, mlp_LxT, key_LxT: tokens of the context with a query (and an attended value), with an MLP, and with a
+      key and value in each block, boolean.
+  """
+  width, head = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+  num_positions = np.shape(query_LxT)[1]
+  total = 2.0 * config.hidden_size * config.vocab_size
+  total += 4 * config.hidden_size * width * np.sum(query_LxT) + 4 * config.hidden_size * head * np.sum(key_LxT)
+  total += 6 * config.hidden_size * config.intermediate_size * np.sum(mlp_LxT)
+  for query, key in zip(np.asarray(query_LxT, bool), key_LxT):
+    visible = np.cumsum(key)
+    if config.sliding_window:
+      first = np.maximum(np.arange(num_positions) + 1 - config.sliding_window, 0)
+      visible = visible - np.concatenate([[0], visible])[first]
+    total += 4 * width * visible[query].sum()
+  return float(total)
+
+
 def prefill_flops(
     config: ModelConfig, keep_LxT: np.ndarray, context: int, kv_mode: str, router: RouterConfig | None = None
 ) -> float:
   """FLOPs to prefill one context of `context` tokens under the routes keep_LxT (boolean)."""
-  width, head = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-  per_token = 4 * config.hidden_size * width + 6 * config.hidden_size * config.intermediate_size
-  per_key = 4 * config.hidden_size * head
-  per_pair = 4 * width
-  total = 2.0 * config.hidden_size * config.vocab_size
-  for i, keep in enumerate(np.asarray(keep_LxT)[:, :context]):
-    has_key = keep if kv_mode == "evict" else np.ones_like(keep)
-    visible = np.cumsum(has_key)
-    if config.sliding_window:
-      before = np.concatenate([[0], visible])[np.maximum(np.arange(context) + 1 - config.sliding_window, 0)]
-      visible = visible - before
-    computed = keep.copy()
-    if i == config.num_blocks - 1:
-      computed[: context - 1] = False
-    total += per_token * computed.sum() + per_key * has_key.sum() + per_pair * visible[computed].sum()
-    if router is not None and not keep.all():
-      inputs = len(router.factors) + router.hidden_states * config.hidden_size
-      inputs += router.hidden_size * (router.kind == "recurrent")
-      total += 2.0 * context * router.hidden_size * (inputs + 2)
+  keep_LxT = np.asarray(keep_LxT, bool)[:, :context]
+  computed = keep_LxT.copy()
+  computed[-1, : context - 1] = False
+  total = computed_flops(config, computed, computed, keep_LxT if kv_mode == "evict" else np.ones_like(keep_LxT))
+  if router is not None:
+    inputs = len(router.factors) + router.hidden_states * config.hidden_size
+    inputs += router.hidden_size * (router.kind == "recurrent")
+    total += 2.0 * context * router.hidden_size * (inputs + 2) * np.sum(~keep_LxT.all(axis=1))
   return total
 
 

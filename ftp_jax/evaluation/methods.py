@@ -16,13 +16,19 @@ from ftp_jax.evaluation.perplexity import routed_perplexity, truncated_perplexit
 from ftp_jax.routing import routers
 
 
+def truncated(context: int, sparsity: float) -> np.ndarray:
+  """Positions that truncation keeps of a context: the first and the latest, ceil((1 - S) m) in all, at least 2."""
+  kept = min(max(int(np.ceil((1 - sparsity) * context - 1e-3)), 2), int(context))
+  return np.r_[0, context - kept + 1 : context]
+
+
 def truncate(prompts: Prompts, sparsity: float) -> Prompts:
-  """Keeps the first and the latest context tokens, ceil((1 - S) m) in all, and the whole continuation."""
+  """Truncates every context and keeps the whole continuation."""
   tokens, context, length = np.zeros_like(prompts.tokens), prompts.context.copy(), prompts.length.copy()
   for n, (m, end) in enumerate(zip(prompts.context, prompts.length)):
-    kept = min(max(int(np.ceil((1 - sparsity) * m - 1e-3)), 2), int(m))
-    rows = np.r_[0, m - kept + 1 : end]
-    tokens[n, : len(rows)], context[n], length[n] = prompts.tokens[n, rows], kept, len(rows)
+    kept = truncated(m, sparsity)
+    rows = np.r_[kept, m:end]
+    tokens[n, : len(rows)], context[n], length[n] = prompts.tokens[n, rows], len(kept), len(rows)
   return Prompts(tokens, context, length)
 
 

@@ -17,7 +17,7 @@ from ftp_jax.routing.config import RoutingConfig
 _CHUNK = 64  # positions whose logits exist at once
 
 
-def _nll(config, params, tokens, length, hidden):
+def summed_nll(config, params, tokens, length, hidden):
   """Sum of negative log-likelihoods (nats) of tokens 1..n-1, a chunk of positions at a time."""
   batch, num_positions = tokens.shape
   chunks = -(-(num_positions - 1) // _CHUNK)
@@ -39,7 +39,7 @@ def _nll(config, params, tokens, length, hidden):
 def _routed(config, routing, params, router, rows, schedule, *, dtype):
   out = masked.forward(config, routing, params, router, *rows, schedule, dtype=dtype)
   computed = jnp.sum(out.keep_LxBxT)
-  return _nll(config, params, rows.tokens, rows.length, out.hidden_BxTxD), computed
+  return summed_nll(config, params, rows.tokens, rows.length, out.hidden_BxTxD), computed
 
 
 @functools.partial(jax.jit, static_argnames=("config", "dtype"))
@@ -48,10 +48,11 @@ def _truncated(config, params, rows, sparsity, *, dtype):
   window = jnp.ceil((1 - sparsity) * (t + 1) - 1e-3)[:, None]
   recent = (t[:, None] - t[None, :] < window - 1) | (t[None, :] == t[:, None]) | (t[None, :] == 0)
   hidden = decoder.forward(config, params, rows.tokens, rows.length, dtype=dtype, visible_TxT=recent)
-  return _nll(config, params, rows.tokens, rows.length, hidden)
+  return summed_nll(config, params, rows.tokens, rows.length, hidden)
 
 
-def _finish(total: float, windows: Prompts) -> float:
+def perplexity_of(total: float, windows: Prompts) -> float:
+  """Of a `summed_nll` over all windows."""
   return float(np.exp(total / np.sum(windows.length - 1)))
 
 
@@ -71,7 +72,7 @@ def routed_perplexity(
         model.config, routing, model.params, router, rows, jnp.asarray(schedule_L, jnp.float32), dtype=model.dtype
     )
     total, computed = total + float(nll), computed + int(kept) - int((weight == 0).sum()) * model.config.num_blocks
-  return _finish(total, windows), 1 - computed / (model.config.num_blocks * int(np.sum(windows.length)))
+  return perplexity_of(total, windows), 1 - computed / (model.config.num_blocks * int(np.sum(windows.length)))
 
 
 def truncated_perplexity(model: Frozen, sparsity: float, windows: Prompts, batch: int) -> float:
@@ -80,4 +81,4 @@ def truncated_perplexity(model: Frozen, sparsity: float, windows: Prompts, batch
   for rows, weight in batches(windows, batch):
     rows = rows._replace(length=np.where(weight > 0, rows.length, 1).astype(np.int32))
     total += float(_truncated(model.config, model.params, rows, jnp.float32(sparsity), dtype=model.dtype))
-  return _finish(total, windows)
+  return perplexity_of(total, windows)

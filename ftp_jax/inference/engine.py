@@ -23,7 +23,7 @@ from ftp_jax.errors import UserError
 from ftp_jax.export.artifact import Artifact
 from ftp_jax.export.artifact import load as load_artifact
 from ftp_jax.inference import programs
-from ftp_jax.inference.programs import Spec, Stream, Weights
+from ftp_jax.inference.programs import Execution, Spec, Stream, Weights
 from ftp_jax.inference.sampling import Sampling
 from ftp_jax.models.huggingface import fingerprint
 from ftp_jax.models.kernels import IMPLEMENTATIONS
@@ -32,7 +32,7 @@ from ftp_jax.routing import routers
 from ftp_jax.routing.bucketed import Prefilled
 from ftp_jax.routing.cache import empty_recent
 from ftp_jax.routing.config import RoutingConfig
-from ftp_jax.routing.plan import MAX_BUCKETS, Plan, make_plan
+from ftp_jax.routing.plan import MAX_BUCKETS, Plan
 
 FALLBACKS = ("auto", "never", "always")
 _STEPS = 16  # decode steps between two looks of the host, where nothing is streamed
@@ -90,11 +90,12 @@ class Prefix:
 
 
 class Engine:
-  """A frozen model, dense or pruned by an artifact.
+  """A frozen model, dense or pruned by an artifact or another execution.
 
   Attributes:
     model: the base model.
     artifact: what prunes it, or None.
+    execution: how prompts are run that are not computed densely; the dense one where nothing prunes.
     crossover: context length from which pruning was measured to pay; None if it was not measured.
   """
 
@@ -103,6 +104,7 @@ class Engine:
       model: Model,
       artifact: Artifact | None = None,
       *,
+      execution: Execution | None = None,
       dtype: str = "float32",
       fallback: str = "auto",
       attention: str = "auto",
@@ -114,6 +116,7 @@ class Engine:
     """
     Args:
       model, artifact: which belong together; their fingerprints are compared.
+      execution: what prunes the model in place of an artifact, with weights of this model.
       dtype: of the computation, "float32" or "bfloat16".
       fallback: `auto` computes prompts shorter than the artifact's crossover densely (all are pruned where none was
         measured), `never` prunes all, `always` none.
@@ -128,10 +131,14 @@ class Engine:
     self.model, self.artifact = model, artifact
     self.fallback, self.max_buckets, self.buckets = fallback, max_buckets, buckets
     zeros = jnp.zeros(model.config.num_blocks)
-    self._dense = (
+    self._dense = Execution(
         Spec(model.config, RoutingConfig(), DTYPES[dtype], attention), Weights(model.params, routers.STATIC, zeros)
-    )  # fmt: skip
-    self._pruned, self.crossover = None, None
+    )
+    self.execution, self.crossover = self._dense, None
+    if execution is not None:
+      assert artifact is None
+      spec = dataclasses.replace(execution.spec, dtype=DTYPES[dtype], attention=attention)
+      self.execution = Execution(spec, execution.weights)
     if artifact is None:
       return
     found = fingerprint(model.directory)
@@ -144,7 +151,8 @@ class Engine:
     routing = dataclasses.replace(artifact.routing, **{k: v for k, v in changes.items() if v is not None})
     router = routers.Router("dynamic", artifact.router, jax.tree.map(jnp.asarray, artifact.params))
     schedule = jnp.asarray(artifact.schedule, jnp.float32)
-    self._pruned = dataclasses.replace(self._dense[0], routing=routing), Weights(model.params, router, schedule)
+    spec = dataclasses.replace(self._dense.spec, routing=routing)
+    self.execution = Execution(spec, Weights(model.params, router, schedule))
     if artifact.crossover:  # never faster: no prompt is long enough
       never = model.config.max_positions + 1
       self.crossover = never if artifact.crossover["context"] is None else artifact.crossover["context"]
@@ -191,7 +199,7 @@ class Engine:
 
   def prunes(self, length: int) -> bool:
     """Whether a prompt of `length` tokens is pruned."""
-    if self._pruned is None or self.fallback == "always":
+    if self.execution is self._dense or self.fallback == "always":
       return False
     return self.fallback == "never" or self.crossover is None or length >= self.crossover
 
@@ -203,7 +211,7 @@ class Engine:
     """
     self.check(prompts)
     groups = []
-    for pruned, execution in ((True, self._pruned), (False, self._dense)):
+    for pruned, execution in ((True, self.execution), (False, self._dense)):
       index = tuple(i for i, prompt in enumerate(prompts) if self.prunes(len(prompt)) == pruned)
       if index:
         groups.append(self._prefill(*execution, index, [prompts[i] for i in index]))
@@ -211,10 +219,7 @@ class Engine:
 
   def _prefill(self, spec: Spec, weights: Weights, index, prompts) -> Group:
     length = padded_length(max(map(len, prompts)), self.model.config.max_positions)
-    dense = weights is self._dense[1]
-    plan = make_plan(
-        np.asarray(weights.schedule_L), length, spec.routing, self.max_buckets, None if dense else self.buckets
-    )
+    plan = spec.plan(weights, length, self.max_buckets, None if spec is self._dense.spec else self.buckets)
     tokens = np.zeros((len(prompts), length), np.int32)
     for row, prompt in zip(tokens, prompts):
       row[: len(prompt)] = prompt

@@ -1,15 +1,18 @@
 """The compiled programs of inference: prefill, decode loop, scores. Pure functions of arrays, jitted once a shape.
 
 A `Spec` is everything static about them but the plan: a dense model is the spec of a static router under
-the schedule 0, so that dense and pruned inference run the same code.
+the schedule 0, so that dense and pruned inference run the same code. Another way to run a model is a subclass with
+its own `plan`, `prefill` and `extend`.
 """
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ftp_jax.inference.sampling import Sampling, sample
 from ftp_jax.models import decoder
@@ -17,8 +20,16 @@ from ftp_jax.models.config import ModelConfig
 from ftp_jax.routing import bucketed, decode
 from ftp_jax.routing.cache import Cache, Recent
 from ftp_jax.routing.config import RoutingConfig
-from ftp_jax.routing.plan import Plan
+from ftp_jax.routing.plan import MAX_BUCKETS, Plan, make_plan
 from ftp_jax.routing.routers import Router
+
+
+class Weights(NamedTuple):
+  """Arrays that every program reads: the frozen model, the router and its schedule (L)."""
+
+  params: Any
+  router: Router
+  schedule_L: jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,13 +41,29 @@ class Spec:
   dtype: Any = jnp.float32
   attention: str = "auto"
 
+  def plan(
+      self, weights: Weights, num_positions: int, max_buckets: int = MAX_BUCKETS, buckets: Sequence[int] | None = None
+  ) -> Plan:
+    """Static shapes for contexts of up to `num_positions` tokens; see `routing.plan.make_plan`."""
+    return make_plan(np.asarray(weights.schedule_L), num_positions, self.routing, max_buckets, buckets)
 
-class Weights(NamedTuple):
-  """Arrays that every program reads: the frozen model, the router and its schedule (L)."""
+  def prefill(self, plan: Plan, weights: Weights, tokens_BxT: jax.Array, context_B: jax.Array) -> bucketed.Prefilled:
+    return bucketed.prefill(
+        self.model, self.routing, plan, *weights[:2], tokens_BxT, context_B, weights.schedule_L, dtype=self.dtype,
+        attention=self.attention,
+    )
 
-  params: Any
-  router: Router
-  schedule_L: jax.Array
+  def extend(self, plan: Plan, weights: Weights, cache: Cache, recent: Recent, tokens_BxC) -> decode.Extended:
+    return decode.extend(
+        self.model, self.routing, plan, *weights[:2], cache, recent, tokens_BxC, weights.schedule_L, dtype=self.dtype
+    )
+
+
+class Execution(NamedTuple):
+  """How a model runs prompts: what is static, and the arrays."""
+
+  spec: Spec
+  weights: Weights
 
 
 class Stream(NamedTuple):
@@ -57,17 +84,8 @@ class Stream(NamedTuple):
 
 @functools.partial(jax.jit, static_argnames=("spec", "plan"))
 def prefill(spec: Spec, plan: Plan, weights: Weights, tokens_BxT: jax.Array, context_B: jax.Array):
-  """`bucketed.prefill` of a batch of contexts."""
-  return bucketed.prefill(
-      spec.model, spec.routing, plan, *weights[:2], tokens_BxT, context_B, weights.schedule_L, dtype=spec.dtype,
-      attention=spec.attention,
-  )
-
-
-def _extend(spec: Spec, plan: Plan, weights: Weights, cache: Cache, recent: Recent, tokens_BxC):
-  return decode.extend(
-      spec.model, spec.routing, plan, *weights[:2], cache, recent, tokens_BxC, weights.schedule_L, dtype=spec.dtype
-  )
+  """`Spec.prefill` of a batch of contexts."""
+  return spec.prefill(plan, weights, tokens_BxT, context_B)
 
 
 @functools.partial(jax.jit, static_argnames="sampling")
@@ -94,7 +112,7 @@ def decode_steps(
 
   def step(carry):
     stream, tokens, count = carry
-    out = _extend(spec, plan, weights, cache, stream.recent, stream.token_B[:, None])
+    out = spec.extend(plan, weights, cache, stream.recent, stream.token_B[:, None])
     logits = decoder.unembed(spec.model, weights.params, out.hidden_BxCxD[:, 0])
     token_B = sample(sampling, logits, seed_B, stream.step)
     done_B = stream.done_B | jnp.any(token_B[:, None] == stop_K[None], axis=1)
@@ -103,6 +121,22 @@ def decode_steps(
 
   tokens = jnp.zeros(stream.recent.computed_LxBxM.shape[1:], jnp.int32)
   return jax.lax.while_loop(more, step, (stream, tokens, jnp.zeros((), jnp.int32)))
+
+
+def continuation_logits(
+    spec: Spec, plan: Plan, weights: Weights, cache: Cache, recent: Recent, logits_BxV, tokens_BxC
+) -> jax.Array:
+  """Logits (B,C,V) that predict each token of a continuation, teacher forced.
+
+  Args:
+    logits_BxV: after each row's context.
+    tokens_BxC: right-padded continuations; `recent` is empty and has room for all but the last token.
+  """
+  logits = logits_BxV[:, None]
+  if tokens_BxC.shape[1] == 1:
+    return logits
+  out = spec.extend(plan, weights, cache, recent, tokens_BxC[:, :-1])
+  return jnp.concatenate([logits, decoder.unembed(spec.model, weights.params, out.hidden_BxCxD)], axis=1)
 
 
 @functools.partial(jax.jit, static_argnames=("spec", "plan"))
@@ -117,11 +151,7 @@ def score(spec: Spec, plan: Plan, weights: Weights, cache: Cache, recent: Recent
   Returns:
     (logprob_BxC, greedy_BxC): of each token, and whether it was the most likely; 0 and False at padding.
   """
-  batch, num_tokens = tokens_BxC.shape
-  logits = logits_BxV[:, None]
-  if num_tokens > 1:
-    out = _extend(spec, plan, weights, cache, recent, tokens_BxC[:, :-1])
-    logits = jnp.concatenate([logits, decoder.unembed(spec.model, weights.params, out.hidden_BxCxD)], axis=1)
-  valid = jnp.arange(num_tokens)[None] < length_B[:, None]
+  logits = continuation_logits(spec, plan, weights, cache, recent, logits_BxV, tokens_BxC)
+  valid = jnp.arange(tokens_BxC.shape[1])[None] < length_B[:, None]
   logprob = jnp.take_along_axis(jax.nn.log_softmax(logits), tokens_BxC[:, :, None], axis=2)[..., 0]
   return jnp.where(valid, logprob, 0.0), valid & (jnp.argmax(logits, axis=-1) == tokens_BxC)

@@ -5,6 +5,7 @@ which gradients reach a gate. `attend_positions` is told where queries and keys 
 tiles, with memory independent of the product of their numbers: the form of every prefill that has
 to be fast. Its implementations are XLA here and, in `kernels`, cuDNN on GPU and splash on TPU.
 `attention_rows` gives the probabilities of a few query rows, which no fused kernel returns.
+`attend_cached` is the form of a few new tokens over a cache.
 """
 
 import functools
@@ -77,6 +78,40 @@ def visible(query_BxT: jax.Array, key_BxS: jax.Array, window: int | None) -> jax
   if window:
     mask &= query_BxT[:, :, None] - key_BxS[:, None, :] < window
   return mask
+
+
+def attend_cached(
+    q_BxCxHxN: jax.Array,
+    k_BxGxNxS: jax.Array,
+    v_BxGxSxN: jax.Array,
+    mask_BxCxS: jax.Array,
+    k_BxGxMxN: jax.Array,
+    v_BxGxMxN: jax.Array,
+    mask_BxCxM: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Attention of few queries to two sets of keys, without joining them: the context's and the recent tokens'.
+
+  Returns:
+    Attended values (B,C,H,N), and the probabilities of both sets, mean over heads, (B,C,S) and (B,C,M) in fp32.
+  """
+  batch, num_queries, heads, dim = q_BxCxHxN.shape
+  groups = k_BxGxNxS.shape[1]
+  per_group = heads // groups
+  q = q_BxCxHxN.reshape(batch, num_queries, groups, per_group, dim).transpose(0, 2, 1, 3, 4)
+  q = q.reshape(batch, groups, num_queries * per_group, dim) * dim**-0.5
+  product = lambda spec, a, b: jnp.einsum(spec, a, b, preferred_element_type=jnp.float32)
+  masked = lambda scores, mask: jnp.where(jnp.repeat(mask, per_group, axis=1)[:, None], scores, _LOWEST)
+  old = masked(product("bgqn,bgns->bgqs", q, k_BxGxNxS), mask_BxCxS)
+  new = masked(product("bgqn,bgmn->bgqm", q, k_BxGxMxN), mask_BxCxM)
+  top = jnp.maximum(jnp.max(old, axis=-1, keepdims=True), jnp.max(new, axis=-1, keepdims=True))
+  old, new = jnp.exp(old - top), jnp.exp(new - top)
+  total = jnp.sum(old, axis=-1, keepdims=True) + jnp.sum(new, axis=-1, keepdims=True)
+  out = product("bgqs,bgsn->bgqn", old.astype(v_BxGxSxN.dtype), v_BxGxSxN)
+  out = (out + product("bgqm,bgmn->bgqn", new.astype(v_BxGxMxN.dtype), v_BxGxMxN)) / total
+  out = out.reshape(batch, groups, num_queries, per_group, dim).transpose(0, 2, 1, 3, 4)
+  out = out.reshape(q_BxCxHxN.shape).astype(q_BxCxHxN.dtype)
+  mean = lambda a: (a / total).reshape(batch, groups, num_queries, per_group, -1).mean(axis=(1, 3))
+  return out, mean(old), mean(new)
 
 
 def attend_positions(

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from ftp_jax.models import decoder
-from ftp_jax.models.attention import visible
+from ftp_jax.models.attention import attend_cached, visible
 from ftp_jax.models.config import ModelConfig
 from ftp_jax.routing import factors as factor_lib
 from ftp_jax.routing import routers
@@ -20,8 +20,6 @@ from ftp_jax.routing.config import RoutingConfig
 from ftp_jax.routing.plan import Plan
 from ftp_jax.routing.routers import Router
 from ftp_jax.routing.selection import decode_schedule, keep_continuation
-
-_LOWEST = -1e30
 
 
 class Extended(NamedTuple):
@@ -57,7 +55,6 @@ def extend(
   """
   batch, num_new = tokens_BxC.shape
   groups, dim = config.num_kv_heads, config.head_dim
-  per_group = config.num_heads // groups
   num_context, room = cache.keep_LxBxT.shape[2], recent.computed_LxBxM.shape[2]
   count = recent.count
   steps_C = count + jnp.arange(num_new)  # slots of the new tokens in `recent`
@@ -85,26 +82,15 @@ def extend(
       k = part(cache.k_BxGxNxS, offset, slots, 3)
       v = part(cache.v_BxGxSxN, offset, slots, 2)
       key = part(cache.position_BxS, offset, slots, 1)
-      q = q_BxCxHxN.reshape(batch, num_new, groups, per_group, dim).transpose(0, 2, 1, 3, 4)
-      q = q.reshape(batch, groups, num_new * per_group, dim) * dim**-0.5
-      product = lambda spec, a, b: jnp.einsum(spec, a, b, preferred_element_type=jnp.float32)
-      masked = lambda scores, mask: jnp.where(jnp.repeat(mask, per_group, axis=1)[:, None], scores, _LOWEST)
-      old = masked(product("bgqn,bgns->bgqs", q, k), visible(position_BxC, key, config.sliding_window))
-      new = masked(product("bgqn,bgmn->bgqm", q, k_recent), seen_BxCxM)
-      top = jnp.maximum(jnp.max(old, axis=-1, keepdims=True), jnp.max(new, axis=-1, keepdims=True))
-      old, new = jnp.exp(old - top), jnp.exp(new - top)
-      total = jnp.sum(old, axis=-1, keepdims=True) + jnp.sum(new, axis=-1, keepdims=True)
-      out = product("bgqs,bgsn->bgqn", old.astype(v.dtype), v)
-      out = (out + product("bgqm,bgmn->bgqn", new.astype(v.dtype), v_recent)) / total
-      out = out.reshape(batch, groups, num_new, per_group, dim).transpose(0, 2, 1, 3, 4)
-      out = out.reshape(q_BxCxHxN.shape).astype(q_BxCxHxN.dtype)
+      out, old, new = attend_cached(
+          q_BxCxHxN, k, v, visible(position_BxC, key, config.sliding_window), k_recent, v_recent, seen_BxCxM
+      )
       if not scored:
         return out, None
-      split = lambda a: (a / total).reshape(batch, groups, num_new, per_group, -1).mean(axis=(1, 3))
       rows = jnp.zeros((batch, num_new, num_context)).at[
           jnp.arange(batch)[:, None, None], jnp.arange(num_new)[None, :, None], key[:, None, :]
-      ].set(split(old), mode="drop")  # empty slots stand beyond every position
-      return out, jnp.concatenate([rows, split(new)], axis=2)
+      ].set(old, mode="drop")  # empty slots stand beyond every position
+      return out, jnp.concatenate([rows, new], axis=2)
 
     return attend
 
