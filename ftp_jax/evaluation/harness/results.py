@@ -138,11 +138,9 @@ def format_table(tasks: dict[str, dict[str, Any]]) -> str:
       for group, part in task["groups"].items():
         lines += _lines(f"  {group}", part["items"], part["figures"])
   widths = [max(map(len, column)) for column in zip(*lines)]
-  return "\n".join(
-      "  ".join(text.ljust(width) if i in (0, 2) else text.rjust(width) for i, (text, width) in enumerate(zip(line, widths)))
-      .rstrip()
-      for line in lines
-  )  # fmt: skip
+  left = (True, False, True, False, False)
+  fill = lambda line: [t.ljust(w) if to_left else t.rjust(w) for t, w, to_left in zip(line, widths, left)]
+  return "\n".join("  ".join(fill(line)).rstrip() for line in lines)
 
 
 def _lines(name: str, items: int, figures: dict[str, Any]) -> list[tuple[str, ...]]:

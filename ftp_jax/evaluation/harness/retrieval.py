@@ -14,7 +14,6 @@ from ftp_jax.evaluation.harness.files import Item
 
 LENGTHS, DEPTHS, COUNT = (256, 512, 1024), (0.1, 0.5, 0.9), 20
 _CHOICES = 4
-_SHORTEST = 128  # tokens; the four statements and the question take about a hundred
 _COLOURS = ("red", "green", "blue", "yellow", "black", "white", "brown", "silver")
 _THINGS = ("lamp", "boat", "door", "kettle", "wagon", "chair", "tower", "basket", "ladder", "clock", "bridge", "barn")
 _WHEN = (
@@ -51,10 +50,8 @@ def documents(
     depths: where the statement begins, as a share of the filler, each in [0, 1].
 
   Raises:
-    UserError: a length or depth is out of range, or there are no items.
+    UserError: a length is too short for statements and question, a depth out of range, or there are no items.
   """
-  if min(lengths) < _SHORTEST:
-    raise UserError(f"retrieval contexts of {min(lengths)} tokens are too short; ask for {_SHORTEST} or more.")
   if not all(0 <= depth <= 1 for depth in depths):
     raise UserError(f"retrieval depths {', '.join(map(str, depths))} must lie in 0..1.")
   if count < 1:
@@ -80,6 +77,8 @@ def _document(encode, length: int, depth: float, n: int, seed: int) -> Item:
   question = f"\n\nQuestion: What is the number of the {names[0]}?\nAnswer: The number of the {names[0]} is"
   size = lambda text: len(encode(text))
   room = length - size("Here is a story." + "".join(statements) + question)
+  if room < 0:
+    raise UserError(f"Retrieval contexts of {length} tokens have no room for the statements; ask for longer --lengths.")
   filler, sizes = [], []
   while True:
     sentence = f" {pick(_WHEN)} {pick(_WHO)} {pick(_WHAT)}, {pick(_AND)}."

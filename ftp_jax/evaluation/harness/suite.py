@@ -87,7 +87,9 @@ def _plan_one(name: str, choice: Choice) -> list[Job]:
   if name in BENCHMARKS and choice.data is not None:
     file = read_items(str(pathlib.Path(choice.data) / f"{name}.jsonl"))
     if file.kind != BENCHMARKS[name]:
-      raise UserError(f"{file.path} holds {file.kind!r} items, but {name} needs {BENCHMARKS[name]!r}; name its own file.")
+      raise UserError(
+          f"{file.path} holds {file.kind!r} items, but {name} needs {BENCHMARKS[name]!r}; put its own file there."
+      )
     return [_of_file(name, file, choice)]
   path = pathlib.Path(name)
   if path.is_file() or path.suffix in (".jsonl", ".txt"):
@@ -157,6 +159,10 @@ def run(
   Raises:
     UserError: as `read_results`, or an item cannot be run.
   """
+  for job in jobs:
+    longest = max(job.settings["lengths"]) if job.kind == RETRIEVAL else 0
+    if longest >= lm.max_length:
+      raise UserError(f"Retrieval contexts of {longest} tokens exceed the {lm.max_length} of a pass; lower --lengths.")
   tasks = read_results(path, settings, jobs) if path else {}
   for job in jobs:
     if job.name in tasks:

@@ -4,8 +4,10 @@ An item becomes a document whose text and choices are already what the model rea
 MMLU's examples come from a file like mmlu_dev.jsonl, the first of the item's subject, as lm-eval takes them.
 """
 
+import functools
 import re
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import datasets
 from lm_eval.api.task import ConfigurableTask, Task
@@ -61,7 +63,9 @@ def prepare(file: ItemFile, indices: Sequence[int], examples: ItemFile | None = 
     for item in file.items if shots else ():
       found = of_subject.get(item["subject"], [])
       if len(found) < shots:
-        raise UserError(f"{examples.path} has {len(found)} examples of {item['subject']}, but --shots={shots}; lower it.")
+        raise UserError(
+            f"{examples.path} has {len(found)} examples of {item['subject']}, but --shots={shots}; lower it."
+        )
     make = lambda item: _mmlu(item, of_subject[item["subject"]][:shots] if shots else [])
   return [{"id": file.items[i]["id"], **make(file.items[i])} for i in indices]
 
@@ -100,7 +104,8 @@ def _question(item: Item) -> str:
 
 
 def _target(item: Item) -> Item:
-  return {"text": item["context"], "continuation": maybe_delimit(item["context"], item["target"])[len(item["context"]) :]}
+  whole = maybe_delimit(item["context"], item["target"])  # a blank between, unless one of them brings white space
+  return {"text": item["context"], "continuation": whole[len(item["context"]) :]}
 
 
 def _text(item: Item) -> Item:
@@ -113,6 +118,14 @@ _PREPARE: dict[str, Callable[[Item], Item]] = {
 }  # fmt: skip
 
 
+@functools.cache
+def _manager() -> Any:
+  """lm-eval's index of tasks; it reads thousands of files, and only `hub_tasks` needs it."""
+  from lm_eval.tasks import TaskManager
+
+  return TaskManager()
+
+
 def hub_tasks(name: str, shots: int | None, seed: int) -> dict[str, Task]:
   """lm-eval's own tasks of a name, group or tag, by name; their data comes from the hub.
 
@@ -122,9 +135,7 @@ def hub_tasks(name: str, shots: int | None, seed: int) -> dict[str, Task]:
   Raises:
     UserError: there is no such task, or its data cannot be had.
   """
-  from lm_eval.tasks import TaskManager  # reads thousands of files, and only these tasks need it
-
-  manager = TaskManager()
+  manager = _manager()
   if name not in manager.all_tasks:
     raise UserError(
         f"{name!r} is neither a file, nor one of {', '.join(BENCHMARKS)} and retrieval, nor a task of lm-eval; "
