@@ -73,7 +73,7 @@ def main(argv) -> None:
   logging.getLogger("lm_eval").setLevel(logging.ERROR)
   out = pathlib.Path(_OUT.value)
   out.mkdir(parents=True, exist_ok=True)
-  jobs = suite.plan(suite.Choice(tuple(_TASKS.value), _DATA.value, _LIMIT.value, _SEED.value))
+  jobs = suite.plan(suite.Suite(tuple(_TASKS.value), _DATA.value, _LIMIT.value, _SEED.value))
   figures = []
   sides = {
       "ours": lambda: EngineLM(Engine.load(_MODEL.value), batch_size=_BATCH.value),

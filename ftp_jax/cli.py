@@ -53,7 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
           "model.remat=full.", file=sys.stderr)  # fmt: skip
     return 2
   except KeyboardInterrupt:
-    saved = "; the same command goes on from the last saved state" if arguments.command is _stages else ""
+    saves = arguments.command is _stages or (arguments.command is _eval and arguments.json)
+    saved = "; the same command goes on from the last saved state" if saves else ""
     print(f"\nftp-jax: stopped{saved}.", file=sys.stderr)
     return 130
   return 0

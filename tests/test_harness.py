@@ -505,7 +505,7 @@ def data(tmp_path):
 
 
 def choose(data, names, **changes):
-  return suite.Choice(tuple(str(data / n) if n.endswith(".jsonl") else n for n in names), str(data), **changes)
+  return suite.Suite(tuple(str(data / n) if n.endswith(".jsonl") else n for n in names), str(data), **changes)
 
 
 def test_records_and_figures_of_every_kind(data):
@@ -629,9 +629,9 @@ def test_a_file_of_another_kind_is_not_taken_for_a_benchmark(data):
 
 def test_names_of_lm_evals_own_tasks():
   with pytest.raises(UserError, match="'no_such_task' is neither a file"):
-    suite.plan(suite.Choice(("no_such_task",)))
+    suite.plan(suite.Suite(("no_such_task",)))
   with pytest.raises(UserError, match="lambada_openai' cannot be had .+; go online"):
-    suite.plan(suite.Choice(("lambada_openai",)))
+    suite.plan(suite.Suite(("lambada_openai",)))
 
 
 def test_without_lm_eval_the_command_says_what_to_install(capsys, monkeypatch):

@@ -107,7 +107,7 @@ class EngineLM(TemplateLM):
       tokens = (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id)
       prefix = next((self.tokenizer.decode([token]) for token in tokens if token is not None), None)
       add_special_tokens = prefix is None or not string.startswith(prefix)
-    return self.tokenizer.encode(string, add_special_tokens=add_special_tokens)
+    return self.tokenizer.encode(string, add_special_tokens=add_special_tokens, verbose=False)
 
   @property
   def tokenizer_name(self) -> str:

@@ -40,7 +40,7 @@ def run(arguments: argparse.Namespace) -> None:
   from ftp_jax.evaluation.harness.adapter import EngineLM
 
   logging.getLogger("lm_eval").setLevel(logging.ERROR)
-  jobs = suite.plan(suite.Choice(
+  jobs = suite.plan(suite.Suite(
       tuple(filter(None, (arguments.tasks or "").split(","))), arguments.data, arguments.limit, arguments.seed,
       arguments.shots, _numbers("lengths", arguments.lengths, int) or retrieval.LENGTHS,
       _numbers("depths", arguments.depths, float) or retrieval.DEPTHS,
@@ -51,7 +51,12 @@ def run(arguments: argparse.Namespace) -> None:
       decode_threshold=arguments.decode_threshold,
   )  # fmt: skip
   lm = EngineLM(engine, batch_size=arguments.batch, max_length=arguments.max_length, seed=arguments.seed)
-  tasks = suite.run(lm, jobs, model_settings(lm, arguments), describe_machine(), target)
+  try:
+    tasks = suite.run(lm, jobs, model_settings(lm, arguments), describe_machine(), target)
+  except RuntimeError as error:  # jax reports memory by the text of its error alone
+    if "RESOURCE_EXHAUSTED" not in str(error):
+      raise
+    raise UserError("The device is out of memory; lower --batch or --max-length, or set --dtype=bfloat16.") from None
   print(results.format_table({job.name: tasks[job.name] for job in jobs}))
   if target:
     print(f"written {target}")

@@ -134,7 +134,7 @@ def format_table(tasks: dict[str, dict[str, Any]]) -> str:
   lines = [("task", "items", "metric", "value", "±")]
   for name, task in tasks.items():
     lines += _lines(name, task["items"], task["figures"])
-    if task["kind"] == "retrieval":
+    if task["settings"]["kind"] == "retrieval":
       for group, part in task["groups"].items():
         lines += _lines(f"  {group}", part["items"], part["figures"])
   widths = [max(map(len, column)) for column in zip(*lines)]

@@ -24,7 +24,7 @@ RETRIEVAL, FOREIGN, EXAMPLES = "retrieval", "lm_eval", "mmlu_dev.jsonl"
 
 
 @dataclasses.dataclass(frozen=True)
-class Choice:
+class Suite:
   """Which tasks are run on which items.
 
   Attributes:
@@ -62,61 +62,61 @@ class Job:
   indices: list[int] | None = None
 
 
-def plan(choice: Choice) -> list[Job]:
-  """Jobs of a choice; all files are read and all tasks loaded, so that mistakes show before anything is computed.
+def plan(wanted: Suite) -> list[Job]:
+  """Jobs of a suite; all files are read and all tasks loaded, so that mistakes show before anything is computed.
 
   Raises:
     UserError: the limit, a file or a name is wrong, or two tasks have one name.
   """
-  if choice.limit is not None and choice.limit < 1:
-    raise UserError(f"--limit={choice.limit} must be at least 1.")
-  if choice.shots is not None and choice.shots < 0:
-    raise UserError(f"--shots={choice.shots} must be at least 0.")
-  if not choice.tasks:
+  if wanted.limit is not None and wanted.limit < 1:
+    raise UserError(f"--limit={wanted.limit} must be at least 1.")
+  if wanted.shots is not None and wanted.shots < 0:
+    raise UserError(f"--shots={wanted.shots} must be at least 0.")
+  if not wanted.tasks:
     raise UserError("There is no task; name some with --tasks=arc_easy,retrieval,FILE.jsonl.")
-  jobs = [job for name in choice.tasks for job in _plan_one(name, choice)]
+  jobs = [job for name in wanted.tasks for job in _plan_one(name, wanted)]
   for job in jobs:
     if sum(other.name == job.name for other in jobs) > 1:
       raise UserError(f"Two tasks are called {job.name!r}; rename a file or leave one out.")
   return jobs
 
 
-def _plan_one(name: str, choice: Choice) -> list[Job]:
+def _plan_one(name: str, wanted: Suite) -> list[Job]:
   if name == RETRIEVAL:
-    return [_retrieval(choice)]
-  if name in BENCHMARKS and choice.data is not None:
-    file = read_items(str(pathlib.Path(choice.data) / f"{name}.jsonl"))
+    return [_retrieval(wanted)]
+  if name in BENCHMARKS and wanted.data is not None:
+    file = read_items(str(pathlib.Path(wanted.data) / f"{name}.jsonl"))
     if file.kind != BENCHMARKS[name]:
       raise UserError(
           f"{file.path} holds {file.kind!r} items, but {name} needs {BENCHMARKS[name]!r}; put its own file there."
       )
-    return [_of_file(name, file, choice)]
+    return [_of_file(name, file, wanted)]
   path = pathlib.Path(name)
   if path.is_file() or path.suffix in (".jsonl", ".txt"):
-    return [_of_file(path.stem, read_items(name), choice)]
-  return [_of_lm_eval(own, task, choice) for own, task in hub_tasks(name, choice.shots, choice.seed).items()]
+    return [_of_file(path.stem, read_items(name), wanted)]
+  return [_of_lm_eval(own, task, wanted) for own, task in hub_tasks(name, wanted.shots, wanted.seed).items()]
 
 
-def _of_file(name: str, file: ItemFile, choice: Choice) -> Job:
-  shots = (choice.shots or 0) if file.kind == "mmlu" else 0
-  examples = read_items(str(pathlib.Path(choice.data or pathlib.Path(file.path).parent) / EXAMPLES)) if shots else None
+def _of_file(name: str, file: ItemFile, wanted: Suite) -> Job:
+  shots = (wanted.shots or 0) if file.kind == "mmlu" else 0
+  examples = read_items(str(pathlib.Path(wanted.data or pathlib.Path(file.path).parent) / EXAMPLES)) if shots else None
   if examples and examples.kind != "mmlu":
     raise UserError(f"{examples.path} holds {examples.kind!r} items; --shots needs mmlu examples there.")
-  documents = prepare(file, sample(len(file.items), choice.limit, choice.seed), examples, shots)
-  settings = {"digest": file.digest, "limit": choice.limit, "seed": choice.seed, "shots": shots}
+  documents = prepare(file, sample(len(file.items), wanted.limit, wanted.seed), examples, shots)
+  settings = {"digest": file.digest, "limit": wanted.limit, "seed": wanted.seed, "shots": shots}
   return Job(name, file.kind, settings | {"examples": examples and examples.digest}, lambda encode: documents)
 
 
-def _retrieval(choice: Choice) -> Job:
-  count = retrieval.COUNT if choice.limit is None else choice.limit
-  make = lambda encode: retrieval.documents(encode, choice.lengths, choice.depths, count, choice.seed)
-  settings = {"limit": count, "seed": choice.seed, "lengths": choice.lengths, "depths": choice.depths}
+def _retrieval(wanted: Suite) -> Job:
+  count = retrieval.COUNT if wanted.limit is None else wanted.limit
+  make = lambda encode: retrieval.documents(encode, wanted.lengths, wanted.depths, count, wanted.seed)
+  settings = {"limit": count, "seed": wanted.seed, "lengths": wanted.lengths, "depths": wanted.depths}
   return Job(RETRIEVAL, RETRIEVAL, settings, make)
 
 
-def _of_lm_eval(name: str, task: Task, choice: Choice) -> Job:
-  indices = None if choice.limit is None else sample(len(task.eval_docs), choice.limit, choice.seed)
-  settings = {"limit": choice.limit, "seed": choice.seed, "shots": task.get_config("num_fewshot")}
+def _of_lm_eval(name: str, task: Task, wanted: Suite) -> Job:
+  indices = None if wanted.limit is None else sample(len(task.eval_docs), wanted.limit, wanted.seed)
+  settings = {"limit": wanted.limit, "seed": wanted.seed, "shots": task.get_config("num_fewshot")}
   return Job(name, FOREIGN, settings, task=task, indices=indices)
 
 
@@ -170,7 +170,7 @@ def run(
     begin = time.perf_counter()
     found = _run_foreign(lm, job) if job.task else _run_own(lm, job)
     seconds = round(time.perf_counter() - begin, 1)
-    tasks[job.name] = {"settings": {"kind": job.kind, **job.settings}, "kind": job.kind, **found, "seconds": seconds}
+    tasks[job.name] = {"settings": {"kind": job.kind, **job.settings}, **found, "seconds": seconds}
     if path:
       write_json(path, {"machine": machine, "settings": settings, "tasks": tasks})
   return tasks

@@ -146,7 +146,8 @@ def hub_tasks(name: str, shots: int | None, seed: int) -> dict[str, Task]:
   except Exception as error:  # data sets raise their own, the hub client's, httpx's and the system's
     reason = " ".join(str(error).split())[:160].rstrip(".")
     raise UserError(
-        f"The data of lm-eval's task {name!r} cannot be had ({reason}); go online, or name a file of items."
+        f"The data of lm-eval's task {name!r} cannot be had ({reason}); go online, or read items from --data=DIR or "
+        "from a file named by its path."
     ) from None
   for task in tasks.values():
     default = task.get_config("num_fewshot")
