@@ -79,8 +79,7 @@ class EngineLM(TemplateLM):
     given = {**(additional_config or {}), **arg_dict}
     if given.pop("max_batch_size", None) is not None or given.get("batch_size") in ("auto", None):
       given.pop("batch_size", None)  # there is nothing to search for: the default
-    if given.pop("device", None) is not None:
-      raise UserError("jax chooses the device; leave out --device and set JAX_PLATFORMS=cpu, cuda or tpu if need be.")
+    given.pop("device", None)  # lm-eval's command always names one; jax has its own
     given = {name: _value(name, value) for name, value in given.items() if value is not None}
     own = {name: given.pop(name) for name in ("max_length", "batch_size", "seed") if name in given}
     engine = Engine.load(given.pop("model", "smollm2-135m"), given.pop("artifact", None), **given)
