@@ -29,7 +29,9 @@ setup(
     packages=find_packages(include=["ftp_jax", "ftp_jax.*"]) + ["ftp_jax.experiments", "ftp_jax.experiments.configs"],
     package_dir={"ftp_jax.experiments": "experiments", "ftp_jax.experiments.configs": "experiments/configs"},
     install_requires=requirements(),
+    package_data={"ftp_jax.evaluation.harness": ["ftp_jax.yaml"]},
     extras_require={
+        "eval": ["lm-eval==0.4.13"],
         "test": [
             "hypothesis>=6.100,<7",
             "lm-eval==0.4.13",

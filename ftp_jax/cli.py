@@ -23,6 +23,14 @@ overhead   what routing costs by itself: nothing skipped, the router, gathering 
 compile    compile time and memory against the number of buckets
 crossover  the context from which on --artifact is faster than dense, written into the artifact"""
 
+_TASKS = """\
+tasks:
+  arc_easy, arc_challenge, hellaswag, winogrande, mmlu   from DIR/NAME.jsonl of --data
+  FILE.jsonl   items in the format of one of these, {"context", "target"}, or {"text"}
+  FILE.txt     a text, for its perplexity
+  retrieval    a number stated early in a long context and asked for at its end
+  any other    a task of lm-eval's own, from the hub"""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
   """Runs a command; returns the exit status: 2 for a user's mistake, 130 for Ctrl-C."""
@@ -45,7 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
           "model.remat=full.", file=sys.stderr)  # fmt: skip
     return 2
   except KeyboardInterrupt:
-    saved = "; the same command goes on from the last saved state" if arguments.command is _stages else ""
+    saves = arguments.command is _stages or (arguments.command is _eval and arguments.json)
+    saved = "; the same command goes on from the last saved state" if saves else ""
     print(f"\nftp-jax: stopped{saved}.", file=sys.stderr)
     return 130
   return 0
@@ -137,6 +146,28 @@ def _parser() -> argparse.ArgumentParser:
       "--torch", action=argparse.BooleanOptionalAction, default=True,
       help="also measure the dense model in transformers, where torch can be imported",
   )  # fmt: skip
+  evaluate = add("eval", "run benchmarks: lm-eval's tasks, your own files, long-context retrieval", _eval, _TASKS)
+  evaluate.add_argument("--tasks", metavar="NAME[,NAME]", help="what to run, see below")
+  evaluate.add_argument("--model", default="smollm2-135m", help="any model source (default: smollm2-135m)")
+  for name, metavar, kind, default, summary in (
+      ("artifact", "DIR", str, None, "what prunes the model (default: nothing does)"),
+      ("data", "DIR", str, None, "directory with arc_easy.jsonl, ... (default: lm-eval's tasks, from the hub)"),
+      ("limit", "N", int, None, "items of a task, drawn by the seed; of retrieval, of each cell (default: all; 20)"),
+      ("seed", "N", int, 0, "which items, and what is drawn (default: 0)"),
+      ("shots", "N", int, None, "examples before a question, mmlu and lm-eval's own tasks (default: the task's)"),
+      ("lengths", "N[,N]", str, None, "tokens of retrieval contexts (default: 256,512,1024)"),
+      ("depths", "X[,X]", str, None, "where the number stands, 0 to 1 (default: 0.1,0.5,0.9)"),
+      ("batch", "N", int, 8, "contexts and continuations that are run at once (default: 8)"),
+      ("max-length", "N", int, None, "most tokens of one pass (default: the model's positions)"),
+      ("dtype", "NAME", str, "float32", "float32 or bfloat16 (default: float32)"),
+      ("attention", "NAME", str, "auto", "auto, xla, cudnn (NVIDIA) or splash (TPU) (default: auto)"),
+      ("fallback", "NAME", str, "auto", "compute densely: auto (below the crossover), never or always (default: auto)"),
+      ("decode-sparsity", "X", float, None, "asked of continuations and whole texts (default: the artifact's)"),
+      ("decode-threshold", "X", float, None, "continuation tokens skip above it (default: the artifact's)"),
+      ("json", "FILE", str, None, "keep results and a record an item; tasks that it holds are not run again"),
+  ):  # fmt: skip
+    evaluate.add_argument(f"--{name}", type=kind, default=default, metavar=metavar, help=summary)
+  add("lm-eval", "print the file that, named in --tasks, makes the command lm_eval know the model ftp_jax", _lm_eval)
   return parser
 
 
@@ -164,6 +195,25 @@ def _bench(arguments: argparse.Namespace, rest: list[str]) -> None:
   from ftp_jax.bench import command
 
   command.run(arguments)
+
+
+def _eval(arguments: argparse.Namespace, rest: list[str]) -> None:
+  if rest:
+    raise UserError(f"the argument {rest[0]!r} is not understood; see ftp-jax eval --help.")
+
+  from ftp_jax.evaluation.harness import command
+
+  command.run(arguments)
+
+
+def _lm_eval(arguments: argparse.Namespace, rest: list[str]) -> None:
+  if rest:
+    raise UserError(f"the argument {rest[0]!r} is not understood; see ftp-jax lm-eval --help.")
+
+  from ftp_jax.evaluation.harness import command
+
+  command.check_installed()
+  print(command.PLUGIN)
 
 
 def _stages(arguments: argparse.Namespace, rest: list[str]) -> None:

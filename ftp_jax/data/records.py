@@ -72,7 +72,7 @@ def read_documents(path: str) -> list[str]:
   rows keep their line end, the row " \\n" becomes empty, and rows are joined with two line ends.
   """
   if pathlib.Path(path).suffix == ".jsonl":
-    return [_field(record, "text", where) for where, record in _read_jsonl(path)]
+    return [_field(record, "text", where) for where, record in read_jsonl(path)]
   text = _read_text(path)
   rows = list(io.StringIO(text))
   if _is_wikitext(rows):
@@ -95,7 +95,7 @@ def _articles(rows: list[str]) -> list[str]:
 
 
 def _read_pairs(path: str) -> list[Pair]:
-  return [_pair(record, where) for where, record in _read_jsonl(path)]
+  return [_pair(record, where) for where, record in read_jsonl(path)]
 
 
 def _pair(record: dict[str, Any], where: str) -> Pair:
@@ -125,12 +125,12 @@ def _read_text(path: str) -> str:
   try:
     return pathlib.Path(path).read_text(encoding="utf-8-sig")
   except OSError as error:
-    raise UserError(f"{path} cannot be read ({error.strerror}); set data.path to a readable file.") from None
+    raise UserError(f"{path} cannot be read ({error.strerror}); name a readable file.") from None
   except UnicodeDecodeError as error:
     raise UserError(f"{path} is not UTF-8 text (byte {error.start}); convert it to UTF-8.") from None
 
 
-def _read_jsonl(path: str) -> list[tuple[str, dict[str, Any]]]:
+def read_jsonl(path: str) -> list[tuple[str, dict[str, Any]]]:
   """(where, record) of every line that is not blank; `where` names the line for error messages."""
   records = []
   for number, line in enumerate(io.StringIO(_read_text(path)), start=1):

@@ -61,18 +61,25 @@ def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
   return {prefix[:-1]: list(value) if isinstance(value, tuple) else value}
 
 
+def describe_changes(before: dict[str, Any], now: dict[str, Any]) -> str | None:
+  """Says what differs between two flat dicts, as part of a sentence; None: nothing does."""
+  changed = [name for name in now | before if now.get(name) != before.get(name)]
+  if not changed:
+    return None
+  name = changed[0]
+  more = f" (and {len(changed) - 1} more changed: {', '.join(changed[1:4])})" if len(changed) > 1 else ""
+  return f"{name}={before.get(name)!r}, now it is {now.get(name)!r}{more}"
+
+
 def check_stage(directory: pathlib.Path, settings: dict[str, Any]) -> None:
   """Raises UserError if the stage was begun with other settings."""
   if not (directory / SETTINGS).exists():
     return
-  before = read_json(directory / SETTINGS)
-  changed = [name for name in settings | before if settings.get(name) != before.get(name)]
-  if changed:
-    name = changed[0]
-    more = f" (and {len(changed) - 1} more changed: {', '.join(changed[1:4])})" if len(changed) > 1 else ""
+  changes = describe_changes(read_json(directory / SETTINGS), settings)
+  if changes:
     raise UserError(
-        f"{directory} was made with {name}={before.get(name)!r}, now it is {settings.get(name)!r}{more}; use another "
-        "--workdir, or delete that folder and the later stages to make them again."
+        f"{directory} was made with {changes}; use another --workdir, or delete that folder and the later stages to "
+        "make them again."
     )
 
 

@@ -1,0 +1,97 @@
+"""`ftp-jax eval`: reads flags, runs tasks, prints the table and keeps the results file."""
+
+import argparse
+import hashlib
+import importlib.metadata
+import importlib.util
+import logging
+import pathlib
+from typing import Any
+
+from ftp_jax.errors import UserError
+from ftp_jax.export.artifact import CONFIG_FILE, WEIGHTS_FILE
+from ftp_jax.inference import Engine
+from ftp_jax.models.huggingface import fingerprint
+from ftp_jax.report.machine import describe_machine
+
+PLUGIN = pathlib.Path(__file__).with_name("ftp_jax.yaml")
+
+
+def check_installed() -> None:
+  """Raises UserError where lm-eval is missing."""
+  if importlib.util.find_spec("lm_eval") is None:
+    raise UserError("lm-eval is not installed; run pip install 'ftp-jax[eval]'.")
+
+
+def run(arguments: argparse.Namespace) -> None:
+  """Runs the command.
+
+  Raises:
+    UserError: a flag is wrong, or a file, the model, the artifact or the results file unusable.
+  """
+  check_installed()
+  target = pathlib.Path(arguments.json) if arguments.json else None
+  if target and not target.absolute().parent.is_dir():
+    raise UserError(f"--json={target} lies in no existing directory; create {target.parent} first.")
+  if not arguments.artifact and (arguments.decode_sparsity, arguments.decode_threshold) != (None, None):
+    raise UserError("--decode-sparsity and --decode-threshold change a router; name one with --artifact=DIR.")
+
+  from ftp_jax.evaluation.harness import results, retrieval, suite
+  from ftp_jax.evaluation.harness.adapter import EngineLM
+
+  logging.getLogger("lm_eval").setLevel(logging.ERROR)
+  jobs = suite.plan(suite.Suite(
+      tuple(filter(None, (arguments.tasks or "").split(","))), arguments.data, arguments.limit, arguments.seed,
+      arguments.shots, _numbers("lengths", arguments.lengths, int) or retrieval.LENGTHS,
+      _numbers("depths", arguments.depths, float) or retrieval.DEPTHS,
+  ))  # fmt: skip
+  engine = Engine.load(
+      arguments.model, arguments.artifact, dtype=arguments.dtype, fallback=arguments.fallback,
+      attention=arguments.attention, decode_sparsity=arguments.decode_sparsity,
+      decode_threshold=arguments.decode_threshold,
+  )  # fmt: skip
+  lm = EngineLM(engine, batch_size=arguments.batch, max_length=arguments.max_length, seed=arguments.seed)
+  try:
+    tasks = suite.run(lm, jobs, model_settings(lm, arguments), describe_machine(), target)
+  except RuntimeError as error:  # jax reports memory by the text of its error alone
+    if "RESOURCE_EXHAUSTED" not in str(error):
+      raise
+    raise UserError("The device is out of memory; lower --batch or --max-length, or set --dtype=bfloat16.") from None
+  print(results.format_table({job.name: tasks[job.name] for job in jobs}))
+  if target:
+    print(f"written {target}")
+
+
+def model_settings(lm: Any, arguments: argparse.Namespace) -> dict[str, Any]:
+  """What the results of every task depend on; the batch size is not part of it."""
+  artifact = lm.engine.artifact
+  return {
+      "model": arguments.model,
+      "fingerprint": fingerprint(lm.engine.model.directory),
+      "artifact": artifact and _artifact_digest(arguments.artifact),
+      "decode_sparsity": arguments.decode_sparsity,
+      "decode_threshold": arguments.decode_threshold,
+      "dtype": arguments.dtype,
+      "fallback": arguments.fallback if artifact else None,
+      "attention": arguments.attention,
+      "max_length": lm.max_length,
+      "lm_eval": importlib.metadata.version("lm_eval"),
+  }
+
+
+def _artifact_digest(directory: str) -> str:
+  """Hash of both files of an artifact: where it lies does not matter."""
+  digest = hashlib.sha256()
+  for name in (CONFIG_FILE, WEIGHTS_FILE):
+    digest.update((pathlib.Path(directory) / name).read_bytes())
+  return digest.hexdigest()[:16]
+
+
+def _numbers(name: str, text: str | None, kind: type) -> tuple[Any, ...] | None:
+  """Comma-separated numbers of a flag; None where it was not given."""
+  if text is None:
+    return None
+  try:
+    return tuple(kind(part) for part in text.split(","))
+  except ValueError:
+    raise UserError(f"--{name}={text} must be numbers with commas between.") from None
