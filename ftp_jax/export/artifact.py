@@ -71,12 +71,8 @@ def save(artifact: Artifact, directory: str | os.PathLike, layout: str = "flax")
   os.replace(config, directory / CONFIG_FILE)
 
 
-def load(directory: str | os.PathLike) -> Artifact:
-  """Reads an artifact, in either layout.
-
-  Raises:
-    UserError: a file is missing, damaged, or of a newer format.
-  """
+def read_config(directory: str | os.PathLike) -> dict[str, Any]:
+  """What the config of an artifact says, "layout" included; UserError as `load`."""
   directory = pathlib.Path(directory)
   try:
     described = json.loads((directory / CONFIG_FILE).read_text(encoding="utf-8"))
@@ -87,9 +83,20 @@ def load(directory: str | os.PathLike) -> Artifact:
   version = described.get("format_version") if isinstance(described, dict) else None
   if version != FORMAT_VERSION:
     raise UserError(f"{directory} has artifact format {version!r}, but {FORMAT_VERSION} is read here; update ftp_jax.")
-  layout = described.get("layout", "flax")
+  layout = described.setdefault("layout", "flax")
   if layout not in LAYOUTS:
     raise UserError(f"{directory} has the layout {layout!r}, but {', '.join(LAYOUTS)} are read here; update ftp_jax.")
+  return described
+
+
+def load(directory: str | os.PathLike) -> Artifact:
+  """Reads an artifact, in either layout.
+
+  Raises:
+    UserError: a file is missing, damaged, or of a newer format.
+  """
+  directory = pathlib.Path(directory)
+  described = read_config(directory)
   weights = load_weights(directory / WEIGHTS_FILE)
   try:
     router = dict(described["router"])
@@ -100,11 +107,11 @@ def load(directory: str | os.PathLike) -> Artifact:
         schedule=tuple(described["schedule"]),
         routing=RoutingConfig(**described["routing"]),
         router=RouterConfig(**(router | {"factors": tuple(router["factors"])})),
-        params=_from_torch(weights) if layout == "torch" else weights,
+        params=_from_torch(weights) if described["layout"] == "torch" else weights,
         figures=described["figures"],
         crossover=described.get("crossover"),  # absent in artifacts whose crossover was never measured
     )
-  except (KeyError, TypeError, ValueError) as error:
+  except (AttributeError, KeyError, TypeError, ValueError) as error:
     raise UserError(f"{directory / CONFIG_FILE} is incomplete ({error}); export the artifact again.") from None
 
 
