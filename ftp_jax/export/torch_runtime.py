@@ -35,10 +35,12 @@ FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 EMPTY = 2**30  # position of a cache slot that holds no token
 _STEPS = 40_000  # sparsities count in steps of 1 / _STEPS, so that capacities are integer arithmetic
 _CHUNK = 256  # queries of a prefill that are masked at once
-_CHOICES = {
-    "kv_mode": ("evict", "project"), "selection": ("topk", "argmax"), "decode_rule": ("threshold", "quantile"),
-    "kind": ("global", "per_block", "recurrent"),
+# Fields of the config, and the values that are known of those that choose one.
+_ROUTING = {
+    "kv_mode": ("evict", "project"), "selection": ("topk", "argmax"), "bucket_multiple": None, "score_window": None,
+    "decode_sparsity": None, "decode_rule": ("threshold", "quantile"), "decode_threshold": None, "one_pass_block": None,
 }  # fmt: skip
+_ROUTER = {"kind": ("global", "per_block", "recurrent"), "factors": None, "hidden_states": None, "hidden_size": None}
 _FACTORS = ("position", "score", "rank", "sparsity")
 
 
@@ -103,29 +105,15 @@ def read_artifact(directory) -> Artifact:
   except (OSError, SafetensorError) as error:
     raise ValueError(f"{directory / WEIGHTS_FILE} cannot be read ({error}); export the artifact again.") from None
   try:
-    _check_described(described["routing"], described["router"], described["schedule"])
-    schedule = torch.tensor(described["schedule"], dtype=torch.float32)
-    return Artifact(
-        described["base_model"], described["fingerprint"], schedule, described["routing"], described["router"], weights
-    )
+    routing, router, schedule = described["routing"], described["router"], described["schedule"]
+    fields = set(routing) ^ set(_ROUTING) or set(router) ^ set(_ROUTER) or set(router["factors"]) - set(_FACTORS)
+    fields |= {name for name, known in (_ROUTING | _ROUTER).items() if known and (routing | router)[name] not in known}
+    if fields or not schedule or not all(0 <= s < 1 for s in schedule):
+      raise ValueError(f"{', '.join(sorted(fields)) or 'its schedule'}")
+    schedule = torch.tensor(schedule, dtype=torch.float32)
+    return Artifact(described["base_model"], described["fingerprint"], schedule, routing, router, weights)
   except (KeyError, TypeError, ValueError) as error:
-    raise ValueError(f"{file} describes no router known here ({error}); update this file or export again.") from None
-
-
-def _check_described(routing: dict, router: dict, schedule: list) -> None:
-  for name, value in (routing | router).items():
-    if name in _CHOICES and value not in _CHOICES[name]:
-      raise ValueError(f"{name}={value!r}")
-  known = {
-      "kv_mode", "selection", "bucket_multiple", "score_window", "decode_sparsity", "decode_rule", "decode_threshold",
-      "one_pass_block", "kind", "factors", "hidden_states", "hidden_size",
-  }  # fmt: skip
-  if set(routing | router) != known or set(router["factors"]) - set(_FACTORS):
-    raise ValueError(f"fields {sorted(set(routing | router) ^ known)}, factors {router['factors']}")
-  if min(routing["bucket_multiple"], routing["score_window"]) < 1 or not 0 <= routing["decode_sparsity"] < 1:
-    raise ValueError(f"routing {routing}")
-  if not schedule or not all(0 <= s < 1 for s in schedule) or not -1 <= routing["one_pass_block"] < len(schedule):
-    raise ValueError(f"schedule {schedule}, one_pass_block {routing['one_pass_block']}")
+    raise ValueError(f"{file} says what is not known here ({error}); update this file or export again.") from None
 
 
 def _check_weights(artifact: Artifact, config) -> None:
@@ -190,7 +178,7 @@ def load_pruned(model, artifact=None, *, dtype=None, device=None) -> "PrunedMode
     raise ValueError("A model without an artifact is dense; pass what `ftp-jax export` wrote as the second argument.")
   pruning = read_artifact(model if artifact is None else artifact)
   if isinstance(model, transformers.PreTrainedModel):
-    config, tensors = model.config, {name: t for name, t in model.state_dict().items()}
+    config, tensors = model.config, model.state_dict()
   else:
     directory = pathlib.Path(model)
     if not directory.is_dir():
@@ -207,10 +195,13 @@ def load_pruned(model, artifact=None, *, dtype=None, device=None) -> "PrunedMode
     )
   _check_weights(pruning, config)
   if not isinstance(model, transformers.PreTrainedModel):
-    model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=dtype or "auto", use_safetensors=True)
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        directory, dtype=dtype or "auto", use_safetensors=True, trust_remote_code=False
+    )
   if len(set(getattr(model, "hf_device_map", {None: 0}).values())) > 1:
     raise ValueError("The model is spread over several devices, which is not supported; load it on one.")
-  pruned = copy.copy(model.to(dtype=dtype or model.dtype, device=device or model.device)).eval()
+  changes = {name: value for name, value in (("dtype", dtype), ("device", device)) if value is not None}
+  pruned = copy.copy(model.to(**changes) if changes else model).eval()
   base = type(model).__mro__[2] if isinstance(model, PrunedModel) else type(model)
   pruned.__class__ = type(f"Pruned{base.__name__}", (PrunedModel, base), {})
   pruned.pruning = pruning
@@ -287,14 +278,14 @@ def visible(query_BxK, key_BxS, window: int) -> torch.Tensor:
   return mask & (query_BxK[:, :, None] - key_BxS[:, None] < window) if window else mask
 
 
-def attend(q_BxHxKxN, k_BxGxSxN, v_BxGxSxN, query_BxK, key_BxS, window: int, aligned: bool) -> torch.Tensor:
-  """Attended values (B,H,K,N). aligned: queries and keys are the same tokens, without a window."""
-  if aligned:
+def attend(q_BxHxKxN, k_BxGxSxN, v_BxGxSxN, query_BxK, key_BxS, window: int, first: bool, same: bool) -> torch.Tensor:
+  """Attended values (B,H,K,N). first: the keys stand in order; same: they are those of the queries."""
+  if first and same and not window:
     return F.scaled_dot_product_attention(q_BxHxKxN, k_BxGxSxN, v_BxGxSxN, is_causal=True, enable_gqa=True)
   batch, heads, num_queries, dim = q_BxHxKxN.shape
   groups, starts, parts = k_BxGxSxN.shape[1], range(0, num_queries, _CHUNK), []
-  ends = [key_BxS.shape[1]]
-  if num_queries > _CHUNK:  # queries stand in order: early ones see a part of the keys
+  ends = [key_BxS.shape[1]] * len(starts)
+  if first and num_queries > _CHUNK:  # early queries see a part of the keys
     last = [min(start + _CHUNK, num_queries) - 1 for start in starts]
     ends = torch.searchsorted(key_BxS, query_BxK[:, last].contiguous(), right=True).amax(0).tolist()
   for start, end in zip(starts, ends):
@@ -608,8 +599,8 @@ class PrunedModel:
       new = Slots(
           swapped(k), swapped(v), keyed_tokens.pad(keyed_tokens.position_P, EMPTY), keyed_tokens.pad(at(kept), False)
       )
-      alone = len(cache.slots) <= i
-      if alone:
+      first = len(cache.slots) <= i
+      if first:
         cache.slots.append(new)
       else:
         cache.slots[i] = cache.slots[i].append(new)
@@ -627,7 +618,7 @@ class PrunedModel:
       q = some.pad(_rope(heads(attention.q_proj(y), "q_norm"), pick(cos), pick(sin))).transpose(1, 2)
       query_BxK = some.pad(some.position_P)
       keys, values, key_BxS, _ = cache.slots[i].parts
-      attended = attend(q, keys, values, query_BxK, key_BxS, window, alone and same and not window)
+      attended = attend(q, keys, values, query_BxK, key_BxS, window, first, same)
       if view.observes(i):
         view.observe(index, some, query_BxK, q, cache.slots[i], window)
       y = pick(x_PxD) + attention.o_proj(some.unpad(attended.transpose(1, 2)).flatten(1))
