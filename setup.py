@@ -30,6 +30,8 @@ setup(
     package_dir={"ftp_jax.experiments": "experiments", "ftp_jax.experiments.configs": "experiments/configs"},
     install_requires=requirements(),
     extras_require={
+        # To run an exported artifact; transformers and safetensors are in the run-time set.
+        "torch": ["torch>=2.8,<3"],
         "test": [
             "hypothesis>=6.100,<7",
             "lm-eval==0.4.13",

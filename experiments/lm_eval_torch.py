@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from absl import app, flags
 from lm_eval.models.huggingface import HFLM
-from lm_eval.tasks import ConfigurableTask
+from lm_eval.api.task import ConfigurableTask
 
 from ftp_jax.errors import UserError
 from ftp_jax.export import pytorch

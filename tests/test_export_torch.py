@@ -382,7 +382,7 @@ def test_weights_are_those_of_the_source_bit_for_bit_and_in_its_shards(tmp_path,
   source = tmp_path / "source"
   hf = json.loads((pathlib.Path(directory_of("llama-gqa")) / "config.json").read_text())
   save_params(load_params(directory_of("llama-gqa"), config), config, source, hf, max_shard_bytes=50_000)
-  byte_tokenizer().save_pretrained(source)
+  letters(source)
   (source / "custom_code.py").write_text("raise SystemExit")
   artifacts.save(made, tmp_path / "artifact")
   flags = [f"--artifact={tmp_path / 'artifact'}", f"--model={source}"]
