@@ -169,10 +169,11 @@ def test_routes_logits_and_generations_are_those_of_jax(case, tmp_path, monkeypa
   assert 0.05 < 1 - after.mean() < 0.95 if routing.decode_sparsity else after.all()
   assert 0.2 < 1 - routes[:, 0].mean() < 0.7 and len({token for row in new for token in row}) > 5
 
-  # All logits at once, with the contexts' ends given; and a prefill in chunks of queries.
+  # All logits at once, with the contexts' ends given; and a prefill in chunks of the kept queries alone.
   at_once = lambda: model(**padded(rows, "right"), context_length=torch.tensor(context)).logits.numpy()
   first = at_once()
   monkeypatch.setattr(torch_runtime, "_CHUNK", 4)
+  monkeypatch.setattr(torch_runtime, "_WHOLE", 2)
   for found in (first, at_once()):
     for b, row in enumerate(rows):
       np.testing.assert_allclose(found[b, : len(row)], expected[b, : len(row)], rtol=0, atol=1e-4)
@@ -274,7 +275,7 @@ def test_either_side_of_padding_and_rows_alone_give_the_same(skipping):
     torch.testing.assert_close(right[b, : len(prompt)], alone, rtol=0, atol=1e-4)
 
 
-def test_a_filled_cache_continues_and_can_be_copied(skipping):
+def test_a_filled_cache_continues_and_its_rows_can_be_repeated_and_reordered(skipping):
   prompts, more = prompts_of(), torch.tensor([[5, 6, 7], [8, 9, 10], [11, 12, 13]])
   whole = skipping(**padded([p + n for p, n in zip(prompts, more.tolist())], "left"), context_length=torch.tensor(LENGTHS))
   cache = skipping(**padded(prompts, "left")).past_key_values

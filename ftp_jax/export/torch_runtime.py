@@ -34,7 +34,8 @@ CONFIG_FILE, WEIGHTS_FILE = "ftp_config.json", "router.safetensors"
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 EMPTY = 2**30  # position of a cache slot that holds no token
 _STEPS = 40_000  # sparsities count in steps of 1 / _STEPS, so that capacities are integer arithmetic
-_CHUNK = 256  # queries of a prefill that are masked at once
+_CHUNK = 512  # queries that are masked at once
+_WHOLE = 0.3  # from this share of queries on, causal attention of all tokens is faster than masked of some
 # Fields of the config, and the values that are known of those that choose one.
 _ROUTING = {
     "kv_mode": ("evict", "project"), "selection": ("topk", "argmax"), "bucket_multiple": None, "score_window": None,
@@ -278,7 +279,7 @@ def visible(query_BxK, key_BxS, window: int) -> torch.Tensor:
   return mask & (query_BxK[:, :, None] - key_BxS[:, None] < window) if window else mask
 
 
-def attend(q_BxHxKxN, k_BxGxSxN, v_BxGxSxN, query_BxK, key_BxS, window: int, first: bool, same: bool) -> torch.Tensor:
+def attend(q_BxHxKxN, query_BxK, k_BxGxSxN, v_BxGxSxN, key_BxS, window: int, first: bool, same: bool) -> torch.Tensor:
   """Attended values (B,H,K,N). first: the keys stand in order; same: they are those of the queries."""
   if first and same and not window:
     return F.scaled_dot_product_attention(q_BxHxKxN, k_BxGxSxN, v_BxGxSxN, is_causal=True, enable_gqa=True)
@@ -437,7 +438,7 @@ class _ContextView(_View):
     self.keep_LxP.append(torch.ones_like(self.tokens.row_P, dtype=torch.bool) if keep is None else keep)
     return keep
 
-  def observe(self, index_K, some: Packed, query_BxK, q_BxHxKxN, slots: Slots, window: int) -> None:
+  def observe(self, index_K, some: Packed, q_BxHxKxN, query_BxK, slots: Slots, window: int) -> None:
     """Writes the scores of a block that computed `some` tokens, which index_K chooses; None: all."""
     size, counts, m = self.pruning.routing["score_window"], query_BxK.new_tensor(some.counts), self.tokens.counts
     at_BxW = counts[:, None] - size + torch.arange(size, device=counts.device)[None]
@@ -478,7 +479,7 @@ class _NewestView(_View):
       return margin_P >= self.least_LxB[block][self.tokens.row_P]
     return torch.sigmoid(-margin_P) <= routing["decode_threshold"]
 
-  def observe(self, index_K, some: Packed, query_BxK, q_BxHxKxN, slots: Slots, window: int) -> None:
+  def observe(self, index_K, some: Packed, q_BxHxKxN, query_BxK, slots: Slots, window: int) -> None:
     k, _, key_BxS, _ = slots.parts
     rows_KxS = some.unpad(attention_rows(q_BxHxKxN, k, visible(query_BxK, key_BxS, window)))
     places_KxS = slots.places(self.seen_PxS1.shape[1] - 1)[some.row_P]
@@ -610,18 +611,21 @@ class PrunedModel:
         index = (kept & wanted_P).nonzero()[:, 0]
       if index is not None and not len(index):
         continue
-      same = index is keyed
-      some = keyed_tokens if same else tokens.take(index)
-      pick = lambda a: a if index is None else a[index]
+      whole = first and not window and index is not None and keyed is None and len(index) > _WHOLE * len(x_PxD)
+      asked = None if whole else index  # whose queries are computed
+      same = asked is keyed
+      some = keyed_tokens if same else tokens.take(asked)
+      pick = lambda a, chosen: a if chosen is None else a[chosen]
       if not same:
-        y = y[index] if keyed is None else block.input_layernorm(x_PxD[index])
-      q = some.pad(_rope(heads(attention.q_proj(y), "q_norm"), pick(cos), pick(sin))).transpose(1, 2)
-      query_BxK = some.pad(some.position_P)
-      keys, values, key_BxS, _ = cache.slots[i].parts
-      attended = attend(q, keys, values, query_BxK, key_BxS, window, first, same)
+        y = y[asked] if keyed is None else block.input_layernorm(x_PxD[asked])
+      q_PxHxN = _rope(heads(attention.q_proj(y), "q_norm"), pick(cos, asked), pick(sin, asked))
+      padded = lambda: (some.pad(q_PxHxN).transpose(1, 2), some.pad(some.position_P))
+      attended = some.unpad(attend(*padded(), *cache.slots[i].parts[:3], window, first, same).transpose(1, 2))
+      if whole:
+        attended, some, q_PxHxN = attended[index], tokens.take(index), q_PxHxN[index]
       if view.observes(i):
-        view.observe(index, some, query_BxK, q, cache.slots[i], window)
-      y = pick(x_PxD) + attention.o_proj(some.unpad(attended.transpose(1, 2)).flatten(1))
+        view.observe(index, some, *padded(), cache.slots[i], window)
+      y = pick(x_PxD, index) + attention.o_proj(attended.flatten(1))
       y = y + block.mlp(block.post_attention_layernorm(y))
       x_PxD = y if index is None else x_PxD.index_copy_(0, index, y)
     return x_PxD
