@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tokenizers
 import torch
 import transformers
 
@@ -31,7 +32,6 @@ from ftp_jax.routing import routers, selection
 from ftp_jax.routing.config import RouterConfig, RoutingConfig
 from tests import tiny
 from tests.test_data import byte_tokenizer
-from tests.test_models import CASES as MODELS
 from tests.test_models import random_model
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -60,7 +60,8 @@ CASES = {
         RouterConfig(hidden_states=True),
     ),
     "window_project_skipping": (
-        "mistral-window", RoutingConfig("project", decode_sparsity=0.3), RouterConfig("per_block", ("position", "rank")),
+        "mistral-window", RoutingConfig("project", decode_sparsity=0.3),
+        RouterConfig("per_block", ("position", "rank")),
     ),
     "one_pass_recurrent": ("qwen2", RoutingConfig("evict", one_pass_block=1), RouterConfig("recurrent")),
     "one_pass_quantile": (
@@ -126,7 +127,8 @@ def prompts_of(lengths=LENGTHS, size=97):
 
 def padded(rows, side):
   longest = max(map(len, rows))
-  fill = lambda row, value: [value] * (longest - len(row)) + row if side == "left" else row + [value] * (longest - len(row))
+  missing = lambda row, value: [value] * (longest - len(row))
+  fill = lambda row, value: missing(row, value) + row if side == "left" else row + missing(row, value)
   return {
       "input_ids": torch.tensor([fill(row, 0) for row in rows]),
       "attention_mask": torch.tensor([fill([1] * len(row), 0) for row in rows]),
@@ -204,7 +206,8 @@ def test_capacity_and_ties_are_those_of_jax():
   margin = torch.tensor([[0.0, 2.0, 1.0, 1.0, 1.0, -9.0], [5.0, 5.0, -1.0, 5.0, 9.0, 9.0]])
   keep = torch_runtime.select(margin, [4, 3], [6, 4], "topk").int().tolist()
   assert keep == [[1, 1, 0, 0, 1, 1], [1, 1, 0, 1, 0, 0]]
-  assert torch_runtime.select(margin - 4, [4, 3], [6, 4], "argmax").int().tolist() == [[1, 0, 0, 0, 0, 1], [1, 1, 0, 1, 0, 0]]
+  keep = torch_runtime.select(margin - 4, [4, 3], [6, 4], "argmax").int().tolist()
+  assert keep == [[1, 0, 0, 0, 0, 1], [1, 1, 0, 1, 0, 0]]
 
 
 # --- what is saved ---------------------------------------------------------------------------------
@@ -218,7 +221,7 @@ def test_a_prefill_computes_and_stores_what_it_keeps_alone(kv_mode, tmp_path):
     block.mlp.register_forward_hook(lambda _, inputs, __: computed.append(len(inputs[0])))
   cache = model(**padded(prompts_of(), "left"), logits_to_keep=1).past_key_values
   kept = cache.keep_LxBxT.sum((1, 2)).tolist()
-  assert kept == [sum(-(-m * (10 - s) // 10) if m > 3 else max(-(-3 * (10 - s) // 10), 2) for m in LENGTHS) for s in (3, 5, 6)]
+  assert kept == [12 + 7 + 3, 9 + 5 + 2, 7 + 4 + 2]  # ceil((1 - s) m), at least 2
   assert computed == [*kept[:2], 3]  # of the last block the last token of each row alone
   slots = [slots.parts[0].shape[2] for slots in cache.slots]
   assert slots == ([12, 9, 7] if kv_mode == "evict" else [17] * 3)  # of the longest row
@@ -262,7 +265,8 @@ def skipping(tmp_path_factory):
   """A model whose new tokens skip as well."""
   routing = RoutingConfig("evict", decode_sparsity=0.4, decode_threshold=0.3)
   router = RouterConfig("recurrent", hidden_states=True)
-  return load_pruned(directory_of("llama-tied"), exported(tmp_path_factory.mktemp("skipping"), "llama-tied", routing, router))
+  out = exported(tmp_path_factory.mktemp("skipping"), "llama-tied", routing, router)
+  return load_pruned(directory_of("llama-tied"), out)
 
 
 def test_either_side_of_padding_and_rows_alone_give_the_same(skipping):
@@ -277,7 +281,8 @@ def test_either_side_of_padding_and_rows_alone_give_the_same(skipping):
 
 def test_a_filled_cache_continues_and_its_rows_can_be_repeated_and_reordered(skipping):
   prompts, more = prompts_of(), torch.tensor([[5, 6, 7], [8, 9, 10], [11, 12, 13]])
-  whole = skipping(**padded([p + n for p, n in zip(prompts, more.tolist())], "left"), context_length=torch.tensor(LENGTHS))
+  rows = [prompt + new for prompt, new in zip(prompts, more.tolist())]
+  whole = skipping(**padded(rows, "left"), context_length=torch.tensor(LENGTHS))
   cache = skipping(**padded(prompts, "left")).past_key_values
   assert cache.get_seq_length() == 17
   cache.batch_repeat_interleave(2)  # rows 0 0 1 1 2 2
@@ -296,8 +301,8 @@ def test_generation_options(skipping):
   # Of several beams the best is at least as likely as the greedy one; its likelihood is what one pass says.
   beams = generate(skipping, prompts, num_beams=3, output_scores=True)
   rows = [p + row[17:].tolist() for p, row in zip(prompts, beams.sequences)]
-  logits = skipping(**padded(rows, "left"), context_length=torch.tensor(LENGTHS)).logits[:, -NEW - 1 : -1].log_softmax(-1)
-  total = logits.gather(2, beams.sequences[:, 17:, None]).sum((1, 2))
+  logits = skipping(**padded(rows, "left"), context_length=torch.tensor(LENGTHS)).logits[:, -NEW - 1 : -1]
+  total = logits.log_softmax(-1).gather(2, beams.sequences[:, 17:, None]).sum((1, 2))
   torch.testing.assert_close(beams.sequences_scores * NEW, total, rtol=0, atol=1e-3)
   plain = skipping.generate(torch.tensor([prompts[0]]), max_new_tokens=NEW, do_sample=False)
   assert torch.equal(plain[0, 17:], greedy[0, 17:])
@@ -399,7 +404,8 @@ def test_weights_are_those_of_the_source_bit_for_bit_and_in_its_shards(tmp_path,
   # The directory alone is enough, for both frameworks.
   model, engine = load_pruned(out), Engine.load(str(out), str(out), fallback="never")
   logits = model(torch.tensor([prompts_of()[0]])).logits[0, -1]
-  np.testing.assert_allclose(engine.prefill(prompts_of()[:1]).groups[0].prefilled.logits_BxV[0], logits, rtol=0, atol=1e-4)
+  expected = engine.prefill(prompts_of()[:1]).groups[0].prefilled.logits_BxV[0]
+  np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-4)
   # Without weights it is small.
   assert cli.main(["export", *flags, f"--out={tmp_path / 'small'}"]) == 0
   assert {file.name for file in (tmp_path / "small").iterdir()} == own
@@ -415,10 +421,9 @@ def test_copying_weights_takes_no_memory(tmp_path):
   save_params(zeros, config, tmp_path / "source", HF)
   router = RouterConfig()
   weights = jax.device_get(routers.init_router(router, jax.random.key(0), 1, 128))
-  artifacts.save(
-      artifacts.Artifact("big", fingerprint(tmp_path / "source"), "llama", (0.5,), RoutingConfig(), router, weights, {}),
-      tmp_path / "artifact",
-  )  # fmt: skip
+  found = fingerprint(tmp_path / "source")
+  made = artifacts.Artifact("big", found, "llama", (0.5,), RoutingConfig(), router, weights, {})
+  artifacts.save(made, tmp_path / "artifact")
   code = (
       "import resource; from ftp_jax.export import pytorch\n"
       "for name, weights in (('small', False), ('whole', True)):\n"
@@ -438,7 +443,8 @@ def test_the_runtime_runs_from_the_directory_without_this_package(tmp_path):
   out = exported(tmp_path, "qwen3", RoutingConfig("evict"), RouterConfig(), with_weights=True)
   code = (
       "import sys; from torch_runtime import load_pruned; import torch\n"
-      f"print(load_pruned('out').generate(torch.tensor([{prompts_of()[0]}]), max_new_tokens=5, do_sample=False).tolist())\n"
+      f"tokens = torch.tensor([{prompts_of()[0]}])\n"
+      "print(load_pruned('out').generate(tokens, max_new_tokens=5, do_sample=False).tolist())\n"
       "print([name for name in ('jax', 'flax', 'ftp_jax') if name in sys.modules])"
   )
   done = subprocess.run(
@@ -603,8 +609,6 @@ def test_the_example_of_the_document_runs(tmp_path, monkeypatch, capsys):
 
 def letters(directory):
   """A tokenizer of 97 tokens, one a character, into a model directory."""
-  import tokenizers
-
   vocab = {chr(32 + i): i for i in range(95)} | {"<|end|>": 95, "\n": 96}
   backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, [], unk_token=" "))
   backend.decoder = tokenizers.decoders.Fuse()

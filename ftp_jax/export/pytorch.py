@@ -93,6 +93,7 @@ def card(artifact: Artifact, with_weights: bool) -> str:
   inputs = [*router.factors, *(["hidden states"] if router.hidden_states else [])]
   base = artifact.base_model
   weights = "| `*.safetensors`, `config.json`, tokenizer files | the base model, unchanged |\n" if with_weights else ""
+  new_tokens = f"asked to skip {routing.decode_sparsity:g}" if routing.decode_sparsity else "computed in every block"
   load, tokenizer = ('"HERE"', "HERE") if with_weights else ('"BASE", "HERE"', "BASE")
   where = "HERE is this directory" + ("" if with_weights else f", BASE a directory or hub id that holds `{base}`")
   numbers = {name: value for name, value in artifact.figures.items() if isinstance(value, (int, float, str))}
@@ -146,7 +147,7 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens=16)[0]))
 | keys and values of skipped tokens | {routing.kv_mode} |
 | selection | {routing.selection} |
 | router | {router.kind}, {router.hidden_size} wide, reads {", ".join(inputs)} |
-| new tokens | {f"asked to skip {routing.decode_sparsity:g}" if routing.decode_sparsity else "computed in every block"} |
+| new tokens | {new_tokens} |
 
 ## Measured
 

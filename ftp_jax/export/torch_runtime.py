@@ -191,8 +191,8 @@ def load_pruned(model, artifact=None, *, dtype=None, device=None) -> "PrunedMode
   found = fingerprint(tensors, config.tie_word_embeddings)
   if found != pruning.fingerprint:
     raise ValueError(
-        f"The artifact was made for {pruning.base_model} (fingerprint {pruning.fingerprint}), but this model has {found}; "
-        "load the base model it belongs to, by its directory if you cast its weights."
+        f"The artifact was made for {pruning.base_model} (fingerprint {pruning.fingerprint}), but this model has "
+        f"{found}; load the base model it belongs to, by its directory if you cast its weights."
     )
   _check_weights(pruning, config)
   if not isinstance(model, transformers.PreTrainedModel):
@@ -442,9 +442,10 @@ class _ContextView(_View):
     """Writes the scores of a block that computed `some` tokens, which index_K chooses; None: all."""
     size, counts, m = self.pruning.routing["score_window"], query_BxK.new_tensor(some.counts), self.tokens.counts
     at_BxW = counts[:, None] - size + torch.arange(size, device=counts.device)[None]
-    query_BxW = query_BxK.gather(1, at_BxW.clamp(min=0))
-    weight_BxW = ((at_BxW >= 0) & (query_BxW >= query_BxW.new_tensor(m)[:, None] - size)).float()
-    q = q_BxHxKxN.gather(2, at_BxW.clamp(min=0)[:, None, :, None].expand(-1, q_BxHxKxN.shape[1], -1, q_BxHxKxN.shape[3]))
+    exists_BxW, at_BxW = at_BxW >= 0, at_BxW.clamp(min=0)
+    query_BxW = query_BxK.gather(1, at_BxW)
+    weight_BxW = (exists_BxW & (query_BxW >= query_BxW.new_tensor(m)[:, None] - size)).float()
+    q = q_BxHxKxN.take_along_dim(at_BxW[:, None, :, None], dim=2)
     k, _, key_BxS, _ = slots.parts
     rows_BxWxS = attention_rows(q, k, visible(query_BxW, key_BxS, window))
     score_BxS = (rows_BxWxS * weight_BxW[:, :, None]).sum(1) / weight_BxW.sum(1, keepdim=True).clamp(min=1)
