@@ -392,6 +392,7 @@ def test_weights_are_those_of_the_source_bit_for_bit_and_in_its_shards(tmp_path,
   (source / "custom_code.py").write_text("raise SystemExit")
   artifacts.save(made, tmp_path / "artifact")
   flags = [f"--artifact={tmp_path / 'artifact'}", f"--model={source}"]
+  capsys.readouterr()  # progress bars of the models made
   assert cli.main(["export", *flags, f"--out={tmp_path / 'new' / 'out'}", "--with-weights"]) == 0
   out = pathlib.Path(capsys.readouterr().out.strip())
   own = {"ftp_config.json", "router.safetensors", "torch_runtime.py", "README.md"}
@@ -557,6 +558,7 @@ def test_mistakes_of_the_command_are_one_sentence_and_leave_nothing(tmp_path, ca
   monkeypatch.chdir(tmp_path)
 
   def mistake(*flags):
+    capsys.readouterr()  # progress bars of the models made
     assert cli.main(["export", *flags]) == 2
     out, err = capsys.readouterr()
     assert out == "" and err.count("\n") == 1 and err.startswith("ftp-jax: ")
