@@ -531,6 +531,13 @@ def test_the_runtime_refuses_models_that_do_not_fit(tmp_path):
   shutil.copyfile(pathlib.Path(directory_of("qwen2")) / "config.json", tmp_path / "empty/config.json")
   with pytest.raises(ValueError, match="no readable safetensors"):
     load_pruned(tmp_path / "empty", out)
+  with pytest.raises(ValueError, match="holds no model; pass the base model first"):
+    load_pruned(out)
+  shutil.copyfile(pathlib.Path(directory_of("qwen2")) / "model.safetensors", tmp_path / "empty/model.safetensors")
+  (tmp_path / "empty/config.json").write_text("{")
+  with pytest.raises(ValueError, match="no config.json that transformers reads") as error:
+    load_pruned(tmp_path / "empty", out)
+  assert "\n" not in str(error.value)
   spread = transformers.AutoModelForCausalLM.from_pretrained(directory_of("qwen2"))
   spread.hf_device_map = {"model": 0, "lm_head": 1}
   with pytest.raises(ValueError, match="several devices"):

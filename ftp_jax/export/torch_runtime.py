@@ -152,6 +152,8 @@ def fingerprint(tensors: dict[str, Any], tied: bool) -> str:
 def _stored_tensors(directory: pathlib.Path) -> dict[str, Any]:
   """{name: open slice} of the safetensors files of a model directory; nothing is read yet."""
   files = [directory / "model.safetensors"]
+  if not (directory / "config.json").is_file():
+    raise ValueError(f"{directory} holds no model; pass the base model first and the exported artifact second.")
   try:
     if not files[0].is_file():
       index = json.loads((directory / "model.safetensors.index.json").read_text(encoding="utf-8"))
@@ -185,7 +187,12 @@ def load_pruned(model, artifact=None, *, dtype=None, device=None) -> "PrunedMode
     if not directory.is_dir():
       patterns = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja"]
       directory = pathlib.Path(huggingface_hub.snapshot_download(str(model), allow_patterns=patterns))
-    config, tensors = transformers.AutoConfig.from_pretrained(directory), _stored_tensors(directory)
+    tensors = _stored_tensors(directory)
+    try:
+      config = transformers.AutoConfig.from_pretrained(directory, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+      reason = " ".join(str(error).split())[:160]
+      raise ValueError(f"{directory} has no config.json that transformers reads ({reason}); get it again.") from None
   if config.model_type not in FAMILIES:
     raise ValueError(f"model_type={config.model_type!r} is not supported; supported are {', '.join(FAMILIES)}.")
   found = fingerprint(tensors, config.tie_word_embeddings)
