@@ -32,6 +32,8 @@ setup(
     package_data={"ftp_jax.evaluation.harness": ["ftp_jax.yaml"]},
     extras_require={
         "eval": ["lm-eval==0.4.13"],
+        # To run an exported artifact; transformers and safetensors are in the run-time set.
+        "torch": ["torch>=2.8,<3"],
         "test": [
             "hypothesis>=6.100,<7",
             "lm-eval==0.4.13",

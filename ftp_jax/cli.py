@@ -94,6 +94,11 @@ def _parser() -> argparse.ArgumentParser:
     stage.add_argument("--workdir", metavar="DIR", help="run directory (default: runs/<name of the config>)")
     if name in ("run", "evaluate"):
       stage.add_argument("--json", metavar="FILE", help="also write machine, config, records and table to this file")
+  export = add("export", "write an artifact for PyTorch, alone or with the weights of its base model", _export)
+  export.add_argument("--artifact", metavar="DIR", required=True, help="artifact of a finished run")
+  export.add_argument("--out", metavar="DIR", required=True, help="directory to write; new or empty")
+  export.add_argument("--model", help="any model source, to compare and copy (default: what the artifact names)")
+  export.add_argument("--with-weights", action="store_true", help="also copy the base model, unchanged")
   generate = add("generate", "continue prompts, dense or pruned by an artifact", _generate)
   generate.add_argument("--model", default="smollm2-135m", help="any model source (default: smollm2-135m)")
   generate.add_argument("--artifact", metavar="DIR", help="what prunes the model (default: nothing does)")
@@ -177,6 +182,15 @@ def _fetch(arguments: argparse.Namespace, rest: list[str]) -> None:
   if rest:
     raise UserError(f"the argument {rest[0]!r} is not understood; see ftp-jax fetch --help.")
   print(fetch(arguments.model, arguments.out))
+
+
+def _export(arguments: argparse.Namespace, rest: list[str]) -> None:
+  if rest:
+    raise UserError(f"the argument {rest[0]!r} is not understood; see ftp-jax export --help.")
+
+  from ftp_jax.export import pytorch
+
+  print(pytorch.export(arguments.artifact, arguments.out, arguments.model, arguments.with_weights))
 
 
 def _generate(arguments: argparse.Namespace, rest: list[str]) -> None:

@@ -182,7 +182,7 @@ def test_fetch_refuses_unknown_names_and_options(capsys):
   assert "'--force' is not understood" in mistake(capsys, "fetch", "smollm2-135m", "--force")
 
 
-@pytest.mark.parametrize("name", ["", "fetch", "run", "search", "train", "finetune", "evaluate", "report"])
+@pytest.mark.parametrize("name", ["", "export", "fetch", "run", "search", "train", "finetune", "evaluate", "report"])
 def test_every_command_has_help(capsys, name):
   command = name.split()
   with pytest.raises(SystemExit) as exit_info:

@@ -30,5 +30,5 @@ def write(records: Sequence[dict[str, Any]], settings: Settings, machine: dict[s
       "context": found, "batch": settings.batch[0], "dtype": settings.dtype, "machine": machine, "measured": measured,
   }  # fmt: skip
   artifact = dataclasses.replace(artifacts.load(settings.artifact), crossover=described)
-  artifacts.save(artifact, settings.artifact)
+  artifacts.save(artifact, settings.artifact, artifacts.read_config(settings.artifact)["layout"])
   return found

@@ -2,6 +2,9 @@
 
 `ftp_config.json` describes schedule, routing and router, the base model's id and fingerprint, and the
 figures measured; `router.safetensors` holds the router's weights. It loads without the training code.
+
+There are two layouts of the same numbers: `flax` as the router's own parameters ("hidden.kernel", (in, out)), and
+`torch` as `torch.nn.Linear` names and shapes them ("hidden.weight", (out, in)), which `ftp-jax export` writes.
 """
 
 import dataclasses
@@ -18,6 +21,7 @@ from ftp_jax.errors import UserError
 from ftp_jax.routing.config import RouterConfig, RoutingConfig
 
 FORMAT_VERSION = 1
+LAYOUTS = ("flax", "torch")
 CONFIG_FILE, WEIGHTS_FILE = "ftp_config.json", "router.safetensors"
 
 
@@ -45,13 +49,14 @@ class Artifact:
   crossover: dict[str, Any] | None = None
 
 
-def save(artifact: Artifact, directory: str | os.PathLike) -> None:
+def save(artifact: Artifact, directory: str | os.PathLike, layout: str = "flax") -> None:
   """Writes both files; the config last, so that a half-written artifact does not load."""
   directory = pathlib.Path(directory)
   directory.mkdir(parents=True, exist_ok=True)
-  save_weights(artifact.params, directory / WEIGHTS_FILE)
+  save_weights(_to_torch(artifact.params) if layout == "torch" else artifact.params, directory / WEIGHTS_FILE)
   described = {
       "format_version": FORMAT_VERSION,
+      "layout": layout,
       "base_model": artifact.base_model,
       "fingerprint": artifact.fingerprint,
       "family": artifact.family,
@@ -66,12 +71,8 @@ def save(artifact: Artifact, directory: str | os.PathLike) -> None:
   os.replace(config, directory / CONFIG_FILE)
 
 
-def load(directory: str | os.PathLike) -> Artifact:
-  """Reads an artifact.
-
-  Raises:
-    UserError: a file is missing, damaged, or of a newer format.
-  """
+def read_config(directory: str | os.PathLike) -> dict[str, Any]:
+  """What the config of an artifact says, "layout" included; UserError as `load`."""
   directory = pathlib.Path(directory)
   try:
     described = json.loads((directory / CONFIG_FILE).read_text(encoding="utf-8"))
@@ -82,6 +83,20 @@ def load(directory: str | os.PathLike) -> Artifact:
   version = described.get("format_version") if isinstance(described, dict) else None
   if version != FORMAT_VERSION:
     raise UserError(f"{directory} has artifact format {version!r}, but {FORMAT_VERSION} is read here; update ftp_jax.")
+  layout = described.setdefault("layout", "flax")
+  if layout not in LAYOUTS:
+    raise UserError(f"{directory} has the layout {layout!r}, but {', '.join(LAYOUTS)} are read here; update ftp_jax.")
+  return described
+
+
+def load(directory: str | os.PathLike) -> Artifact:
+  """Reads an artifact, in either layout.
+
+  Raises:
+    UserError: a file is missing, damaged, or of a newer format.
+  """
+  directory = pathlib.Path(directory)
+  described = read_config(directory)
   weights = load_weights(directory / WEIGHTS_FILE)
   try:
     router = dict(described["router"])
@@ -92,11 +107,11 @@ def load(directory: str | os.PathLike) -> Artifact:
         schedule=tuple(described["schedule"]),
         routing=RoutingConfig(**described["routing"]),
         router=RouterConfig(**(router | {"factors": tuple(router["factors"])})),
-        params=weights,
+        params=_from_torch(weights) if described["layout"] == "torch" else weights,
         figures=described["figures"],
         crossover=described.get("crossover"),  # absent in artifacts whose crossover was never measured
     )
-  except (KeyError, TypeError, ValueError) as error:
+  except (AttributeError, KeyError, TypeError, ValueError) as error:
     raise UserError(f"{directory / CONFIG_FILE} is incomplete ({error}); export the artifact again.") from None
 
 
@@ -115,6 +130,17 @@ def load_weights(path: str | os.PathLike) -> Any:
     return _nested(safetensors.numpy.load_file(path))
   except (OSError, SafetensorError) as error:
     raise UserError(f"{path} cannot be read ({error}); copy it again, or run its stage again.") from None
+
+
+def _to_torch(params: Any) -> Any:
+  """{"hidden": {"kernel", "bias"}, ...} as {"hidden": {"weight", "bias"}, ...}; a leading block axis stays in front."""
+  swap = lambda name, a: ("weight", np.swapaxes(a, -1, -2)) if name == "kernel" else (name, a)
+  return {layer: dict(swap(name, a) for name, a in leaves.items()) for layer, leaves in params.items()}
+
+
+def _from_torch(weights: Any) -> Any:
+  back = lambda name, a: ("kernel", np.ascontiguousarray(np.swapaxes(a, -1, -2))) if name == "weight" else (name, a)
+  return {layer: dict(back(name, a) for name, a in leaves.items()) for layer, leaves in weights.items()}
 
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, np.ndarray]:

@@ -1,0 +1,166 @@
+"""Shows that a trained artifact does in PyTorch what it does in JAX, and what time it saves there.
+
+  python experiments/parity_torch.py --artifact=runs/NAME/S0.30/seed0/artifact --part=exact --prompts=FILE
+  python experiments/parity_torch.py --artifact=runs/NAME/S0.30/seed0/artifact --part=speed --prompts=FILE
+
+The artifact is exported with its weights and loaded by `export.torch_runtime`. `exact` compares routes, logits of
+prefill and of every decode step, and greedy generations of a left-padded batch; its flags and prompts are those of
+exactness.py. `speed` prefills one row of `--context` tokens, prompts one behind the other: the dense model as
+transformers runs it, and pruned in both kv modes, in turns; the ideal is the ratio of FLOPs.
+"""
+
+import itertools
+import json
+import sys
+import tempfile
+import time
+
+import exactness
+import jax
+import numpy as np
+import torch
+import transformers
+from absl import app, flags
+
+from ftp_jax.bench.timing import interleave, speedup
+from ftp_jax.errors import UserError
+from ftp_jax.evaluation.flops import prefill_flops
+from ftp_jax.export import artifact as artifacts
+from ftp_jax.export import pytorch
+from ftp_jax.export.torch_runtime import load_pruned
+from ftp_jax.inference import Engine
+from ftp_jax.models import decoder
+from ftp_jax.models.config import ModelConfig
+from ftp_jax.models.tokenizer import load_tokenizer
+from ftp_jax.routing import masked
+from ftp_jax.routing.config import KV_MODES
+
+_PART = flags.DEFINE_enum("part", "exact", ["exact", "speed"], "What to show.")
+_CONTEXT = flags.DEFINE_integer("context", 2048, "Tokens of the prefill whose time is measured.")
+_RUNS = flags.DEFINE_integer("runs", 5, "Measurements of each method.")
+
+
+def left_padded(prompts: list[list[int]]) -> dict[str, torch.Tensor]:
+  """Token ids and attention mask (B,T) as a tokenizer with padding_side="left" gives them."""
+  longest = max(map(len, prompts))
+  pad = lambda row, fill: [fill] * (longest - len(row)) + row
+  return {
+      "input_ids": torch.tensor([pad(row, 0) for row in prompts]),
+      "attention_mask": torch.tensor([pad([1] * len(row), 0) for row in prompts]),
+  }
+
+
+def exact(model, engine: Engine, prompts: list[list[int]], new_tokens: int) -> dict:
+  """Figures over all prompts; `engine` must not fall back."""
+  prefix = engine.prefill(prompts)
+  (group,) = prefix.groups
+  expected = [list(generation.tokens) for generation in engine.generate(prefix, new_tokens, stop_tokens=())]
+  out = model.generate(
+      **left_padded(prompts), max_new_tokens=new_tokens, do_sample=False, eos_token_id=None, pad_token_id=0,
+      return_dict_in_generate=True, output_logits=True,
+  )  # fmt: skip
+  found = out.sequences[:, -new_tokens:].tolist()
+  logits = torch.stack(out.logits, dim=1).numpy()
+  keep = np.asarray(group.prefilled.cache.keep_LxBxT)
+  routes = out.past_key_values.keep_LxBxT.numpy()
+  same_routes = [np.array_equal(keep[:, b, : len(p)], routes[:, b, : len(p)]) for b, p in enumerate(prompts)]
+  first = np.abs(np.asarray(group.prefilled.logits_BxV) - logits[:, 0]).max(axis=1)
+  # Decode steps against the masked reference on the same tokens, a few rows at a time: all their logits are held.
+  length = np.array([len(p) + new_tokens for p in prompts], np.int32)
+  tokens = np.zeros((len(prompts), length.max()), np.int32)
+  for row, prompt, new in zip(tokens, prompts, found):
+    row[: len(prompt) + new_tokens] = prompt + new
+  spec, weights = group.spec, group.weights
+
+  @jax.jit
+  def reference(tokens, context, length):
+    out = masked.forward(
+        spec.model, spec.routing, weights.params, weights.router, tokens, context, length, weights.schedule_L
+    )
+    return decoder.unembed(spec.model, weights.params, out.hidden_BxTxD)
+
+  steps = []
+  for at in range(0, len(prompts), 8):
+    rows = slice(at, at + 8)
+    theirs = np.asarray(reference(tokens[rows], length[rows] - new_tokens, length[rows]))
+    for b, m in enumerate(length[rows] - new_tokens):
+      steps.append(float(np.abs(theirs[b, m - 1 : m - 1 + new_tokens] - logits[at + b]).max()))
+  return {
+      "prompts": len(prompts),
+      "new_tokens": new_tokens,
+      "identical_routes": sum(same_routes),
+      "identical_generations": sum(a == b for a, b in zip(expected, found)),
+      "largest_prefill_logit_difference": float(first.max()),
+      "largest_step_logit_difference": max(steps),
+      "largest_logit": float(np.abs(logits).max()),
+      "skipped": float(1 - sum(keep[:, b, : len(p)].sum() for b, p in enumerate(prompts)) / (
+          len(keep) * sum(map(len, prompts)))),
+      "kv_mode": spec.routing.kv_mode,
+  }  # fmt: skip
+
+
+class TorchPrefill:
+  """Time to the last token's logits and the cache; a `bench.timing.Method`."""
+
+  def __init__(self, name: str, model, tokens_BxT: torch.Tensor):
+    self.name, self.model, self.tokens_BxT, self.cache = name, model, tokens_BxT, None
+
+  def measure(self) -> float:
+    with torch.inference_mode():
+      start = time.perf_counter()
+      self.cache = self.model(input_ids=self.tokens_BxT, use_cache=True, logits_to_keep=1).past_key_values
+      return time.perf_counter() - start
+
+
+def speed(directory: str, tokens_BxT: torch.Tensor, runs: int) -> dict:
+  """Medians of interleaved prefills, and each speedup beside the ideal by the FLOPs of the routes taken."""
+  base = transformers.AutoModelForCausalLM.from_pretrained(directory, attn_implementation="sdpa").eval()
+  config, router = ModelConfig.from_directory(directory), artifacts.load(directory).router
+  context = tokens_BxT.shape[1]
+  methods = [TorchPrefill("dense", base, tokens_BxT)]
+  for kv_mode in KV_MODES:
+    pruned = load_pruned(base, directory)
+    pruned.pruning.routing = pruned.pruning.routing | {"kv_mode": kv_mode}
+    methods.append(TorchPrefill(kv_mode, pruned, tokens_BxT))
+  seconds = interleave(methods, runs, f"prefill of {context} tokens")
+  figures = {"context": context, "torch": torch.__version__, "threads": torch.get_num_threads()}
+  figures["dense_seconds"] = sorted(seconds[0])
+  flops = lambda keep, kv_mode, router=None: prefill_flops(config, keep, context, kv_mode, router)
+  for method, own in zip(methods[1:], seconds[1:]):
+    keep = method.cache.keep_LxBxT[:, 0].numpy()
+    ideal = flops(np.ones_like(keep), method.name) / flops(keep, method.name, router)
+    found = speedup(own, seconds[0])
+    figures[method.name] = {
+        "seconds": sorted(own), "skipped": float(1 - keep.mean()), "speedup": found, "ideal_speedup": ideal,
+        "share_of_ideal": found / ideal, "cache_bytes": method.cache.nbytes,
+    }  # fmt: skip
+  figures["dense_cache_bytes"] = sum(layer.keys.nbytes + layer.values.nbytes for layer in methods[0].cache.layers)
+  return figures
+
+
+def main(argv) -> None:
+  if len(argv) > 1:
+    raise app.UsageError(f"The argument {argv[1]!r} is not understood.")
+  options = flags.FLAGS
+  with tempfile.TemporaryDirectory() as directory:
+    pytorch.export(options.artifact, directory, options.model, with_weights=True)
+    tokenizer = load_tokenizer(directory)
+    read = lambda count: exactness.read_prompts(options.prompts, tokenizer, count, options.longest)
+    if _PART.value == "speed":
+      text = list(itertools.chain.from_iterable(read(_CONTEXT.value // 16)))[: _CONTEXT.value]
+      figures = speed(directory, torch.tensor([text]), _RUNS.value)
+    else:
+      engine = Engine.load(directory, directory, fallback="never")
+      figures = exact(load_pruned(directory), engine, read(options.count), options.new_tokens)
+  figures = {"artifact": options.artifact, "part": _PART.value, **figures}
+  print(json.dumps(figures, indent=2))
+  if options.json:
+    with open(options.json, "w", encoding="utf-8") as file:
+      json.dump(figures, file, indent=2)
+
+
+if __name__ == "__main__":
+  try:
+    app.run(main)
+  except UserError as error:
+    sys.exit(f"parity_torch: {error}")

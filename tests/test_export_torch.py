@@ -1,0 +1,625 @@
+"""Export to PyTorch: routes, logits and generations of the runtime are those of JAX; weights, round trips, refusals."""
+
+import dataclasses
+import functools
+import json
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tokenizers
+import torch
+import transformers
+
+from ftp_jax import cli
+from ftp_jax.errors import UserError
+from ftp_jax.export import artifact as artifacts
+from ftp_jax.export import pytorch, torch_runtime
+from ftp_jax.export.torch_runtime import PrunedCache, load_pruned
+from ftp_jax.inference import Engine
+from ftp_jax.models import decoder
+from ftp_jax.models.config import ModelConfig
+from ftp_jax.models.huggingface import fingerprint, load_params, save_params
+from ftp_jax.models.sources import Model
+from ftp_jax.routing import routers, selection
+from ftp_jax.routing.config import RouterConfig, RoutingConfig
+from tests import tiny
+from tests.test_data import byte_tokenizer
+from tests.test_models import random_model
+
+ROOT = pathlib.Path(__file__).parent.parent
+SCHEDULE = (0.3, 0.5, 0.6)  # of the three blocks of the tiny models
+LENGTHS, NEW = (17, 9, 3), 10
+unembed = jax.jit(decoder.unembed, static_argnums=0)
+
+CASES = {
+    "evict": ("llama-gqa", RoutingConfig("evict"), RouterConfig()),
+    "project": ("llama-mqa", RoutingConfig("project"), RouterConfig()),
+    "recurrent_skipping": (
+        "llama-tied", RoutingConfig("evict", decode_sparsity=0.4, decode_threshold=0.3),
+        RouterConfig("recurrent", hidden_states=True),
+    ),
+    "per_block_quantile": (
+        "llama-mha", RoutingConfig("project", decode_sparsity=0.4, decode_rule="quantile"),
+        RouterConfig("per_block", hidden_states=True),
+    ),
+    "rope_llama3_argmax": ("llama-rope-llama3", RoutingConfig("evict", "argmax"), RouterConfig(factors=("rank",))),
+    "rope_linear_multiple": (
+        "llama-rope-linear", RoutingConfig("project", "argmax", bucket_multiple=4, score_window=3),
+        RouterConfig("recurrent", ("score", "sparsity")),
+    ),
+    "window_evict_quantile": (
+        "mistral-window", RoutingConfig("evict", decode_sparsity=0.4, decode_rule="quantile"),
+        RouterConfig(hidden_states=True),
+    ),
+    "window_project_skipping": (
+        "mistral-window", RoutingConfig("project", decode_sparsity=0.3),
+        RouterConfig("per_block", ("position", "rank")),
+    ),
+    "one_pass_recurrent": ("qwen2", RoutingConfig("evict", one_pass_block=1), RouterConfig("recurrent")),
+    "one_pass_quantile": (
+        "qwen2-tied", RoutingConfig("project", one_pass_block=1, decode_sparsity=0.3, decode_rule="quantile"),
+        RouterConfig(),
+    ),
+    "one_pass_hidden_alone": (
+        "qwen3", RoutingConfig("project", one_pass_block=0), RouterConfig(factors=(), hidden_states=True),
+    ),
+    "one_pass_skipping": (
+        "qwen3", RoutingConfig("evict", one_pass_block=1, decode_sparsity=0.4, decode_threshold=0.3),
+        RouterConfig("per_block"),
+    ),
+    "some_blocks_dense": (
+        "mistral-full", RoutingConfig("evict", decode_sparsity=0.2, decode_threshold=0.3), RouterConfig("recurrent"),
+        (0.0, 0.7, 0.0),
+    ),
+}  # fmt: skip
+WITH_ENGINE = ("evict", "per_block_quantile", "window_evict_quantile")
+
+
+@functools.cache
+def directory_of(model: str) -> str:
+  """A tiny random model of the family, with a tokenizer, as transformers writes it; kept for all tests."""
+  directory = _Directories.root / model
+  base = random_model(model)
+  base.generation_config.eos_token_id = base.generation_config.bos_token_id = None
+  base.save_pretrained(directory)
+  return str(directory)
+
+
+class _Directories:
+  root: pathlib.Path
+
+
+@pytest.fixture(scope="module", autouse=True)
+def directories(tmp_path_factory):
+  _Directories.root = tmp_path_factory.mktemp("models")
+  yield
+  directory_of.cache_clear()
+
+
+def make(model, routing, router, schedule=SCHEDULE, figures=None):
+  """An artifact with random weights, large enough for margins on both sides of 0, and its model's config."""
+  config = ModelConfig.from_directory(directory_of(model))
+  init = routers.init_router(router, jax.random.key(1), config.num_blocks, config.hidden_size)
+  weights = jax.tree.map(lambda a: np.asarray(a) * 3, init)
+  made = artifacts.Artifact(
+      "org/tiny", fingerprint(directory_of(model)), config.family, schedule, routing, router, weights, figures or {}
+  )
+  return made, config
+
+
+def exported(tmp_path, model, routing, router, schedule=SCHEDULE, figures=None, with_weights=False) -> pathlib.Path:
+  artifacts.save(make(model, routing, router, schedule, figures)[0], tmp_path / "artifact")
+  return pytorch.export(str(tmp_path / "artifact"), str(tmp_path / "out"), directory_of(model), with_weights)
+
+
+def prompts_of(lengths=LENGTHS, size=97):
+  rng = np.random.default_rng(0)
+  return [rng.integers(0, size, n).tolist() for n in lengths]
+
+
+def padded(rows, side):
+  longest = max(map(len, rows))
+  missing = lambda row, value: [value] * (longest - len(row))
+  fill = lambda row, value: missing(row, value) + row if side == "left" else row + missing(row, value)
+  return {
+      "input_ids": torch.tensor([fill(row, 0) for row in rows]),
+      "attention_mask": torch.tensor([fill([1] * len(row), 0) for row in rows]),
+  }
+
+
+def generate(model, prompts, new=NEW, **options):
+  return model.generate(
+      **padded(prompts, "left"), max_new_tokens=new, pad_token_id=0, return_dict_in_generate=True, output_logits=True,
+      **({"do_sample": False} | options),
+  )  # fmt: skip
+
+
+# --- parity ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_routes_logits_and_generations_are_those_of_jax(case, tmp_path, monkeypatch):
+  name, routing, router, *rest = CASES[case]
+  made, config = make(name, routing, router, *rest)
+  model = load_pruned(directory_of(name), exported(tmp_path, name, routing, router, *rest))
+  prompts = prompts_of()
+  out = generate(model, prompts)
+  new, logits = out.sequences[:, -NEW:].tolist(), torch.stack(out.logits, 1).numpy()
+  routes = out.past_key_values.keep_LxBxT.numpy()
+
+  params = load_params(directory_of(name), config)
+  context = np.array(LENGTHS, np.int32)
+  rows = [prompt + row for prompt, row in zip(prompts, new)]
+  tokens = padded(rows, "right")["input_ids"].numpy().astype(np.int32)
+  jax_router = routers.Router("dynamic", router, jax.tree.map(jnp.asarray, made.params))
+  schedule = jnp.asarray(made.schedule, jnp.float32)
+  reference = tiny.forward(config, routing, params, jax_router, tokens, context, context + NEW, schedule)
+  expected, keep = np.asarray(unembed(config, params, reference.hidden_BxTxD)), np.asarray(reference.keep_LxBxT)
+  for b, m in enumerate(LENGTHS):
+    np.testing.assert_array_equal(routes[:, b, :m], keep[:, b, :m])
+    np.testing.assert_allclose(logits[b], expected[b, m - 1 : m - 1 + NEW], rtol=0, atol=1e-4)
+    assert new[b] == expected[b, m - 1 : m - 1 + NEW].argmax(-1).tolist()
+  after = np.concatenate([keep[:, b, m : m + NEW - 1].ravel() for b, m in enumerate(LENGTHS)])
+  assert 0.05 < 1 - after.mean() < 0.95 if routing.decode_sparsity else after.all()
+  assert 0.2 < 1 - routes[:, 0].mean() < 0.7 and len({token for row in new for token in row}) > 5
+
+  # All logits at once, with the contexts' ends given; and a prefill in chunks of the kept queries alone.
+  at_once = lambda: model(**padded(rows, "right"), context_length=torch.tensor(context)).logits.numpy()
+  first = at_once()
+  monkeypatch.setattr(torch_runtime, "_CHUNK", 4)
+  monkeypatch.setattr(torch_runtime, "_WHOLE", 2)
+  for found in (first, at_once()):
+    for b, row in enumerate(rows):
+      np.testing.assert_allclose(found[b, : len(row)], expected[b, : len(row)], rtol=0, atol=1e-4)
+  if case in WITH_ENGINE:
+    check_engine(tmp_path, name, prompts, routes, logits, new)
+
+
+def check_engine(tmp_path, name, prompts, routes, logits, new):
+  """The bucketed prefill and the decode loop say the same; the engine reads what was exported for torch."""
+  config = ModelConfig.from_directory(directory_of(name))
+  model = Model(config, load_params(directory_of(name), config), byte_tokenizer(), pathlib.Path(directory_of(name)))
+  engine = Engine(model, artifacts.load(tmp_path / "out"), fallback="never")
+  prefix = engine.prefill(prompts)
+  cache = prefix.groups[0].prefilled
+  for b, m in enumerate(LENGTHS):
+    np.testing.assert_array_equal(np.asarray(cache.cache.keep_LxBxT)[:, b, :m], routes[:, b, :m])
+  np.testing.assert_allclose(cache.logits_BxV, logits[:, 0], rtol=0, atol=1e-4)
+  assert [list(g.tokens) for g in engine.generate(prefix, NEW, stop_tokens=())] == new
+
+
+def test_capacity_and_ties_are_those_of_jax():
+  contexts = [1, 2, 3, 7, 50, 101, 2048, 40_000, 100_003]
+  for sparsity in np.float32([0.0001, 0.1, 0.25, 0.3, 1 / 3, 0.5, 0.7, 0.975, 0.99]):
+    for multiple in (1, 4, 128):
+      expected = selection.capacity(sparsity, np.array(contexts, np.int32), multiple).tolist()
+      assert torch_runtime.capacity(float(sparsity), contexts, multiple) == expected
+  # Equal margins: the later token is kept; the first and the last always are; padding never is.
+  margin = torch.tensor([[0.0, 2.0, 1.0, 1.0, 1.0, -9.0], [5.0, 5.0, -1.0, 5.0, 9.0, 9.0]])
+  keep = torch_runtime.select(margin, [4, 3], [6, 4], "topk").int().tolist()
+  assert keep == [[1, 1, 0, 0, 1, 1], [1, 1, 0, 1, 0, 0]]
+  keep = torch_runtime.select(margin - 4, [4, 3], [6, 4], "argmax").int().tolist()
+  assert keep == [[1, 0, 0, 0, 0, 1], [1, 1, 0, 1, 0, 0]]
+
+
+# --- what is saved ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kv_mode", ["evict", "project"])
+def test_a_prefill_computes_and_stores_what_it_keeps_alone(kv_mode, tmp_path):
+  model = load_pruned(directory_of("qwen3"), exported(tmp_path, "qwen3", RoutingConfig(kv_mode), RouterConfig()))
+  computed = []
+  for block in model.model.layers:
+    block.mlp.register_forward_hook(lambda _, inputs, __: computed.append(len(inputs[0])))
+  cache = model(**padded(prompts_of(), "left"), logits_to_keep=1).past_key_values
+  kept = cache.keep_LxBxT.sum((1, 2)).tolist()
+  assert kept == [12 + 7 + 3, 9 + 5 + 2, 7 + 4 + 2]  # ceil((1 - s) m), at least 2
+  assert computed == [*kept[:2], 3]  # of the last block the last token of each row alone
+  slots = [slots.parts[0].shape[2] for slots in cache.slots]
+  assert slots == ([12, 9, 7] if kv_mode == "evict" else [17] * 3)  # of the longest row
+  assert cache.nbytes == sum(2 * 3 * 2 * n * 20 * 4 for n in slots)
+  computed.clear()
+  model(**padded(prompts_of(), "left"))
+  assert computed == kept  # all logits are asked for
+
+
+def test_a_block_that_all_new_tokens_skip_is_not_computed(tmp_path):
+  routing = RoutingConfig("project", decode_sparsity=0.5, decode_threshold=1e-9)
+  model = load_pruned(directory_of("qwen2"), exported(tmp_path, "qwen2", routing, RouterConfig()))
+  cache = model(**padded(prompts_of(), "left")).past_key_values
+  computed = []
+  for block in model.model.layers:
+    block.mlp.register_forward_hook(lambda _, inputs, __: computed.append(len(inputs[0])))
+  logits = model(torch.tensor([[1], [2], [3]]), past_key_values=cache).logits
+  assert computed == [] and logits.isfinite().all()
+  assert [slots.parts[0].shape[2] for slots in cache.slots] == [18] * 3  # under `project` it still has keys
+
+
+def test_the_base_model_stays_dense_and_shares_its_weights(tmp_path):
+  base = transformers.AutoModelForCausalLM.from_pretrained(directory_of("llama-gqa"))
+  inputs = padded(prompts_of(), "left")
+  before = base(**inputs).logits
+  out = exported(tmp_path, "llama-gqa", RoutingConfig("evict"), RouterConfig())
+  model = load_pruned(base, out)
+  assert isinstance(model, transformers.LlamaForCausalLM) and model.lm_head is base.lm_head
+  assert type(load_pruned(model, out)).__mro__[1:] == type(model).__mro__[1:]
+  assert not torch.allclose(model(**inputs).logits[:, -1], before[:, -1], atol=0.1)
+  torch.testing.assert_close(base(**inputs).logits, before, rtol=0, atol=0)
+  model.save_pretrained(tmp_path / "saved")
+  assert fingerprint(tmp_path / "saved") == fingerprint(directory_of("llama-gqa"))
+
+
+# --- use -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def skipping(tmp_path_factory):
+  """A model whose new tokens skip as well."""
+  routing = RoutingConfig("evict", decode_sparsity=0.4, decode_threshold=0.3)
+  router = RouterConfig("recurrent", hidden_states=True)
+  out = exported(tmp_path_factory.mktemp("skipping"), "llama-tied", routing, router)
+  return load_pruned(directory_of("llama-tied"), out)
+
+
+def test_either_side_of_padding_and_rows_alone_give_the_same(skipping):
+  prompts = prompts_of()
+  left = skipping(**padded(prompts, "left")).logits
+  right = skipping(**padded(prompts, "right")).logits
+  for b, prompt in enumerate(prompts):
+    alone = skipping(torch.tensor([prompt])).logits[0]
+    torch.testing.assert_close(left[b, -len(prompt) :], alone, rtol=0, atol=1e-4)
+    torch.testing.assert_close(right[b, : len(prompt)], alone, rtol=0, atol=1e-4)
+
+
+def test_a_filled_cache_continues_and_its_rows_can_be_repeated_and_reordered(skipping):
+  prompts, more = prompts_of(), torch.tensor([[5, 6, 7], [8, 9, 10], [11, 12, 13]])
+  rows = [prompt + new for prompt, new in zip(prompts, more.tolist())]
+  whole = skipping(**padded(rows, "left"), context_length=torch.tensor(LENGTHS))
+  cache = skipping(**padded(prompts, "left")).past_key_values
+  assert cache.get_seq_length() == 17
+  cache.batch_repeat_interleave(2)  # rows 0 0 1 1 2 2
+  cache.reorder_cache(torch.tensor([4, 3, 0]))  # rows 2 1 0
+  for step in range(3):
+    logits = skipping(more.flip(0)[:, step : step + 1], past_key_values=cache).logits[:, 0]
+    torch.testing.assert_close(logits.flip(0), whole.logits[:, step - 3], rtol=0, atol=1e-4)
+  assert cache.get_seq_length() == 20 == whole.past_key_values.get_seq_length()
+
+
+def test_generation_options(skipping):
+  prompts = prompts_of()
+  greedy = generate(skipping, prompts).sequences
+  draw = lambda seed: (torch.manual_seed(seed), generate(skipping, prompts, do_sample=True, top_p=0.9).sequences)[1]
+  assert torch.equal(draw(3), draw(3)) and not torch.equal(draw(3), draw(4))
+  # Of several beams the best is at least as likely as the greedy one; its likelihood is what one pass says.
+  beams = generate(skipping, prompts, num_beams=3, output_scores=True)
+  rows = [p + row[17:].tolist() for p, row in zip(prompts, beams.sequences)]
+  logits = skipping(**padded(rows, "left"), context_length=torch.tensor(LENGTHS)).logits[:, -NEW - 1 : -1]
+  total = logits.log_softmax(-1).gather(2, beams.sequences[:, 17:, None]).sum((1, 2))
+  torch.testing.assert_close(beams.sequences_scores * NEW, total, rtol=0, atol=1e-3)
+  plain = skipping.generate(torch.tensor([prompts[0]]), max_new_tokens=NEW, do_sample=False)
+  assert torch.equal(plain[0, 17:], greedy[0, 17:])
+
+
+def test_loss_tuple_embeddings_and_no_cache(skipping):
+  tokens = torch.tensor(prompts_of((12, 12)))
+  out = skipping(tokens, labels=tokens, use_cache=False)
+  expected = torch.nn.functional.cross_entropy(out.logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+  torch.testing.assert_close(out.loss, expected)
+  assert out.past_key_values is None
+  logits, cache = skipping(inputs_embeds=skipping.get_input_embeddings()(tokens), return_dict=False)
+  assert torch.equal(logits, out.logits) and isinstance(cache, PrunedCache)
+  some = skipping(tokens, logits_to_keep=torch.tensor([3, 7])).logits
+  torch.testing.assert_close(some, out.logits[:, [3, 7]])
+
+
+def test_bfloat16_routes_in_fp32(tmp_path):
+  out = exported(tmp_path, "llama-gqa", RoutingConfig("evict"), RouterConfig(hidden_states=True))
+  model, half = (load_pruned(directory_of("llama-gqa"), out, dtype=d) for d in (None, torch.bfloat16))
+  inputs = padded(prompts_of(), "left")
+  a, b = model(**inputs), half(**inputs)
+  assert b.logits.dtype == b.past_key_values.slots[0].parts[0].dtype == torch.bfloat16
+  assert {w.dtype for w in half.pruning.weights.values()} == {torch.float32}
+  assert torch.equal(a.past_key_values.keep_LxBxT.sum(2), b.past_key_values.keep_LxBxT.sum(2))
+  torch.testing.assert_close(a.logits.softmax(-1)[:, -1], b.logits.float().softmax(-1)[:, -1], rtol=0, atol=0.1)
+  with pytest.raises(ValueError, match="by its directory if you cast"):
+    load_pruned(transformers.AutoModelForCausalLM.from_pretrained(directory_of("llama-gqa"), dtype=torch.bfloat16), out)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (dict(output_hidden_states=True), "no hidden states"),
+        (dict(attention_mask=torch.ones(1, 3)), "attention_mask must have the shape"),
+        (dict(attention_mask=torch.zeros(1, 4)), "at least one token"),
+        (dict(position_ids=torch.arange(1, 5)[None]), "position_ids must count"),
+        (dict(context_length=5), "at most its length"),
+        (dict(context_length=0), "at least one token"),
+        (dict(past_key_values=transformers.StaticCache(transformers.LlamaConfig(), max_cache_len=8)), "its own cache"),
+    ],
+)
+def test_what_a_pruned_model_cannot_do_is_refused(skipping, arguments, message):
+  with pytest.raises(ValueError, match=message):
+    skipping(torch.tensor([[1, 2, 3, 4]]), **arguments)
+
+
+def test_what_a_cache_cannot_do_is_refused(skipping):
+  cache = skipping(torch.tensor([[1, 2, 3, 4]])).past_key_values
+  with pytest.raises(ValueError, match="belongs to the first call"):
+    skipping(torch.tensor([[5]]), past_key_values=cache, context_length=1)
+  with pytest.raises(ValueError, match="cannot be cropped"):
+    cache.crop(-1)
+  with pytest.raises(ValueError, match="leave the cache on"):
+    skipping.generate(torch.tensor([[1, 2]]), max_new_tokens=2, use_cache=False)
+
+
+# --- the exported directory --------------------------------------------------------------------------
+
+
+def same_bits(a, b):
+  return a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
+
+
+@pytest.mark.parametrize("kind", ["global", "per_block", "recurrent"])
+def test_the_way_back_gives_the_identical_artifact(kind, tmp_path):
+  router = RouterConfig(kind, ("rank", "sparsity"), hidden_states=True, hidden_size=5)
+  figures = {"kl": 0.1, "perplexity": None, "method": "dynamic_finetuned"}
+  out = exported(tmp_path, "qwen2", RoutingConfig("evict", one_pass_block=1), router, figures=figures)
+  before, after = artifacts.load(tmp_path / "artifact"), artifacts.load(out)
+  assert dataclasses.replace(before, params=None) == dataclasses.replace(after, params=None)
+  assert all(jax.tree.leaves(jax.tree.map(same_bits, before.params, after.params)))
+  weights = torch_runtime.read_artifact(out).weights
+  lead = (3,) if kind == "per_block" else ()
+  assert weights["hidden.weight"].shape == lead + (5, 2 + 48) and weights["out.weight"].shape == lead + (2, 5)
+  again = pytorch.export(str(out), str(tmp_path / "again"))  # exported once more, without the base model
+  for name in ("ftp_config.json", "router.safetensors", "README.md"):
+    assert (again / name).read_bytes() == (out / name).read_bytes()
+
+
+def test_weights_are_those_of_the_source_bit_for_bit_and_in_its_shards(tmp_path, capsys):
+  made, config = make("llama-gqa", RoutingConfig("evict"), RouterConfig(), figures={"kl": 0.25})
+  source = tmp_path / "source"
+  hf = json.loads((pathlib.Path(directory_of("llama-gqa")) / "config.json").read_text())
+  save_params(load_params(directory_of("llama-gqa"), config), config, source, hf, max_shard_bytes=50_000)
+  letters(source)
+  (source / "custom_code.py").write_text("raise SystemExit")
+  artifacts.save(made, tmp_path / "artifact")
+  flags = [f"--artifact={tmp_path / 'artifact'}", f"--model={source}"]
+  capsys.readouterr()  # progress bars of the models made
+  assert cli.main(["export", *flags, f"--out={tmp_path / 'new' / 'out'}", "--with-weights"]) == 0
+  out = pathlib.Path(capsys.readouterr().out.strip())
+  own = {"ftp_config.json", "router.safetensors", "torch_runtime.py", "README.md"}
+  assert {file.name for file in out.iterdir()} - own == {file.name for file in source.iterdir()} - {"custom_code.py"}
+  assert len(list(out.glob("model-*.safetensors"))) > 3
+  for file in source.glob("*[!y]"):
+    assert (out / file.name).read_bytes() == file.read_bytes()
+  card = (out / "README.md").read_text()
+  assert card.startswith("---\n") and "| kl | 0.25 |" in card and "0.3, 0.5, 0.6" in card
+  # The directory alone is enough, for both frameworks.
+  model, engine = load_pruned(out), Engine.load(str(out), str(out), fallback="never")
+  logits = model(torch.tensor([prompts_of()[0]])).logits[0, -1]
+  expected = engine.prefill(prompts_of()[:1]).groups[0].prefilled.logits_BxV[0]
+  np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-4)
+  # Without weights it is small.
+  assert cli.main(["export", *flags, f"--out={tmp_path / 'small'}"]) == 0
+  assert {file.name for file in (tmp_path / "small").iterdir()} == own
+  assert sum(file.stat().st_size for file in (tmp_path / "small").iterdir()) < 60_000
+
+
+def test_copying_weights_takes_no_memory(tmp_path):
+  config = ModelConfig.from_hf(HF := dict(
+      model_type="llama", vocab_size=400_000, hidden_size=128, intermediate_size=16, num_hidden_layers=1,
+      num_attention_heads=2, tie_word_embeddings=True,
+  ))  # fmt: skip
+  zeros = jax.tree.map(lambda p: np.zeros(p.shape, p.dtype), decoder.abstract_params(config))
+  save_params(zeros, config, tmp_path / "source", HF)
+  router = RouterConfig()
+  weights = jax.device_get(routers.init_router(router, jax.random.key(0), 1, 128))
+  found = fingerprint(tmp_path / "source")
+  made = artifacts.Artifact("big", found, "llama", (0.5,), RoutingConfig(), router, weights, {})
+  artifacts.save(made, tmp_path / "artifact")
+  code = (
+      "import resource; from ftp_jax.export import pytorch\n"
+      "for name, weights in (('small', False), ('whole', True)):\n"
+      "  pytorch.export('artifact', name, 'source', weights)\n"
+      "  print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+  )
+  done = subprocess.run(
+      [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path,
+      env=os.environ | {"PYTHONPATH": str(ROOT)},
+  )  # fmt: skip
+  before, after = map(int, done.stdout.split())
+  assert (tmp_path / "whole" / "model.safetensors").stat().st_size > 200_000_000
+  assert after - before < 30_000  # KiB
+
+
+def test_the_runtime_runs_from_the_directory_without_this_package(tmp_path):
+  out = exported(tmp_path, "qwen3", RoutingConfig("evict"), RouterConfig(), with_weights=True)
+  code = (
+      "import sys; from torch_runtime import load_pruned; import torch\n"
+      f"tokens = torch.tensor([{prompts_of()[0]}])\n"
+      "print(load_pruned('out').generate(tokens, max_new_tokens=5, do_sample=False).tolist())\n"
+      "print([name for name in ('jax', 'flax', 'ftp_jax') if name in sys.modules])"
+  )
+  done = subprocess.run(
+      [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path,
+      env=os.environ | {"PYTHONPATH": str(out)},
+  )  # fmt: skip
+  tokens = load_pruned(out).generate(torch.tensor([prompts_of()[0]]), max_new_tokens=5, do_sample=False)
+  assert done.stdout.splitlines() == [str(tokens.tolist()), "[]"]
+
+
+def test_nothing_else_of_the_package_imports_torch():
+  imports = [
+      str(file.relative_to(ROOT / "ftp_jax"))
+      for file in sorted((ROOT / "ftp_jax").rglob("*.py"))
+      if re.search(r"^\s*(import|from) torch\b", file.read_text(encoding="utf-8"), re.MULTILINE)
+  ]
+  assert imports == ["bench/torch_dense.py", "export/torch_runtime.py"]
+
+
+# --- refusals ----------------------------------------------------------------------------------------
+
+
+def edit(**changes):
+  def damage(directory):
+    file = directory / "ftp_config.json"
+    described = json.loads(file.read_text())
+    for path, value in changes.items():
+      *outer, name = path.split("__")
+      node = functools.reduce(lambda d, k: d[k], outer, described)
+      node[name] = value
+    file.write_text(json.dumps(described))
+
+  return damage
+
+
+def without(name):
+  return lambda directory: (directory / name).unlink()
+
+
+def cut(name):
+  return lambda directory: (directory / name).write_bytes((directory / name).read_bytes()[:-5])
+
+
+DAMAGES = {
+    "no config": (without("ftp_config.json"), "has no ftp_config.json"),
+    "cut config": (cut("ftp_config.json"), "cannot be read"),
+    "no object": (lambda d: (d / "ftp_config.json").write_text("[1]"), "cannot be read"),
+    "no router": (without("router.safetensors"), "router.safetensors cannot be read"),
+    "cut router": (cut("router.safetensors"), "router.safetensors cannot be read"),
+    "newer": (edit(format_version=2), "format 2, but 1 is read here; update"),
+    "jax layout": (edit(layout="flax"), "layout 'flax'; convert it with `ftp-jax export"),
+    "unknown choice": (edit(routing__selection="threshold"), "selection"),
+    "unknown kind": (edit(router__kind="tree"), "kind"),
+    "unknown field": (edit(routing__temperature=2), "temperature"),
+    "unknown factor": (edit(router__factors=["age"]), "age"),
+    "bad schedule": (edit(schedule=[0.3, 1.0, 0.2]), "schedule"),
+    "short schedule": (edit(schedule=[0.3, 0.2]), "schedule of 2 blocks do not fit"),
+    "other router": (edit(router__hidden_size=65), "do not fit"),
+    "other model": (edit(fingerprint="0" * 16), "made for org/tiny .fingerprint 0000000000000000."),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_the_runtime_refuses_in_one_sentence(damage, tmp_path):
+  out = exported(tmp_path, "qwen2", RoutingConfig("evict"), RouterConfig())
+  spoil, message = DAMAGES[damage]
+  spoil(out)
+  with pytest.raises(ValueError, match=message) as error:
+    load_pruned(directory_of("qwen2"), out)
+  assert "\n" not in str(error.value) and type(error.value) is ValueError
+
+
+def test_the_runtime_refuses_models_that_do_not_fit(tmp_path):
+  out = exported(tmp_path, "qwen2", RoutingConfig("evict"), RouterConfig())
+  with pytest.raises(ValueError, match="load the base model it belongs to"):
+    load_pruned(directory_of("qwen2-tied"), out)
+  small = transformers.GPT2Config(n_layer=1, n_head=1, n_embd=8, vocab_size=8)
+  with pytest.raises(ValueError, match="model_type='gpt2' is not supported"):
+    load_pruned(transformers.GPT2LMHeadModel(small), out)
+  with pytest.raises(ValueError, match="as the second argument"):
+    load_pruned(transformers.GPT2LMHeadModel(small))
+  (tmp_path / "empty").mkdir()
+  shutil.copyfile(pathlib.Path(directory_of("qwen2")) / "config.json", tmp_path / "empty/config.json")
+  with pytest.raises(ValueError, match="no readable safetensors"):
+    load_pruned(tmp_path / "empty", out)
+  with pytest.raises(ValueError, match="holds no model; pass the base model first"):
+    load_pruned(out)
+  shutil.copyfile(pathlib.Path(directory_of("qwen2")) / "model.safetensors", tmp_path / "empty/model.safetensors")
+  (tmp_path / "empty/config.json").write_text("{")
+  with pytest.raises(ValueError, match="no config.json that transformers reads") as error:
+    load_pruned(tmp_path / "empty", out)
+  assert "\n" not in str(error.value)
+  spread = transformers.AutoModelForCausalLM.from_pretrained(directory_of("qwen2"))
+  spread.hf_device_map = {"model": 0, "lm_head": 1}
+  with pytest.raises(ValueError, match="several devices"):
+    load_pruned(spread, out)
+
+
+@pytest.mark.parametrize("damage", ["no config", "cut config", "no router", "cut router", "newer", "unknown choice"])
+def test_jax_refuses_a_damaged_export_in_one_sentence(damage, tmp_path):
+  out = exported(tmp_path, "qwen2", RoutingConfig("evict"), RouterConfig())
+  DAMAGES[damage][0](out)
+  with pytest.raises(UserError):
+    artifacts.load(out)
+  edit_layout = tmp_path / "layout"
+  artifacts.save(make("qwen2", RoutingConfig("evict"), RouterConfig())[0], edit_layout, "torch")
+  edit(layout="other")(edit_layout)
+  with pytest.raises(UserError, match="layout 'other'"):
+    artifacts.load(edit_layout)
+
+
+def test_mistakes_of_the_command_are_one_sentence_and_leave_nothing(tmp_path, capsys, monkeypatch):
+  artifacts.save(make("qwen2", RoutingConfig("evict"), RouterConfig())[0], tmp_path / "artifact")
+  full = tmp_path / "full"
+  full.mkdir()
+  (full / "x").touch()
+  monkeypatch.chdir(tmp_path)
+
+  def mistake(*flags):
+    capsys.readouterr()  # progress bars of the models made
+    assert cli.main(["export", *flags]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and err.startswith("ftp-jax: ")
+    return err
+
+  assert "has no ftp_config.json" in mistake("--artifact=none", "--out=new")
+  assert "not empty" in mistake("--artifact=artifact", "--out=full")
+  assert "not empty" in mistake("--artifact=artifact", "--out=full/x")
+  assert "'--fast' is not understood" in mistake("--artifact=artifact", "--out=new", "--fast")
+  assert "'org/tiny'" in mistake("--artifact=artifact", "--out=new", "--with-weights")  # no network: no such model
+  other = f"--model={directory_of('qwen3')}"
+  assert "made for org/tiny" in mistake("--artifact=artifact", "--out=new", other)
+  assert "cannot write" in mistake("--artifact=artifact", "--out=full/x/new")
+  fits = f"--model={directory_of('qwen2')}"
+  copy = shutil.copyfile
+
+  def no_space(source, target):
+    if str(source).endswith(".safetensors"):
+      raise OSError(28, "No space left on device")
+    return copy(source, target)
+
+  monkeypatch.setattr(pytorch.shutil, "copyfile", no_space)
+  assert "No space left on device" in mistake("--artifact=artifact", "--out=new", fits, "--with-weights")
+  assert {path.name for path in tmp_path.iterdir()} == {"artifact", "full"}
+
+
+def test_the_example_of_the_document_runs(tmp_path, monkeypatch, capsys):
+  text = (ROOT / "docs" / "pytorch.md").read_text(encoding="utf-8")
+  router = RouterConfig(hidden_states=True)
+  source = tmp_path / "source"
+  shutil.copytree(directory_of("llama-gqa"), source)
+  config = json.loads((source / "config.json").read_text()) | {"vocab_size": 97}
+  (source / "config.json").write_text(json.dumps(config))
+  monkeypatch.chdir(tmp_path)
+  artifacts.save(make("llama-gqa", RoutingConfig("project"), router)[0], "artifact")
+  letters(source)
+  commands = re.findall(r"^ftp-jax (export .*)$", text, re.MULTILINE)
+  assert len(commands) == 2
+  for command in commands:
+    command = command.replace("runs/quickstart/S0.30/seed0/artifact", "artifact").replace("smollm2-135m", str(source))
+    assert cli.main(command.split()) == 0
+  shutil.copytree(source, tmp_path / "base")
+  scope = {}
+  blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+  assert len(blocks) >= 3
+  for block in blocks:
+    exec(compile(block, "docs/pytorch.md", "exec"), scope)
+  assert capsys.readouterr().out
+
+
+def letters(directory):
+  """A tokenizer of 97 tokens, one a character, into a model directory."""
+  vocab = {chr(32 + i): i for i in range(95)} | {"<|end|>": 95, "\n": 96}
+  backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, [], unk_token=" "))
+  backend.decoder = tokenizers.decoders.Fuse()
+  made = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|end|>", pad_token="<|end|>")
+  made.save_pretrained(directory)
