@@ -21,7 +21,7 @@ from ftp_jax.evaluation.harness import suite
 from ftp_jax.evaluation.harness.adapter import EngineLM
 from ftp_jax.inference import Engine
 from ftp_jax.models.sources import resolve
-from ftp_jax.report.machine import describe_machine
+from ftp_jax.machine import describe_machine
 
 _MODEL = flags.DEFINE_string("model", "smollm2-135m", "Model source.")
 _DATA = flags.DEFINE_string("data", None, "Directory with arc_easy.jsonl, ...", required=True)

@@ -30,7 +30,7 @@ from ftp_jax.export import artifact as artifact_lib
 from ftp_jax.models.huggingface import fingerprint
 from ftp_jax.models.sources import DTYPES, Model, load_model
 from ftp_jax.pipeline import checks
-from ftp_jax.pipeline.stages import check_stage, flatten, load_arrays, read_json, run_stage, save_arrays, write_json
+from ftp_jax.stages import check_stage, flatten, load_arrays, read_json, run_stage, save_arrays, write_json
 from ftp_jax.routing import masked, routers
 from ftp_jax.routing.config import RouterConfig, RoutingConfig
 from ftp_jax.search import schedule as schedules

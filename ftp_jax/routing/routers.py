@@ -138,7 +138,7 @@ def normed(x_BxTxD: jax.Array) -> jax.Array:
 
 
 def margin_of_inputs(config, params, factors_BxTxF, normed_BxTxD, state_BxTxR) -> tuple[jax.Array, jax.Array]:
-  """Margins (B,T) in fp32 and the carried state; factors and normed states are read only if the config asks for them."""
+  """Margins (B,T) in fp32 and the carried state; factors and normed states are read only where the config asks."""
   parts = [factors_BxTxF] if config.factors else []
   if config.hidden_states:
     parts.append(normed_BxTxD.astype(jnp.float32))

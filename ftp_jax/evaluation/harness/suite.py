@@ -18,7 +18,7 @@ from ftp_jax.evaluation.harness import results, retrieval
 from ftp_jax.evaluation.harness.adapter import EngineLM
 from ftp_jax.evaluation.harness.files import Item, ItemFile, read_items, sample
 from ftp_jax.evaluation.harness.tasks import BENCHMARKS, build_task, hub_tasks, prepare
-from ftp_jax.pipeline.stages import describe_changes, flatten, write_json
+from ftp_jax.stages import describe_changes, flatten, write_json
 
 RETRIEVAL, FOREIGN, EXAMPLES = "retrieval", "lm_eval", "mmlu_dev.jsonl"
 
