@@ -50,8 +50,8 @@ def left_padded(prompts: list[list[int]]) -> dict[str, torch.Tensor]:
   }
 
 
-def exact(model, engine: Engine, prompts: list[list[int]], new_tokens: int) -> dict:
-  """Figures over all prompts; `engine` must not fall back."""
+def exact(base, model, engine: Engine, prompts: list[list[int]], new_tokens: int) -> dict:
+  """Figures over all prompts; `engine` must not fall back, and `base` is the dense model of `model`."""
   prefix = engine.prefill(prompts)
   (group,) = prefix.groups
   expected = [list(generation.tokens) for generation in engine.generate(prefix, new_tokens, stop_tokens=())]
@@ -74,17 +74,23 @@ def exact(model, engine: Engine, prompts: list[list[int]], new_tokens: int) -> d
 
   @jax.jit
   def reference(tokens, context, length):
-    out = masked.forward(
+    """Logits of the pruned and of the dense model."""
+    pruned = masked.forward(
         spec.model, spec.routing, weights.params, weights.router, tokens, context, length, weights.schedule_L
-    )
-    return decoder.unembed(spec.model, weights.params, out.hidden_BxTxD)
+    ).hidden_BxTxD
+    dense = decoder.forward(spec.model, weights.params, tokens, length)
+    return tuple(decoder.unembed(spec.model, weights.params, hidden) for hidden in (pruned, dense))
 
-  steps = []
+  steps, dense_steps = [], []
   for at in range(0, len(prompts), 8):
     rows = slice(at, at + 8)
-    theirs = np.asarray(reference(tokens[rows], length[rows] - new_tokens, length[rows]))
+    pruned, dense = map(np.asarray, reference(tokens[rows], length[rows] - new_tokens, length[rows]))
+    with torch.inference_mode():
+      dense_torch = base(torch.from_numpy(tokens[rows]).long()).logits.numpy()
     for b, m in enumerate(length[rows] - new_tokens):
-      steps.append(float(np.abs(theirs[b, m - 1 : m - 1 + new_tokens] - logits[at + b]).max()))
+      scored = slice(m - 1, m - 1 + new_tokens)
+      steps.append(float(np.abs(pruned[b, scored] - logits[at + b]).max()))
+      dense_steps.append(float(np.abs(dense[b, scored] - dense_torch[b, scored]).max()))
   return {
       "prompts": len(prompts),
       "new_tokens": new_tokens,
@@ -92,6 +98,7 @@ def exact(model, engine: Engine, prompts: list[list[int]], new_tokens: int) -> d
       "identical_generations": sum(a == b for a, b in zip(expected, found)),
       "largest_prefill_logit_difference": float(first.max()),
       "largest_step_logit_difference": max(steps),
+      "largest_logit_difference_of_dense_models": max(dense_steps),
       "largest_logit": float(np.abs(logits).max()),
       "skipped": float(1 - sum(keep[:, b, : len(p)].sum() for b, p in enumerate(prompts)) / (
           len(keep) * sum(map(len, prompts)))),
@@ -151,7 +158,8 @@ def main(argv) -> None:
       figures = speed(directory, torch.tensor([text]), _RUNS.value)
     else:
       engine = Engine.load(directory, directory, fallback="never")
-      figures = exact(load_pruned(directory), engine, read(options.count), options.new_tokens)
+      base = transformers.AutoModelForCausalLM.from_pretrained(directory)
+      figures = exact(base, load_pruned(base, directory), engine, read(options.count), options.new_tokens)
   figures = {"artifact": options.artifact, "part": _PART.value, **figures}
   print(json.dumps(figures, indent=2))
   if options.json:
