@@ -7,6 +7,10 @@ The artifact is exported with its weights and loaded by `export.torch_runtime`. 
 prefill and of every decode step, and greedy generations of a left-padded batch; its flags and prompts are those of
 exactness.py. `speed` prefills one row of `--context` tokens, prompts one behind the other: the dense model as
 transformers runs it, and pruned in both kv modes, in turns; the ideal is the ratio of FLOPs.
+
+SmolLM2-135M, S = 0.30, fp32, 2 CPU cores (AMD EPYC), torch 2.13; a minute and a half each. `exact`, 32 prompts, 64
+tokens: routes and generations of all 32 identical, largest logit difference 8.1e-5 at prefill and 1.05e-4 at decode
+steps, of logits up to 43. `speed`, 2,048 tokens: evict 1.44 times as fast as dense (ideal 1.40), project 1.34 (1.35).
 """
 
 import itertools
