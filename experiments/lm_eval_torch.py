@@ -55,16 +55,20 @@ class PrunedLM(HFLM):
 
 
 class EngineLM(PrunedLM):
-  """The same requests, scored by an engine."""
+  """The same requests, scored by an engine; few shapes, as each is compiled."""
 
   engine: Engine
+  contexts_at_once = 32
 
   def _loglikelihood_tokens(self, requests, **options):
     scores = [None] * len(requests)
-    context = lambda i: requests[i][1]
-    for tokens, group in itertools.groupby(sorted(range(len(requests)), key=context), context):
-      group = list(group)
-      for i, score in zip(group, self.engine.score(tokens, [requests[i][2] for i in group])):
+    contexts = sorted({tuple(request[1]) for request in requests}, key=len)
+    for at in range(0, len(contexts), self.contexts_at_once):
+      some = contexts[at : at + self.contexts_at_once]
+      chosen = [i for i, request in enumerate(requests) if tuple(request[1]) in some]
+      rows = [some.index(tuple(requests[i][1])) for i in chosen]
+      found = self.engine.score(self.engine.prefill(some), [requests[i][2] for i in chosen], rows)
+      for i, score in zip(chosen, found):
         scores[i] = (score.total, score.greedy)
     return scores
 

@@ -7,6 +7,10 @@ The artifact is exported with its weights and loaded by `export.torch_runtime`. 
 prefill and of every decode step, and greedy generations of a left-padded batch; its flags and prompts are those of
 exactness.py. `speed` prefills one row of `--context` tokens, prompts one behind the other: the dense model as
 transformers runs it, and pruned in both kv modes, in turns; the ideal is the ratio of FLOPs.
+
+SmolLM2-135M, S = 0.30, fp32, 2 CPU cores (AMD EPYC), torch 2.13; a minute and a half each. `exact`, 32 prompts, 64
+tokens: routes and generations of all 32 identical, largest logit difference 8.1e-5 at prefill and 1.05e-4 at decode
+steps, of logits up to 43. `speed`, 2,048 tokens: evict 1.44 times as fast as dense (ideal 1.40), project 1.34 (1.35).
 """
 
 import itertools
@@ -50,8 +54,8 @@ def left_padded(prompts: list[list[int]]) -> dict[str, torch.Tensor]:
   }
 
 
-def exact(model, engine: Engine, prompts: list[list[int]], new_tokens: int) -> dict:
-  """Figures over all prompts; `engine` must not fall back."""
+def exact(base, model, engine: Engine, prompts: list[list[int]], new_tokens: int) -> dict:
+  """Figures over all prompts; `engine` must not fall back, and `base` is the dense model of `model`."""
   prefix = engine.prefill(prompts)
   (group,) = prefix.groups
   expected = [list(generation.tokens) for generation in engine.generate(prefix, new_tokens, stop_tokens=())]
@@ -74,17 +78,23 @@ def exact(model, engine: Engine, prompts: list[list[int]], new_tokens: int) -> d
 
   @jax.jit
   def reference(tokens, context, length):
-    out = masked.forward(
+    """Logits of the pruned and of the dense model."""
+    pruned = masked.forward(
         spec.model, spec.routing, weights.params, weights.router, tokens, context, length, weights.schedule_L
-    )
-    return decoder.unembed(spec.model, weights.params, out.hidden_BxTxD)
+    ).hidden_BxTxD
+    dense = decoder.forward(spec.model, weights.params, tokens, length)
+    return tuple(decoder.unembed(spec.model, weights.params, hidden) for hidden in (pruned, dense))
 
-  steps = []
+  steps, dense_steps = [], []
   for at in range(0, len(prompts), 8):
     rows = slice(at, at + 8)
-    theirs = np.asarray(reference(tokens[rows], length[rows] - new_tokens, length[rows]))
+    pruned, dense = map(np.asarray, reference(tokens[rows], length[rows] - new_tokens, length[rows]))
+    with torch.inference_mode():
+      dense_torch = base(torch.from_numpy(tokens[rows]).long()).logits.numpy()
     for b, m in enumerate(length[rows] - new_tokens):
-      steps.append(float(np.abs(theirs[b, m - 1 : m - 1 + new_tokens] - logits[at + b]).max()))
+      scored = slice(m - 1, m - 1 + new_tokens)
+      steps.append(float(np.abs(pruned[b, scored] - logits[at + b]).max()))
+      dense_steps.append(float(np.abs(dense[b, scored] - dense_torch[b, scored]).max()))
   return {
       "prompts": len(prompts),
       "new_tokens": new_tokens,
@@ -92,6 +102,7 @@ def exact(model, engine: Engine, prompts: list[list[int]], new_tokens: int) -> d
       "identical_generations": sum(a == b for a, b in zip(expected, found)),
       "largest_prefill_logit_difference": float(first.max()),
       "largest_step_logit_difference": max(steps),
+      "largest_logit_difference_of_dense_models": max(dense_steps),
       "largest_logit": float(np.abs(logits).max()),
       "skipped": float(1 - sum(keep[:, b, : len(p)].sum() for b, p in enumerate(prompts)) / (
           len(keep) * sum(map(len, prompts)))),
@@ -151,7 +162,8 @@ def main(argv) -> None:
       figures = speed(directory, torch.tensor([text]), _RUNS.value)
     else:
       engine = Engine.load(directory, directory, fallback="never")
-      figures = exact(load_pruned(directory), engine, read(options.count), options.new_tokens)
+      base = transformers.AutoModelForCausalLM.from_pretrained(directory)
+      figures = exact(base, load_pruned(base, directory), engine, read(options.count), options.new_tokens)
   figures = {"artifact": options.artifact, "part": _PART.value, **figures}
   print(json.dumps(figures, indent=2))
   if options.json:
