@@ -20,8 +20,8 @@ from ftp_jax.errors import UserError
 from ftp_jax.evaluation.harness import suite
 from ftp_jax.evaluation.harness.adapter import EngineLM
 from ftp_jax.inference import Engine
-from ftp_jax.models.sources import resolve
 from ftp_jax.machine import describe_machine
+from ftp_jax.models.sources import resolve
 
 _MODEL = flags.DEFINE_string("model", "smollm2-135m", "Model source.")
 _DATA = flags.DEFINE_string("data", None, "Directory with arc_easy.jsonl, ...", required=True)

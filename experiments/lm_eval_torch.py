@@ -15,8 +15,8 @@ import lm_eval
 import numpy as np
 import torch
 from absl import app, flags
-from lm_eval.models.huggingface import HFLM
 from lm_eval.api.task import ConfigurableTask
+from lm_eval.models.huggingface import HFLM
 
 from ftp_jax.errors import UserError
 from ftp_jax.export import pytorch

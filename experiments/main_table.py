@@ -32,9 +32,9 @@ from ftp_jax.evaluation.harness import suite
 from ftp_jax.evaluation.harness.adapter import EngineLM
 from ftp_jax.evaluation.harness.files import read_items
 from ftp_jax.export.artifact import load as load_artifact
+from ftp_jax.machine import describe_machine
 from ftp_jax.models.sources import Model, load_model
 from ftp_jax.stages import load_arrays, read_json, write_json
-from ftp_jax.machine import describe_machine
 
 TASKS = ("arc_easy", "arc_challenge", "hellaswag", "winogrande", "mmlu")
 METRIC = dict.fromkeys(TASKS[:3], "acc_norm") | dict.fromkeys(TASKS[3:], "acc")

@@ -12,8 +12,8 @@ from ftp_jax.bench.settings import Settings, read
 from ftp_jax.bench.torch_dense import TorchDense, TorchMissing
 from ftp_jax.errors import UserError
 from ftp_jax.export.artifact import load as load_artifact
-from ftp_jax.models.sources import Model, load_model
 from ftp_jax.machine import describe_machine
+from ftp_jax.models.sources import Model, load_model
 
 _BENCHES = {
     "prefill": prefill.bench,

@@ -30,12 +30,12 @@ from ftp_jax.export import artifact as artifact_lib
 from ftp_jax.models.huggingface import fingerprint
 from ftp_jax.models.sources import DTYPES, Model, load_model
 from ftp_jax.pipeline import checks
-from ftp_jax.stages import check_stage, flatten, load_arrays, read_json, run_stage, save_arrays, write_json
-from ftp_jax.routing import masked, routers
+from ftp_jax.routing import routers
 from ftp_jax.routing.config import RouterConfig, RoutingConfig
 from ftp_jax.search import schedule as schedules
 from ftp_jax.search.genetic import SearchSettings
 from ftp_jax.search.loop import run_search
+from ftp_jax.stages import check_stage, flatten, load_arrays, read_json, run_stage, save_arrays, write_json
 from ftp_jax.training import guide
 from ftp_jax.training.loop import train_router
 from ftp_jax.training.step import StepSpec, TrainSettings

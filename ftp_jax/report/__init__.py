@@ -5,8 +5,8 @@ import os
 
 from ml_collections import ConfigDict
 
-from ftp_jax.report import html, plots, tables
 from ftp_jax.machine import describe_machine
+from ftp_jax.report import html, plots, tables
 from ftp_jax.report.rundir import read_run
 
 

@@ -18,7 +18,8 @@ import numpy as np
 import tqdm
 
 from ftp_jax.errors import UserError
-from ftp_jax.search import genetic, schedule, state as state_lib
+from ftp_jax.search import genetic, schedule
+from ftp_jax.search import state as state_lib
 
 STATE_FILE = "search_state.npz"
 METRICS_FILE = "metrics.jsonl"

@@ -8,7 +8,7 @@ routed with the prefill view and its continuation causally; a text is scored aft
 all of it is causal. Tokens, cuts and windows are those of lm-eval's Hugging Face model, for comparable figures.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from lm_eval.api.instance import Instance

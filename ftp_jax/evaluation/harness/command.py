@@ -11,8 +11,8 @@ from typing import Any
 from ftp_jax.errors import UserError
 from ftp_jax.export.artifact import CONFIG_FILE, WEIGHTS_FILE
 from ftp_jax.inference import Engine
-from ftp_jax.models.huggingface import fingerprint
 from ftp_jax.machine import describe_machine
+from ftp_jax.models.huggingface import fingerprint
 
 PLUGIN = pathlib.Path(__file__).with_name("ftp_jax.yaml")
 
