@@ -134,7 +134,7 @@ def attend_positions(
   num_keys, groups = k_BxSxGxN.shape[1:3]
   per_group = heads // groups
   query_tile, query_tiles = _tile(num_queries, _QUERY_TILE if num_queries == num_keys else _SCATTERED_QUERY_TILE)
-  # Key tiles that all queries of a tile see in full are taken whole and without a mask, the others in parts.
+  # Of many keys, tiles that all queries of a tile see in full are taken whole and without a mask, the others in parts.
   parts = _LONG_KEY_TILE // _KEY_TILE if num_keys > _LONG and not window else 1
   key_part, key_parts = _tile(num_keys, _KEY_TILE, parts)
 
@@ -157,6 +157,8 @@ def attend_positions(
   last = jnp.max(count(key.reshape(batch, key_parts, key_part)[None, :, :, 0] <= newest), axis=1)
   if window:
     whole, first = jnp.zeros_like(last), jnp.min(count(ends <= oldest - window), axis=1)
+  elif parts == 1:
+    whole = first = jnp.zeros_like(last)
   else:
     whole = jnp.minimum(jnp.min(count(ends <= oldest), axis=1), last) // parts
     first = whole * parts
@@ -180,7 +182,7 @@ def attend_positions(
 
     zero = jnp.zeros(q_tile.shape[:-1] + (dim + 1,), jnp.float32)
     carry = jnp.full_like(zero[..., :1], _LOWEST), zero
-    if not window:
+    if parts > 1:
       carry = jax.lax.fori_loop(0, whole, functools.partial(accumulate, key_part * parts, False), carry)
     _, out = jax.lax.fori_loop(first, last, functools.partial(accumulate, key_part, True), carry)
     total = out[..., -1:]
