@@ -126,57 +126,81 @@ def prefill(
     new = factor_lib.window_scores(q, k, visible(at, key, config.sliding_window), counts)
     return jnp.where(keep, to_positions(new), score)
 
-  def make_body(slots: int, routed: bool, last: bool, planned: bool):
-    """One block: (x, score, state, inputs) -> (x, score, state, (keep, least), tiles of keys, values, positions)."""
+  def gates(x, score, state, inputs, used, planned):
+    """What blocks with the bodies `used` share: (keep, slots of the kept tokens), (keep, least), state."""
+    routed = [plan.bodies[i][1] for i in used]
+    most = max((plan.bodies[i][0] for i in used if compact(*plan.bodies[i])), default=0)
 
-    def body(x, score, state, inputs):
-      weights = decoder.block_at(blocks, inputs["index"])
-      apply = lambda method, *args: block.apply({"params": weights}, *args, method=method)
-      keep, least = in_context, jnp.zeros(batch)
-      if routed and planned:
-        keep, least = inputs["decided"]
-      elif routed:
-        keep, least, state = decide(x, score, state, inputs)
-      elif router.recurrent and not planned:
-        _, _, state = decide(x, score, state, inputs)
-      compact = routed and (slots < num_positions or routing.kv_mode == "evict")
-      if compact:
-        filled = fill_slots(keep, slots)
-        query = jnp.where(filled.filled_BxK, filled.position_BxK, -1)
-        chosen, angles = gather(x, filled.position_BxK), rope(filled.position_BxK)
+    def decided(x, score, state, inputs):
+      keep, least, state = (*inputs["decided"], state) if planned else decide(x, score, state, inputs)
+      return keep, fill_slots(keep, most) if most else None, least, state
+
+    def undecided(x, score, state, inputs):
+      del x, score, inputs
+      none = Slots(jnp.zeros((batch, most), int), jnp.zeros((batch, most), bool), jnp.zeros((batch, num_positions), int))
+      return in_context, none if most else None, jnp.zeros(batch), state
+
+    if router.recurrent or all(routed):
+      keep, filled, least, state = decided(x, score, state, inputs)
+    elif not any(routed):
+      keep, filled, least, state = undecided(x, score, state, inputs)
+    else:
+      keep, filled, least, state = jax.lax.cond(inputs["routed"], decided, undecided, x, score, state, inputs)
+    return (keep, filled), (keep, least), state
+
+  evict = routing.kv_mode == "evict"
+  compact = lambda slots, routed: routed and (slots < num_positions or evict)
+  part_of = lambda index: lambda method, *args: block.apply(
+      {"params": decoder.block_at(blocks, index)}, *args, method=method
+  )
+
+  def project(x, score, gate, inputs, scores):
+    """Keys and values of all tokens and the score table, alike in every body; None where bodies make their own."""
+    if evict:
+      return score, None
+    apply, (keep, _) = part_of(inputs["index"]), gate
+    k, v = apply(decoder.Block.keys_values, x, sin, cos)
+    return scores_of(apply, x, k, key_BxT, keep, score, lambda a: a) if scores else score, (k, v)
+
+  def as_tiles(k, v, key, size):
+    """Keys, values and positions as the cache holds them, `size` slots."""
+    spare = size - key.shape[1]
+    pad = lambda a, axis, value: jnp.pad(
+        a, [(0, spare if i == axis else 0) for i in range(a.ndim)], constant_values=value
+    )
+    return pad(k.transpose(0, 2, 3, 1), 3, 0), pad(v.transpose(0, 2, 1, 3), 2, 0), pad(key, 1, EMPTY)
+
+  def make_body(slots: int, routed: bool, last: bool, scores: bool):
+    """One block: (x, score, (keep, filled), projected, inputs) -> (x, score, its tiles where it makes its own)."""
+
+    def body(x, score, gate, projected, inputs):
+      apply, (keep, filled) = part_of(inputs["index"]), gate
+      gathers = compact(slots, routed)
+      if gathers:
+        at, is_token = filled.position_BxK[:, :slots], filled.filled_BxK[:, :slots]
+        query, chosen, angles = jnp.where(is_token, at, -1), gather(x, at), rope(at)
       else:
         query, chosen, angles = jnp.where(in_context, t, -1), x, (sin, cos)
-      evicting = compact and routing.kv_mode == "evict"
-      if evicting:
+      key, tiles = key_BxT, None
+      if evict:
         k, v = apply(decoder.Block.keys_values, chosen, *angles)
-        key = jnp.where(filled.filled_BxK, filled.position_BxK, EMPTY)
+        key = jnp.where(is_token, at, EMPTY) if gathers else key_BxT
+        if scores:
+          to_positions = (lambda a: jnp.take_along_axis(a, filled.slot_BxT, axis=1)) if gathers else (lambda a: a)
+          score = scores_of(apply, x, k, key, keep, score, to_positions)
+        tiles = as_tiles(k, v, key, key.shape[1] if last else num_positions)
       else:
-        k, v = apply(decoder.Block.keys_values, x, sin, cos)
-        key = key_BxT
-      if scored and not last and not planned:
-        to_positions = (lambda a: jnp.take_along_axis(a, filled.slot_BxT, axis=1)) if evicting else (lambda a: a)
-        score = scores_of(apply, x, k, key, keep, score, to_positions)
+        k, v = projected
       if last:
         at = context_B[:, None] - 1
         chosen, angles, query = gather(x, at), rope(at), at
       q = apply(decoder.Block.queries, chosen, *angles)
-      aligned = not last and (evicting or not compact)
+      aligned = not last and (evict or not gathers)
       y = apply(decoder.Block.attention_out, chosen, attend(q, k, v, query, key, aligned))
       y = apply(decoder.Block.mlp, y)
-      if last:
-        x = y
-      elif compact:
-        x = jnp.where(keep[:, :, None], gather(y, filled.slot_BxT), x)
-      elif routed:
-        x = jnp.where(keep[:, :, None], y, x)
-      else:
-        x = y
-      spare = 0 if last else num_positions - key.shape[1]
-      pad = lambda a, axis, value: jnp.pad(
-          a, [(0, spare if i == axis else 0) for i in range(a.ndim)], constant_values=value
-      )
-      tiles = pad(k.transpose(0, 2, 3, 1), 3, 0), pad(v.transpose(0, 2, 1, 3), 2, 0), pad(key, 1, EMPTY)
-      return x, score, state, (keep, least), tiles
+      if gathers and not last:
+        y = gather(y, filled.slot_BxT)
+      return y if last or not routed else jnp.where(keep[:, :, None], y, x), score, tiles
 
     return body
 
@@ -185,12 +209,16 @@ def prefill(
   def run(carry, inputs, begin, end, planned):
     """Blocks [begin, end), with bodies for the buckets they have."""
     used = sorted(set(plan.body_of[begin:end]))
-    bodies = [make_body(*plan.bodies[i], last=False, planned=planned) for i in used]
+    scores = scored and not planned
+    bodies = [make_body(*plan.bodies[i], last=False, scores=scores) for i in used]
     inputs = inputs | {"body": jnp.asarray([used.index(i) for i in plan.body_of[begin:end]], jnp.int32)}
 
     def step(carry, inputs):
       x, score, state, buffers = carry
-      x, score, state, decided, tiles = jax.lax.switch(inputs["body"], bodies, x, score, state, inputs)
+      gate, decided, state = gates(x, score, state, inputs, used, planned)
+      score, projected = project(x, score, gate, inputs, scores)
+      x, score, tiles = jax.lax.switch(inputs["body"], bodies, x, score, gate, projected, inputs)
+      tiles = tiles or as_tiles(*projected, key_BxT, num_positions)
       buffers = tuple(write(b, tile, inputs["offset"], axis, fits) for b, tile, axis in zip(buffers, tiles, (3, 2, 1)))
       return (x, score, state, buffers), decided
 
@@ -200,6 +228,7 @@ def prefill(
       "sparsity": jnp.asarray(schedule_L, jnp.float32),
       "decode_sparsity": decode_schedule(jnp.asarray(schedule_L, jnp.float32), routing.decode_sparsity),
       "index": jnp.arange(config.num_blocks),
+      "routed": jnp.asarray([plan.bodies[i][1] for i in plan.body_of]),
       "router": router.params if router.per_block else None,
       "offset": jnp.asarray(plan.offsets, jnp.int32),
   }
@@ -225,9 +254,11 @@ def prefill(
       carry, out = run(carry, jax.tree.map(lambda a: a[: last - begin], some), begin, min(end, last), planned)
       decided.append(out)
   x, score, state, buffers = carry
-  slots, routed = plan.bodies[plan.body_of[-1]]
-  body = make_body(slots, routed, last=True, planned=planned)
-  x, _, _, out, tiles = body(x, score, state, jax.tree.map(lambda a: a[-1], some))
+  some = jax.tree.map(lambda a: a[-1], some)
+  gate, out, _ = gates(x, score, state, some, plan.body_of[-1:], planned)
+  score, projected = project(x, score, gate, some, False)
+  x, _, tiles = make_body(*plan.bodies[plan.body_of[-1]], last=True, scores=False)(x, score, gate, projected, some)
+  tiles = tiles or as_tiles(*projected, key_BxT, num_positions)
   buffers = [
       jax.lax.dynamic_update_slice_in_dim(b, tile, plan.offsets[-1], axis)
       for b, tile, axis in zip(buffers, tiles, (3, 2, 1))
