@@ -6,6 +6,10 @@ Both run the dense model in fp32 on the CPU, on the same seeded items; prints ac
 their choices differ, and the largest difference of a log-likelihood. A choice that differs is a tie where on both
 sides the two best scores are closer than twice that difference. Results are kept in --out task by task, and finished
 ones are not computed again. Needs torch and accelerate (pip install 'lm-eval[hf]').
+
+SmolLM2-135M, 100 items of each task, seed 0, about ten minutes on two CPU cores: of 500 items no choice and no greedy
+match differs, nor whether acc and acc_norm hold, and there is no tie. acc is 0.56 (ARC-Easy), 0.23 (ARC-Challenge),
+0.29 (HellaSwag), 0.44 (WinoGrande) and 0.19 (MMLU) on both sides, the largest difference of a log-likelihood 7.2e-4.
 """
 
 import json

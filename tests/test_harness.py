@@ -24,12 +24,15 @@ from ftp_jax.evaluation.harness import command, files, results, retrieval, suite
 from ftp_jax.evaluation.harness.adapter import EngineLM
 from ftp_jax.evaluation.harness.generation import read_options
 from ftp_jax.inference import Sampling
+from ftp_jax.routing.config import RoutingConfig
 from tests.test_data import byte_tokenizer
-from tests.test_inference import CASES, PLAIN, build, masked_logits
+from tests.test_inference import PLAIN, build, config, masked_logits
 from tests.test_inference import directories, fingerprints, served  # noqa: F401 - fixtures
 
 BOS = PLAIN.bos_token_id
-SKIPPING = CASES["tied_project_skipping"] | {"schedule": (0.5,) * 4}  # continuation tokens skip blocks too
+SKIPPING = dict(  # continuation tokens skip blocks too
+    model_config=config(), routing=RoutingConfig("project", "argmax", decode_sparsity=0.4, decode_threshold=0.15)
+)  # fmt: skip
 LM_EVAL = pathlib.Path(lm_eval.__file__).parent / "tasks"
 
 
