@@ -46,7 +46,7 @@ def test_dense_schedule_has_no_divergence_and_the_models_own_nll(model, judge, p
 
 
 def test_kl_of_a_population_equals_the_definition_and_one_by_one(model, judge, prompts):
-  schedules = np.array([[0, 0, 0.5, 0.25, 0.5], [0, 0, 0, 0, 0.8], [0.5, 0, 0, 0, 0]], np.float32)
+  schedules = np.array([[0, 0, 0.5, 0.25, 0.5], [0, 0, 0, 0, 0.8], [0.5, 0, 0, 0, 0.8]], np.float32)
   together = judge.kl(routers.STATIC, schedules)
   dense = dense_log_probs(model, prompts)
   for s, value in zip(schedules, together):
