@@ -47,6 +47,7 @@ _OUT = flags.DEFINE_string("out", None, "Directory of the table.", required=True
 _METHODS = flags.DEFINE_list("methods", list(METHODS), "Rows.")
 _SPARSITIES = flags.DEFINE_list("sparsities", ["0.22", "0.30", "0.40"], "S of the rows.")
 _SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "Seeds of methods that have any.")
+_TASKS = flags.DEFINE_list("tasks", list(TASKS), "Tasks with choices; none: leave them out.")
 _LIMIT = flags.DEFINE_integer("limit", 100, "Items of each task, the same for all methods.")
 _RETRIEVAL = flags.DEFINE_integer("retrieval", 10, "Retrieval items of each length and depth; 0: none.")
 _LENGTHS = flags.DEFINE_list("lengths", ["256", "512"], "Tokens of retrieval contexts.")
@@ -102,7 +103,7 @@ class Table:
 
   def tasks(self) -> None:
     lengths = tuple(map(int, _LENGTHS.value))
-    jobs = suite.plan(suite.Choice(TASKS, data=_DATA.value, limit=_LIMIT.value))
+    jobs = suite.plan(suite.Choice(tuple(_TASKS.value), _DATA.value, _LIMIT.value)) if _TASKS.value else []
     if _RETRIEVAL.value:
       jobs += suite.plan(suite.Choice(("retrieval",), limit=_RETRIEVAL.value, lengths=lengths))
     with tqdm.tqdm(self.cells, desc="tasks") as bar:
@@ -138,26 +139,26 @@ class Table:
 
   def report(self) -> None:
     rows = list(filter(None, (self._row(cell) for cell in self.cells)))
-    table = summarise(rows, chance(_DATA.value))
+    table = summarise(rows, {task: chance(task, _DATA.value) for task in _TASKS.value}, _CONTEXTS.value)
     write_json(self.out / "table.json", {"machine": describe_machine(), "cells": rows, "table": table})
-    text = markdown(table)
+    text = markdown(table, _CONTEXTS.value)
     (self.out / "table.md").write_text(text + "\n", encoding="utf-8")
     print(text)
-    plot(table, self.out / "pareto.png")
+    plot(table, _CONTEXTS.value[-1], self.out / "pareto.png")
     print(f"written {self.out / 'table.json'}, table.md and pareto.png")
 
   def _row(self, cell: tuple[str, float, int]) -> dict[str, Any] | None:
     """One cell's figures; None where they are not there yet."""
     method, sparsity, seed = cell
     where = self.directory(*cell)
-    if not (where / "quality.json").exists() or not (where / "tasks.json").exists():
+    if not (where / "quality.json").exists():
       return None
-    tasks = read_json(where / "tasks.json")["tasks"]
-    if not set(TASKS) <= set(tasks):
+    tasks = read_json(where / "tasks.json")["tasks"] if (where / "tasks.json").exists() else {}
+    if not set(_TASKS.value) <= set(tasks):
       return None
     row = {"method": method, "asked": sparsity, "seed": seed, "quality": read_json(where / "quality.json")}
-    row["accuracy"] = {task: tasks[task]["figures"][METRIC[task]]["value"] for task in TASKS}
-    row["items"] = {task: tasks[task]["items"] for task in TASKS}
+    row["accuracy"] = {task: tasks[task]["figures"][METRIC[task]]["value"] for task in _TASKS.value}
+    row["items"] = {task: tasks[task]["items"] for task in _TASKS.value}
     if "retrieval" in tasks:
       row["retrieval"] = tasks["retrieval"]["figures"]["acc"]["value"]
     row["speedup"] = {}
@@ -171,33 +172,37 @@ class Table:
     return row
 
 
-def chance(data: str) -> dict[str, float]:
-  """Accuracy of a guess, by task: the mean of one over the number of choices."""
+def chance(task: str, data: str) -> float:
+  """Accuracy of a guess: the mean of one over the number of choices."""
   known = {"hellaswag": 1 / 4, "winogrande": 1 / 2}
-  found = {}
-  for task in TASKS:
-    choices = lambda: read_items(str(pathlib.Path(data) / f"{task}.jsonl")).items
-    found[task] = known[task] if task in known else statistics.fmean(1 / len(item["choices"]) for item in choices())
-  return found
+  if task in known:
+    return known[task]
+  items = read_items(str(pathlib.Path(data) / f"{task}.jsonl")).items
+  return statistics.fmean(1 / len(item["choices"]) for item in items)
 
 
-def summarise(rows: list[dict[str, Any]], guess: dict[str, float]) -> list[dict[str, Any]]:
-  """Means and sample standard deviations over seeds, one entry a method and S; nothing without the dense row."""
-  average = lambda row: statistics.fmean(row["accuracy"].values())
+def summarise(rows: list[dict[str, Any]], guess: dict[str, float], contexts: list[str]) -> list[dict[str, Any]]:
+  """Means and sample standard deviations over seeds, one entry a method and S; nothing without the dense row.
+
+  Args:
+    guess: chance of every task of the rows; "retained" figures compare averages over these tasks with the dense one.
+  """
   dense = next((row for row in rows if row["method"] == "dense"), None)
   if dense is None:
     return []
-  base = statistics.fmean(guess.values())
+  average = lambda row: statistics.fmean(row["accuracy"].values()) if guess else None
+  base = statistics.fmean(guess.values()) if guess else None
+  share = lambda row, floor: (average(row) - floor) / (average(dense) - floor) if guess else None
   figures = {
-      **{task: lambda row, task=task: row["accuracy"][task] for task in TASKS},
+      **{task: lambda row, task=task: row["accuracy"][task] for task in guess},
       "average": average,
-      "retained": lambda row: average(row) / average(dense),
-      "retained_above_chance": lambda row: (average(row) - base) / (average(dense) - base),
+      "retained": lambda row: share(row, 0.0),
+      "retained_above_chance": lambda row: share(row, base),
       **{name: lambda row, name=name: row["quality"][name] for name in (
-          "kl", "perplexity", "achieved", "flops_saved", "cache_ratio",
+          "kl", "agreement", "perplexity", "achieved", "flops_saved", "cache_ratio",
       )},
       "retrieval": lambda row: row.get("retrieval"),
-      **{f"speedup_{context}": lambda row, context=context: row["speedup"].get(context) for context in _CONTEXTS.value},
+      **{f"speedup_{context}": lambda row, context=context: row["speedup"].get(context) for context in contexts},
   }  # fmt: skip
   table = []
   for method, asked in dict.fromkeys((row["method"], row["asked"]) for row in rows):
@@ -217,14 +222,15 @@ _COLUMNS = (  # heading, key, factor, digits
     ("HellaSwag", "hellaswag", 100, 1), ("WinoGrande", "winogrande", 100, 1), ("MMLU", "mmlu", 100, 1),
     ("average", "average", 100, 1), ("retained %", "retained", 100, 1),
     ("above chance %", "retained_above_chance", 100, 1), ("retrieval", "retrieval", 100, 1), ("KL", "kl", 1, 3),
-    ("perplexity", "perplexity", 1, 1), ("achieved %", "achieved", 100, 1), ("FLOPs saved %", "flops_saved", 100, 1),
-    ("KV bytes", "cache_ratio", 1, 2),
+    ("agreement %", "agreement", 100, 1), ("perplexity", "perplexity", 1, 1), ("achieved %", "achieved", 100, 1),
+    ("FLOPs saved %", "flops_saved", 100, 1), ("KV bytes", "cache_ratio", 1, 2),
 )  # fmt: skip
 
 
-def markdown(table: list[dict[str, Any]]) -> str:
-  """The table; a spread is the sample standard deviation over seeds."""
-  columns = _COLUMNS + tuple((f"speedup at {c}", f"speedup_{c}", 1, 2) for c in _CONTEXTS.value)
+def markdown(table: list[dict[str, Any]], contexts: list[str]) -> str:
+  """The table without the columns that nothing fills; behind ± the sample standard deviation over seeds."""
+  columns = _COLUMNS + tuple((f"speedup at {context}", f"speedup_{context}", 1, 2) for context in contexts)
+  columns = [how for how in columns if any(entry.get(how[1]) is not None for entry in table)]
 
   def cell(entry, key, factor, digits):
     if entry[key] is None:
@@ -239,18 +245,17 @@ def markdown(table: list[dict[str, Any]]) -> str:
   return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def plot(table: list[dict[str, Any]], path: pathlib.Path) -> None:
-  """Retained accuracy and KL against measured prefill time, one line a method."""
+def plot(table: list[dict[str, Any]], context: str, path: pathlib.Path) -> None:
+  """Retained accuracy and KL against the measured time of a prefill of `context` tokens, one line a method."""
   matplotlib.use("Agg")
   from matplotlib import pyplot
 
-  context = _CONTEXTS.value[-1]
   known = [entry for entry in table if entry[f"speedup_{context}"]]
-  figure, panels = pyplot.subplots(1, 2, figsize=(12, 5))
-  for panel, key, factor, label in (
-      (panels[0], "retained_above_chance", 100, "accuracy retained above chance (%)"),
-      (panels[1], "kl", 1, "KL to the dense model (nats a token)"),
-  ):
+  shown = [("kl", 1, "KL to the dense model (nats a token)")]
+  if any(entry["retained_above_chance"] is not None for entry in known):
+    shown.append(("retained_above_chance", 100, "accuracy retained above chance (%)"))
+  figure, panels = pyplot.subplots(1, len(shown), figsize=(6 * len(shown), 5), squeeze=False)
+  for panel, (key, factor, label) in zip(panels[0], shown):
     for method in dict.fromkeys(entry["method"] for entry in known):
       own = sorted((entry for entry in known if entry["method"] == method), key=lambda entry: entry["asked"])
       panel.plot(
@@ -259,8 +264,8 @@ def plot(table: list[dict[str, Any]], path: pathlib.Path) -> None:
     panel.set_xlabel(f"prefill time at {context} tokens, dense = 1")
     panel.set_ylabel(label)
     panel.grid(alpha=0.3)
-  panels[1].set_yscale("symlog", linthresh=0.01)
-  panels[0].legend()
+  panels[0, 0].set_yscale("symlog", linthresh=0.1)
+  panels[0, 0].legend()
   figure.tight_layout()
   figure.savefig(path, dpi=120)
   pyplot.close(figure)
