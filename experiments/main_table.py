@@ -39,6 +39,7 @@ from ftp_jax.stages import load_arrays, read_json, write_json
 TASKS = ("arc_easy", "arc_challenge", "hellaswag", "winogrande", "mmlu")
 METRIC = dict.fromkeys(TASKS[:3], "acc_norm") | dict.fromkeys(TASKS[3:], "acc")
 METHODS = ("truncation", "late", "static", "random", "shortgpt", "blockpruner", "mod", "skipgpt", "ftp")
+SEEDED = ("random", "mod", "skipgpt", "ftp")  # differ from seed to seed
 STAGES = ("quality", "tasks", "latency", "report")
 
 _RUN = flags.DEFINE_string("run", None, "Run directory of `ftp-jax run`.", required=True)
@@ -74,7 +75,7 @@ class Table:
     self.cells = [("dense", 0.0, 0)]
     for sparsity in map(float, _SPARSITIES.value):
       for method in _METHODS.value:
-        seeded = method == "ftp" or baselines.METHODS[method].seeded
+        seeded = method in SEEDED
         self.cells += [(method, sparsity, int(seed)) for seed in (_SEEDS.value if seeded else ["0"])]
 
   def directory(self, method: str, sparsity: float, seed: int) -> pathlib.Path:
