@@ -154,5 +154,5 @@ def test_records_name_every_figure(judge, model):
     assert record["kl"] > 1e-3 and 0.2 < record["achieved"] <= 0.5 and 0 < record["flops_saved"] < 0.6
     assert record["prompts"] == 5 and record["asked"] == 0.5
   assert uniform["perplexity"] is None and uniform["perplexity_achieved"] is None  # it never skips the newest token
-  assert cut["perplexity"] > 1 and chance["perplexity"] > 1 and dense["perplexity"] > 1
+  assert cut["perplexity"] > 1 and abs(chance["perplexity"] / dense["perplexity"] - 1) > 1e-5
   assert 0.3 < chance["perplexity_achieved"] < 0.7
