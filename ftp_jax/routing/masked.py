@@ -17,6 +17,7 @@ from ftp_jax.routing import routers
 from ftp_jax.routing.config import FACTORS, RoutingConfig
 from ftp_jax.routing.routers import Router
 from ftp_jax.routing.selection import decode_schedule, forced_tokens, keep_context, keep_continuation, least_kept_margin
+from ftp_jax.sharding import constrain
 
 
 class Entry(NamedTuple):
@@ -235,7 +236,7 @@ def forward(
       x = g * y + (1 - g) * x
     else:
       x = jnp.where(keep[:, :, None], y, x)
-    return (x, scores, state), (keep, margin, features if collect_factors else None)
+    return (constrain(x, "batch", None, None), scores, state), (keep, margin, features if collect_factors else None)
 
   num_blocks = config.num_blocks
   scores = init_scores(batch, num_positions, causal_view)

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ftp_jax import sharding
 from ftp_jax.models import scoring
 from ftp_jax.models.config import ModelConfig
 from ftp_jax.routing import masked, routers
@@ -60,4 +61,4 @@ def gate_fisher(
     return jnp.square(pull(cotangent)[0])
 
   scores = jnp.mean(jax.lax.map(draw, jax.random.split(key, draws)), axis=0)
-  return jnp.where(in_context[None], scores, 0.0)
+  return sharding.replicate(jnp.where(in_context[None], scores, 0.0))
