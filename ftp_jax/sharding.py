@@ -67,23 +67,28 @@ RULES = Rules(
 
 
 def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
-  """A mesh of all devices, or of those given; one of the sizes may be -1: what the others leave.
+  """A mesh over the first data * fsdp * tensor devices; one of the sizes may be -1: all that the others leave.
+
+  Args:
+    devices: of which; None: all of the run, and with several processes none may be left out.
 
   Raises:
-    UserError: the sizes do not fit the number of devices.
+    UserError: there are not so many devices.
   """
-  devices = jax.devices() if devices is None else list(devices)
+  found = jax.devices() if devices is None else list(devices)
   sizes = [data, fsdp, tensor]
-  known = math.prod(size for size in sizes if size != -1)
+  asked = f"A mesh of data={data}, fsdp={fsdp}, tensor={tensor}"
   if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
-    raise UserError(f"mesh sizes data={data}, fsdp={fsdp}, tensor={tensor} must be positive, and at most one -1.")
-  sizes = [len(devices) // known if size == -1 else size for size in sizes]
-  if math.prod(sizes) != len(devices):
+    raise UserError(f"{asked} makes no sense; set mesh.data, mesh.fsdp and mesh.tensor to positive numbers, one to -1.")
+  known = math.prod(size for size in sizes if size != -1)
+  sizes = [len(found) // known if size == -1 else size for size in sizes]
+  total = math.prod(sizes)
+  if not 0 < total <= len(found) or (devices is None and jax.process_count() > 1 and total < len(found)):
     raise UserError(
-        f"A mesh of data={data}, fsdp={fsdp}, tensor={tensor} does not use the {len(devices)} devices exactly; "
-        "change mesh.data, mesh.fsdp or mesh.tensor so that their product is that number."
+        f"{asked} does not fit the {len(found)} devices of this run; change mesh.data, mesh.fsdp or mesh.tensor, for "
+        "instance one of them to -1."
     )
-  return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+  return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3, devices=found[:total])
 
 
 def batch_parts(mesh: Mesh | None) -> int:

@@ -86,14 +86,15 @@ def test_two_axes_on_one_mesh_axis_collide():
     sharding.RULES.spec(("heads", "mlp"), (4, 4), {"tensor": 2})
 
 
-@pytest.mark.parametrize("sizes", [(3, 1, 1), (-1, -1, 1), (0, 8, 1), (16, 1, 1), (-1, 3, 1)])
+@pytest.mark.parametrize("sizes", [(-1, -1, 1), (0, 8, 1), (16, 1, 1), (-1, 9, 1)])
 def test_a_mesh_that_does_not_fit_the_devices_is_refused(sizes):
-  with pytest.raises(UserError, match="mesh"):
+  with pytest.raises(UserError, match="mesh.data, mesh.fsdp"):
     sharding.make_mesh(*sizes)
 
 
 def test_the_rest_of_the_devices():
   assert dict(sharding.make_mesh(-1, 2, 2).shape) == {"data": 2, "fsdp": 2, "tensor": 2}
+  assert sharding.make_mesh(1, 3, 1).devices.size == 3
 
 
 def test_replication_is_reported():

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import tqdm
 
+from ftp_jax import sharding
 from ftp_jax.data.prompts import Prompts, take
 from ftp_jax.data.sources import load_splits
 from ftp_jax.data.windows import perplexity_windows
@@ -27,6 +28,7 @@ from ftp_jax.errors import UserError
 from ftp_jax.evaluation import methods, redundancy
 from ftp_jax.evaluation.judge import Frozen, Judge
 from ftp_jax.export import artifact as artifact_lib
+from ftp_jax.models.decoder import param_shardings
 from ftp_jax.models.huggingface import fingerprint
 from ftp_jax.models.sources import DTYPES, Model, load_model
 from ftp_jax.pipeline import checks
@@ -113,7 +115,8 @@ class _Pipeline:
     return merged
 
   def check(self) -> None:
-    """Raises UserError if any stage that exists was begun with other settings, before anything is written."""
+    """Raises UserError if the mesh does not suit the config or any stage that exists was begun with other settings."""
+    checks.check_batches(self.config, sharding.batch_parts(self.mesh))
     for stage in ("data", "importance"):
       check_stage(self.workdir / stage, self.settings(stage))
     for sparsity, seed in self.cells:
@@ -134,7 +137,20 @@ class _Pipeline:
 
   @functools.cached_property
   def model(self) -> Model:
-    return load_model(self.config.model.source, self.config.model.dtype)
+    mesh = self.mesh
+    if mesh is None:
+      return load_model(self.config.model.source, self.config.model.dtype)
+    shardings = functools.partial(param_shardings, mesh)
+    model = load_model(self.config.model.source, self.config.model.dtype, shardings)
+    sharding.check_replication(model.params, self.config.mesh.replicated_mib * 2**20)
+    return model
+
+  @functools.cached_property
+  def mesh(self) -> jax.sharding.Mesh | None:
+    """The mesh of this run; None on a single device."""
+    sizes = self.config.mesh
+    mesh = sharding.make_mesh(sizes.data, sizes.fsdp, sizes.tensor)
+    return mesh if mesh.size > 1 else None
 
   @functools.cached_property
   def frozen(self) -> Frozen:
