@@ -79,6 +79,7 @@ class _Process:
     self.stop_asked = False
     self.stoppable = False
     self.calls = itertools.count()
+    self.used = ""  # name of the last call that the store still holds
 
 
 _process = _Process()
@@ -225,8 +226,9 @@ def from_first(make: Callable[[], bytes]) -> bytes:
       raise UserError(text)
     data = b"".join(client.blocking_key_value_get_bytes(f"{name}/{at}", 60_000) for at in range(0, int(text), _PIECE))
   _meet(client, f"{name}/read")
-  if is_first():
-    client.key_value_delete(name)
+  if is_first() and _process.used:
+    client.key_value_delete(_process.used)  # not yet this one: others may still be reading that all have met
+  _process.used = name
   return data
 
 
@@ -254,7 +256,7 @@ def barrier() -> None:
 
 
 def unique_name() -> str:
-  """A name that no other call gets: for those that meet by other means."""
+  """A name that no other call gets, the same in all processes: for those that meet by other means."""
   return f"ftp_jax_{next(_process.calls)}"
 
 

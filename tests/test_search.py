@@ -382,7 +382,8 @@ def test_a_damaged_state_is_reported_and_the_one_before_it_used(tmp_path, capsys
     if damage == "missing array":
       with np.load(path) as state:
         arrays = {name: state[name] for name in state.files if name != "fitness_P"}
-      np.savez(path, **arrays)
+      with open(path, "wb") as file:
+        np.savez(file, **arrays)
     elif damage == "flipped":
       data[data.index(b"units_PxL") + 150] ^= 0xFF
       path.write_bytes(data)
@@ -426,7 +427,7 @@ def test_a_full_disk_is_one_sentence_and_costs_nothing_saved(tmp_path, monkeypat
 
   resumed = tmp_path / "resumed"
   with monkeypatch.context() as patch:
-    patch.setattr(os, "fsync", full)  # metrics, state 0, state 0 again, state 1, ...
+    patch.setattr(os, "fsync", full)  # metrics, state 0, its copy, state 1, its copy, state 2
     with pytest.raises(UserError, match="no space left to write to .*; free some and run again") as caught:
       search(resumed)
   assert "\n" not in str(caught.value) and not list(resumed.glob("*.tmp"))

@@ -54,10 +54,11 @@ class Checkpoints:
     self.directory = os.path.abspath(directory)
     self._identity = json.loads(json.dumps(identity))
     self._manager = None
+    name = distributed.unique_name()
     if distributed.is_first():
       # Orbax by itself would have all processes meet for every save.
       alone = ocp.options.MultiprocessingOptions(
-          primary_host=0, active_processes={0}, barrier_sync_key_prefix=distributed.unique_name()
+          primary_host=0, active_processes={0}, barrier_sync_key_prefix=name
       )
       options = ocp.CheckpointManagerOptions(
           max_to_keep=2, enable_async_checkpointing=True, create=False, multiprocessing_options=alone
