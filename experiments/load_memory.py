@@ -29,8 +29,9 @@ import numpy as np
 from absl import app, flags
 from safetensors import safe_open
 
+from ftp_jax import sharding
 from ftp_jax.errors import UserError
-from ftp_jax.models import decoder
+from ftp_jax.models import decoder, placement
 from ftp_jax.models.config import ModelConfig
 from ftp_jax.models.huggingface import checkpoint_files, load_params, write_checkpoint
 from ftp_jax.models.sources import DTYPES
@@ -42,12 +43,12 @@ _HIDDEN = flags.DEFINE_integer("hidden", 2048, "Hidden size of the checkpoint to
 _INTERMEDIATE = flags.DEFINE_integer("intermediate", 5632, "Its MLP size.")
 _BLOCKS = flags.DEFINE_integer("blocks", 22, "Its blocks.")
 _VOCABULARY = flags.DEFINE_integer("vocabulary", 32000, "Its vocabulary.")
+_STAGED = flags.DEFINE_bool("staged", False, "Fill arrays as on an accelerator, though they are in host memory here.")
 _SLACK = flags.DEFINE_integer("slack_bytes", 0, "Added to the bound: what is no weight, for tiny checkpoints.")
 _JSON = flags.DEFINE_string("json", "", "File to write the figures to.")
 _WORKER = flags.DEFINE_string("worker", "", "Internal: case, process and port of a measured process.")
 
 _DEVICES = 4
-_AXES = {"embed": "fsdp", "heads": "tensor", "kv_heads": "tensor", "mlp": "tensor", "vocab": "tensor"}
 _HEAD_DIM = 64
 _SAMPLER = """
 import re, select, sys
@@ -113,15 +114,23 @@ def same_as_files(params, directory: pathlib.Path) -> bool:
       return True
 
     blocks, embed = params["blocks"], params["embed"]
-    last = blocks["attn_norm"]["scale"].shape[0] - 1
-    return all(
-        equal(f"model.layers.{i}.{name}.weight", blocks[key][kind], i)
-        for i in (0, last)
-        for key, kind, name in (
-            ("attn_norm", "scale", "input_layernorm"), ("q", "kernel", "self_attn.q_proj"),
-            ("v", "kernel", "self_attn.v_proj"), ("up", "kernel", "mlp.up_proj"), ("down", "kernel", "mlp.down_proj"),
+    first_last = (0, blocks["attn_norm"]["scale"].shape[0] - 1)
+    of_block = (
+        ("attn_norm", "scale", "input_layernorm"),
+        ("q", "kernel", "self_attn.q_proj"),
+        ("v", "kernel", "self_attn.v_proj"),
+        ("up", "kernel", "mlp.up_proj"),
+        ("down", "kernel", "mlp.down_proj"),
+    )
+    return (
+        all(
+            equal(f"model.layers.{i}.{name}.weight", blocks[key][kind], i)
+            for i in first_last
+            for key, kind, name in of_block
         )
-    ) and equal("model.embed_tokens.weight", embed["embedding"]) and equal("lm_head.weight", embed["lm_head"])  # fmt: skip
+        and equal("model.embed_tokens.weight", embed["embedding"])
+        and equal("lm_head.weight", embed["lm_head"])
+    )
 
 
 def measure(directory: pathlib.Path, case: str, process: int, port: int) -> dict:
@@ -130,13 +139,12 @@ def measure(directory: pathlib.Path, case: str, process: int, port: int) -> dict
   jax.config.update("jax_num_cpu_devices", _DEVICES)
   if case == "2":
     jax.distributed.initialize(f"localhost:{port}", num_processes=2, process_id=process)
+  if _STAGED.value:
+    placement.IN_PLACE = ()
   config = ModelConfig.from_directory(directory)
   shardings = None
   if case != "unsharded":
-    shape = (jax.device_count() // 2, 2)
-    mesh = jax.make_mesh(shape, ("fsdp", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
-    named = lambda axes: jax.sharding.NamedSharding(mesh, jax.P(*(_AXES.get(axis) for axis in axes)))
-    shardings = jax.tree.map(named, decoder.logical_axes(config), is_leaf=lambda x: isinstance(x, tuple))
+    shardings = decoder.param_shardings(sharding.make_mesh(data=1, fsdp=-1, tensor=2), config)
   dtype = np.dtype(DTYPES[_DTYPE.value])
   abstract = decoder.abstract_params(config)
   jax.block_until_ready(jax.jit(lambda: jax.numpy.zeros(8))())  # the runtime's own memory is not the loader's
