@@ -8,6 +8,7 @@ in fresh processes on the CPU, four virtual devices each:
   unsharded   one process, everything on its first device
   1           one process, sharded over fsdp 2 x tensor 2
   2           two processes (jax.distributed), sharded over fsdp 4 x tensor 2
+  staged      as 1, but arrays are filled in the way of accelerators, whose memory is the process's own here
 
 Of every process it reports the bytes of its shards, the growth of its anonymous memory at the peak (RssAnon, read
 every 2 ms from outside; mapped pages of the files do not count) and whether that keeps to the bound: shards plus
@@ -37,13 +38,12 @@ from ftp_jax.models.huggingface import checkpoint_files, load_params, write_chec
 from ftp_jax.models.sources import DTYPES
 
 _DIRECTORY = flags.DEFINE_string("directory", None, "Where the checkpoint is, or is to be written.", required=True)
-_CASES = flags.DEFINE_list("cases", ["unsharded", "1", "2"], "Which of unsharded, 1 and 2 to measure.")
+_CASES = flags.DEFINE_list("cases", ["unsharded", "1", "2", "staged"], "Which to measure.")
 _DTYPE = flags.DEFINE_enum("dtype", "bfloat16", list(DTYPES), "Of the loaded parameters; the files are bfloat16.")
 _HIDDEN = flags.DEFINE_integer("hidden", 2048, "Hidden size of the checkpoint to write.")
 _INTERMEDIATE = flags.DEFINE_integer("intermediate", 5632, "Its MLP size.")
 _BLOCKS = flags.DEFINE_integer("blocks", 22, "Its blocks.")
 _VOCABULARY = flags.DEFINE_integer("vocabulary", 32000, "Its vocabulary.")
-_STAGED = flags.DEFINE_bool("staged", False, "Fill arrays as on an accelerator, though they are in host memory here.")
 _SLACK = flags.DEFINE_integer("slack_bytes", 0, "Added to the bound: what is no weight, for tiny checkpoints.")
 _JSON = flags.DEFINE_string("json", "", "File to write the figures to.")
 _WORKER = flags.DEFINE_string("worker", "", "Internal: case, process and port of a measured process.")
@@ -139,7 +139,7 @@ def measure(directory: pathlib.Path, case: str, process: int, port: int) -> dict
   jax.config.update("jax_num_cpu_devices", _DEVICES)
   if case == "2":
     jax.distributed.initialize(f"localhost:{port}", num_processes=2, process_id=process)
-  if _STAGED.value:
+  if case == "staged":
     placement.IN_PLACE = ()
   config = ModelConfig.from_directory(directory)
   shardings = None
