@@ -61,7 +61,7 @@ def compile_case(case: programs.Case, mesh: Mesh, topology: str) -> dict[str, An
       "collectives": program.collectives(),
       "unknown_loops": program.unknown_loops,
       "largest": program.largest(8),
-      "involuntary_rematerializations": log().count(_REMATERIALIZED),
+      "involuntary_rematerializations": "".join(log).count(_REMATERIALIZED),
   }
 
 
@@ -105,18 +105,16 @@ def exhausted(message: str) -> tuple[int | None, int | None]:
 
 
 @contextlib.contextmanager
-def captured() -> Iterator[Any]:
-  """Keeps what the compiler writes to the process's stderr; gives a function that returns it."""
+def captured() -> Iterator[list[str]]:
+  """Keeps what the compiler writes to the process's stderr: afterwards the list holds it."""
+  log = []
   with tempfile.TemporaryFile() as file:
     before = os.dup(2)
     os.dup2(file.fileno(), 2)
-
-    def text() -> str:
-      file.seek(0)
-      return file.read().decode(errors="replace")
-
     try:
-      yield text
+      yield log
     finally:
       os.dup2(before, 2)
       os.close(before)
+      file.seek(0)
+      log.append(file.read().decode(errors="replace"))
