@@ -2,7 +2,8 @@
 
 Mesh axes: `data` (replicas of the weights), `fsdp` (weights in parts, gathered block by block) and `tensor` (heads,
 MLP columns and vocabulary in parts). The frozen weights lie over fsdp x tensor, batches over data x fsdp, and the
-router is replicated. The candidates of a search lie over data.
+router is replicated. The candidates of a search lie over data. Logits lie over fsdp x tensor by their vocabulary,
+their rows over data, so that the output head never has to be gathered.
 
 A model on a mesh is known by the shardings of its parameters: every jitted function of the project is called under
 `over(params)`, which tells `constrain` inside it of the mesh. Without a mesh all of this does nothing.
@@ -62,6 +63,7 @@ RULES = Rules(
         "kv_heads": ("tensor",),
         "mlp": ("tensor",),
         "vocab": ("tensor",),
+        "logits": ("tensor", "fsdp"),
     }
 )
 
@@ -144,7 +146,7 @@ def park(params: Any, tree: Any) -> Any:
   return jax.device_get(tree) if mesh_of(params) is None else tree
 
 
-def _context() -> Mapping[str, int]:
+def context() -> Mapping[str, int]:
   """Axes and sizes of the mesh of this trace that XLA partitions over; empty without one."""
   mesh = jax.sharding.get_abstract_mesh()
   return {} if mesh.empty else {a: size for a, size in mesh.shape.items() if a not in mesh.manual_axes}
@@ -152,7 +154,7 @@ def _context() -> Mapping[str, int]:
 
 def constrain(x: jax.Array, *logical: str | None, parts: Sequence[int] | None = None) -> jax.Array:
   """Inside a traced function: lays an array out by the rules; see `Rules.spec` for `parts`, its shape by default."""
-  mesh = _context()
+  mesh = context()
   if math.prod(mesh.values()) == 1:
     return x
   return jax.lax.with_sharding_constraint(x, RULES.spec(logical, x.shape if parts is None else parts, mesh))
@@ -160,7 +162,7 @@ def constrain(x: jax.Array, *logical: str | None, parts: Sequence[int] | None = 
 
 def replicate(tree: Any) -> Any:
   """Inside a traced function: results that every process reads."""
-  if math.prod(_context().values()) == 1:
+  if math.prod(context().values()) == 1:
     return tree
   return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, PartitionSpec()), tree)
 
@@ -181,7 +183,7 @@ def map_candidates(function: Any, candidates: Any, *operands: Any) -> Any:
   def several(candidates, *operands):
     return jax.lax.map(lambda candidate: function(candidate, *operands), candidates)
 
-  groups, count = _context().get("data", 1), candidates.shape[0]
+  groups, count = context().get("data", 1), candidates.shape[0]
   if groups == 1 or count == 1:
     return several(candidates, *operands)
   short = -count % groups
@@ -191,6 +193,24 @@ def map_candidates(function: Any, candidates: Any, *operands: Any) -> Any:
       axis_names={"data"}, check_vma=False,
   )  # fmt: skip
   return jax.tree.map(lambda a: a[:count], split(padded, *operands))
+
+
+def map_devices(function: Any, arrays: Sequence[Any], logical: Sequence[Sequence[str | None]], out: Any) -> Any:
+  """`function(*arrays)` with each device running it on its own parts: what XLA cannot partition by itself.
+
+  Args:
+    logical: the axes of each array; one that the mesh does not divide is whole on every device, so that
+      `function` must treat the parts of every named axis independently.
+    out: the axes of the result, all of whose sizes are those of the first array.
+  """
+  mesh = context()
+  if math.prod(mesh.values()) == 1:
+    return function(*arrays)
+  specs = tuple(RULES.spec(names, a.shape, mesh) for names, a in zip(logical, arrays))
+  out_spec = RULES.spec(out, arrays[0].shape, mesh)
+  return jax.shard_map(
+      function, in_specs=specs, out_specs=out_spec, axis_names=set(mesh), check_vma=False
+  )(*arrays)  # fmt: skip
 
 
 def replicated_bytes(tree: Any) -> list[tuple[str, int]]:

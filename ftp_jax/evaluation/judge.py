@@ -48,13 +48,17 @@ def _prepare(config, routing, params, tokens, context, length, *, num_scored, de
   return entries, scoring.log_probs(config, params, last, source)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "routing", "num_scored", "start", "dtype"))
-def _quality(config, routing, params, router, rows, teacher, schedules_PxL, entry, *, num_scored, start, dtype):
+@functools.partial(jax.jit, static_argnames=("config", "routing", "num_scored", "start", "dtype", "attention"))
+def _quality(
+    config, routing, params, router, rows, teacher, schedules_PxL, entry, *, num_scored, start, dtype, attention="auto"
+):
   """Quality of P schedules on one batch, one by one, or spread over the mesh: arrays (P,B) and keep (P,L,B,T)."""
 
   def one(schedule, params, router, rows, teacher, entry):
     source, target, weight = scoring.continuation(*rows, num_scored)
-    out = masked.forward(config, routing, params, router, *rows, schedule, start=start, entry=entry, dtype=dtype)
+    out = masked.forward(
+        config, routing, params, router, *rows, schedule, start=start, entry=entry, dtype=dtype, attention=attention
+    )
     student = scoring.log_probs(config, params, out.hidden_BxTxD, source)
     per_row = lambda values: jnp.sum(values * weight, axis=1) / jnp.maximum(jnp.sum(weight, axis=1), 1.0)
     return Quality(

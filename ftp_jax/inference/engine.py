@@ -25,8 +25,8 @@ from ftp_jax.export.artifact import load as load_artifact
 from ftp_jax.inference import programs
 from ftp_jax.inference.programs import Execution, Spec, Stream, Weights
 from ftp_jax.inference.sampling import Sampling
+from ftp_jax.models import kernels
 from ftp_jax.models.huggingface import fingerprint
-from ftp_jax.models.kernels import IMPLEMENTATIONS
 from ftp_jax.models.sources import DTYPES, Model, load_model
 from ftp_jax.routing import routers
 from ftp_jax.routing.bucketed import Prefilled
@@ -410,10 +410,11 @@ class _Stops:
 
 def _check_options(dtype: str, fallback: str, attention: str) -> None:
   for name, value, known in (
-      ("dtype", dtype, DTYPES), ("fallback", fallback, FALLBACKS), ("attention", attention, IMPLEMENTATIONS),
+      ("dtype", dtype, DTYPES), ("fallback", fallback, FALLBACKS), ("attention", attention, kernels.IMPLEMENTATIONS),
   ):  # fmt: skip
     if value not in known:
       raise UserError(f"{name}={value!r} is unknown; choose one of {', '.join(known)}.")
+  kernels.check_runs(attention, kernels.backend_name())
 
 
 def padded_length(length: int, most: int) -> int:

@@ -9,6 +9,7 @@ Every parameter is declared once, in the module that uses it, with its logical a
 """
 
 import functools
+import math
 from typing import Any
 
 import flax.linen as nn
@@ -133,9 +134,19 @@ class Embedding(nn.Module):
   def decode(self, x):
     """Logits (..., V) in fp32 of final hidden states (..., D)."""
     head = self.embedding if self.config.tie_embeddings else self.lm_head
-    y = self.final_norm(x)
+    y, inner = self.final_norm(x), (None,) * (x.ndim - 2)
+    vocab, width = self.config.vocab_size, self.config.hidden_size
+    parts = sharding.context().get("fsdp", 1)
+    if vocab % (parts * sharding.context().get("tensor", 1)):
+      rows, columns = "batch", "vocab"
+    else:
+      # Instead of gathering the head: sums over parts of the width change places, or for many rows parts of the head.
+      rows, columns = "replica", "logits"
+      few = 2 * math.prod(x.shape[:-1]) < width * sharding.context().get("data", 1) // parts
+      y = constrain(y, "replica", *inner, "embed" if few else None)
+      head = head if few else constrain(head, "logits", None)
     logits = jnp.einsum("...d,vd->...v", y, head.astype(y.dtype), preferred_element_type=jnp.float32)
-    return constrain(logits, "batch", *(None,) * (logits.ndim - 2), "vocab")
+    return constrain(logits, rows, *inner, columns)
 
   def __call__(self, tokens_BxT):
     return self.decode(self.encode(tokens_BxT, jnp.float32))

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import transformers
 
+from ftp_jax import distributed
 from ftp_jax.errors import UserError
 from ftp_jax.models.config import ModelConfig
 from ftp_jax.models.fetch import KNOWN, cache_root, fetch
@@ -49,19 +50,10 @@ def resolve(source: str, cache_dir: str | os.PathLike | None = None) -> pathlib.
     UserError: the source is none of these or cannot be had; process 0 had that error; or this process does not find
       what process 0 has.
   """
-  if not jax.distributed.is_initialized() or jax.process_count() == 1:
-    return _resolve(source, cache_dir)
-  key = f"ftp_jax/resolve/{source}"
-  if jax.process_index() == 0:
-    try:
-      directory = _resolve(source, cache_dir)
-    except BaseException as error:
-      _tell(key, f"process 0 cannot get {source!r}: {' '.join(str(error).split()) or type(error).__name__}")
-      raise
-    _tell(key, "")
-    return directory
-  if failure := _hear(key):
-    raise UserError(failure)
+  found = []
+  distributed.on_first(lambda: found.append(_resolve(source, cache_dir)))
+  if found:
+    return found[0]
   try:
     return _resolve(source, cache_dir, get=False)
   except UserError as error:
@@ -70,28 +62,6 @@ def resolve(source: str, cache_dir: str | os.PathLike | None = None) -> pathlib.
         "let FTP_JAX_CACHE or HF_HOME name a directory that all hosts share, or fetch the model on each host before "
         "the run."
     ) from error
-
-
-def _store():
-  """The key-value store of the run's coordinator."""
-  from orbax.checkpoint import multihost  # slow to import, and only runs of several processes need it
-
-  return multihost.get_jax_distributed_client()
-
-
-def _tell(key: str, message: str) -> None:
-  _store().key_value_set(key, message, allow_overwrite=True)
-
-
-def _hear(key: str) -> str:
-  """What process 0 tells; waits for it. Where process 0 dies, jax ends this process."""
-  store = _store()
-  while True:
-    try:
-      return store.blocking_key_value_get(key, 2000)
-    except jax.errors.JaxRuntimeError as error:  # returns now and then, so that Ctrl-C is heard
-      if "DEADLINE_EXCEEDED" not in str(error):
-        raise
 
 
 def _resolve(source: str, cache_dir: str | os.PathLike | None, get: bool = True) -> pathlib.Path:

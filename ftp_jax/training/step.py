@@ -82,6 +82,7 @@ class StepSpec:
   start: int = 0  # blocks before it are dense under the schedule; the pass below them has no gradient
   dtype: Any = jnp.float32
   remat: str = "none"
+  attention: str = "auto"  # one of masked.ATTENTIONS
 
 
 def make_optimizer(settings: TrainSettings) -> optax.GradientTransformation:
@@ -117,12 +118,14 @@ def loss_fn(spec: StepSpec, params: Any, router: Any, batch: Batch, schedule_L, 
   routed = routers.Router("dynamic", spec.router, router)
   start = spec.start if masked.can_start_late(spec.routing, routed) else 0
   (entry,), dense = jax.lax.stop_gradient(
-      masked.dense_entries(spec.model, spec.routing, params, tokens, context, length, (start,), dtype=spec.dtype)
+      masked.dense_entries(
+          spec.model, spec.routing, params, tokens, context, length, (start,), dtype=spec.dtype, attention=spec.attention
+      )
   )
   out = masked.forward(
       spec.model, spec.routing, params, routed, tokens, context, length, schedule_L, start=start,
       entry=entry if start else None,
-      straight_through=True, dtype=spec.dtype, remat_policy=spec.remat,
+      straight_through=True, dtype=spec.dtype, remat_policy=spec.remat, attention=spec.attention,
   )
   source, _, weight = scoring.continuation(tokens, context, length, spec.num_scored)
   if spec.train.distill == "kl":
