@@ -133,6 +133,8 @@ def place(params: Any, tree: Any, *logical: str | None) -> Any:
     sharding = named(mesh, names, np.shape(array))
     if logical.count("batch") and batch_parts(mesh) > 1 and not any(sharding.spec):
       raise ValueError(f"{batch_parts(mesh)} parts of the mesh do not divide a batch of shape {np.shape(array)}")
+    if isinstance(array, jax.Array) and jax.dtypes.issubdtype(array.dtype, jax.dtypes.prng_key):
+      return jax.random.wrap_key_data(place(params, np.asarray(jax.random.key_data(array)), *logical))
     if isinstance(array, jax.Array) and not array.is_fully_addressable:
       return jax.device_put(array, sharding)
     host = np.asarray(array)

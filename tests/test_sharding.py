@@ -17,7 +17,7 @@ from ftp_jax.inference import programs
 from ftp_jax.models import decoder
 from ftp_jax.routing import routers
 from ftp_jax.routing.config import RouterConfig, RoutingConfig
-from ftp_jax.training import fisher, guide, step
+from ftp_jax.training import guide, step
 from tests import tiny
 
 MESHES = ((8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4))
@@ -140,7 +140,8 @@ def judged(parameters):
   candidates = np.concatenate([SCHEDULE[None], rng.choice([0.0, 0.25, 0.5], (4, 4)).astype(np.float32)])
   router = routers.Router("dynamic", ROUTER, router_params())
   quality = judge.quality(router, SCHEDULE)
-  return judge, (judge.kl(router, candidates), judge.kl(routers.STATIC, candidates[:3]), *quality)
+  random = judge.quality(routers.Router("random", None, jax.random.key(3)), SCHEDULE).kl
+  return judge, (judge.kl(router, candidates), judge.kl(routers.STATIC, candidates[:3]), random, *quality)
 
 
 def test_a_generation_of_the_search_and_an_evaluation():
