@@ -12,7 +12,7 @@ in fresh processes on the CPU, four virtual devices each:
 
 Of every process it reports the bytes of its shards, the growth of its anonymous memory at the peak (RssAnon, read
 every 2 ms from outside; mapped pages of the files do not count) and whether that keeps to the bound: shards plus
-the largest tensor of the checkpoint as loaded, plus 20%. About a minute on two CPU cores.
+the largest tensor of the checkpoint as loaded, plus 20%. A few minutes on two CPU cores.
 """
 
 import contextlib
