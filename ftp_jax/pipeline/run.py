@@ -56,6 +56,7 @@ def run(config: Any, workdir: str, stages: tuple[str, ...] = STAGES) -> None:
   pipeline = _Pipeline(config, pathlib.Path(workdir))
   if stages == ("report",) and not pipeline.workdir.is_dir():
     raise UserError(f"{workdir} does not exist; give the --workdir of an evaluated run.")
+  checks.check_batches(config, sharding.batch_parts(pipeline.mesh))  # all processes meet where the devices are found
   distributed.on_first(pipeline.check)
   write_json(pipeline.workdir / "config.json", json.loads(config.to_json()))
   for stage in STAGES:
@@ -115,8 +116,7 @@ class _Pipeline:
     return merged
 
   def check(self) -> None:
-    """Raises UserError if the mesh does not suit the config or any stage that exists was begun with other settings."""
-    checks.check_batches(self.config, sharding.batch_parts(self.mesh))
+    """Raises UserError if any stage that exists was begun with other settings, before anything is written."""
     for stage in ("data", "importance"):
       check_stage(self.workdir / stage, self.settings(stage))
     for sparsity, seed in self.cells:
