@@ -119,7 +119,6 @@ def together(launch: Launch, outcome: Callable[[BaseException], tuple[int, str] 
     UserError: the others cannot be reached, or the environment is not understood.
   """
   previous = signal.signal(signal.SIGTERM, _on_sigterm)
-  _process.stop_asked = False
   try:
     _initialise(launch)
     if _process.watch is None:
@@ -141,6 +140,7 @@ def together(launch: Launch, outcome: Callable[[BaseException], tuple[int, str] 
     jax.distributed.shutdown()
   finally:
     signal.signal(signal.SIGTERM, previous)
+    _process.stop_asked = False
 
 
 def _leave(error: BaseException, outcome: Callable[[BaseException], tuple[int, str] | None]) -> None:
