@@ -18,6 +18,7 @@ import json
 import os
 import pathlib
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -35,13 +36,14 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 # --- the run that is killed ----------------------------------------------------------------------
 
 
-def work(directory: str, tell) -> None:
-  """A search and a training with its schedule. tell(line): what the killing process goes by."""
+def work(directory: str, tell, light: bool) -> None:
+  """A search and a training with its schedule. tell(line): what the killing process goes by. light: judge by a formula.
+  """
   import jax
   import jax.numpy as jnp
   from jax.sharding import NamedSharding, PartitionSpec
 
-  from ftp_jax import distributed, stages
+  from ftp_jax import stages
   from ftp_jax.data.prompts import Prompts
   from ftp_jax.models import decoder, scoring
   from ftp_jax.models.config import ModelConfig
@@ -61,12 +63,12 @@ def work(directory: str, tell) -> None:
   whole, split = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("data"))
   place = lambda array, sharding: jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
-  initial = jax.device_get(decoder.init_params(config, jax.random.key(0)))
-  params = jax.tree.map(lambda p: place(p * 8 if p.ndim > 2 else p, whole), initial)
   rng = np.random.default_rng(0)
-  prompts = Prompts(
-      rng.integers(1, config.vocab_size, (16, 16)).astype(np.int32), np.full(16, 12, np.int32), np.full(16, 16, np.int32)
-  )
+  drawn = lambda shape: rng.normal(1.0 if len(shape) < 3 else 0.0, 0.2, shape).astype(np.float32)  # norms, or matrices
+  shapes = jax.eval_shape(lambda: decoder.init_params(config, jax.random.key(0)))
+  params = jax.tree.map(lambda leaf: place(drawn(leaf.shape), whole), shapes)
+  tokens = rng.integers(1, config.vocab_size, (16, 16)).astype(np.int32)
+  prompts = Prompts(tokens, np.full(16, 12, np.int32), np.full(16, 16, np.int32))
   rows = Prompts(*(place(array, split) for array in prompts))
 
   def kl(params, rows, router, schedules_PxL):
@@ -80,7 +82,12 @@ def work(directory: str, tell) -> None:
     return jax.lax.map(one, schedules_PxL)
 
   judge = jax.jit(kl, out_shardings=whole)
-  figures = lambda router, schedules: np.asarray(judge(params, rows, router, np.asarray(schedules, np.float32)))
+
+  def figures(router, schedules):
+    if light:  # nothing to compile
+      size = sum(np.square(np.asarray(leaf)).sum() for leaf in jax.tree.leaves(router.params))
+      return np.asarray(schedules) @ [4.0, 3.0, 2.0, 1.0] + abs(float(size) - 17)
+    return np.asarray(judge(params, rows, router, np.asarray(schedules, np.float32)))
 
   def told(name, function):
     def telling(*arguments, **keywords):
@@ -117,9 +124,10 @@ def work(directory: str, tell) -> None:
       ), num_scored=4,
   )  # fmt: skip
   dynamic = lambda router: routers.Router("dynamic", router_config, jax.tree.map(np.asarray, router))
+  initial = jax.eval_shape(lambda: routers.init_router(router_config, jax.random.key(0), 4, 32))
   result = train_router(
       directory=f"{directory}/train", spec=spec, params=params, prompts=prompts, fisher_LxNxT=None, schedule_L=asked,
-      router_params=jax.device_get(routers.init_router(router_config, jax.random.key(2), 4, 32)), batch_size=8, seed=3,
+      router_params=jax.tree.map(lambda leaf: drawn((*leaf.shape, 1))[..., 0], initial), batch_size=8, seed=3,
       validate=lambda router: float(figures(dynamic(router), np.repeat(asked[None], 4, 0))[0]), validate_every=8,
       checkpoint_every=3, progress=False,
   )  # fmt: skip
@@ -140,7 +148,7 @@ def worker(arguments: argparse.Namespace) -> int:
   try:
     with distributed.together(launch, cli.outcome):
       tell = lambda line: os.write(arguments.events, f"{line}\n".encode()) if distributed.is_first() else None
-      work(arguments.worker, tell)
+      work(arguments.worker, tell, arguments.light)
   except distributed.Stopped:
     return distributed.STOPPED
   return 0
@@ -151,12 +159,13 @@ def worker(arguments: argparse.Namespace) -> int:
 
 @dataclasses.dataclass
 class Kill:
-  """SIGKILL for process `victim`, `delay` seconds after event `name` was told for the time number `count`."""
+  """A signal for process `victim`, `delay` seconds after event `name` was told for the time number `count`."""
 
   name: str
   count: int
   delay: float
   victim: int
+  signal: int = signal.SIGKILL
 
 
 @dataclasses.dataclass
@@ -169,7 +178,7 @@ class Ended:
   after_kill: list[float]
 
 
-def run(directory: pathlib.Path, processes: int, kill: Kill | None = None, signal_number: int = 9) -> Ended:
+def run(directory: pathlib.Path, processes: int, kill: Kill | None = None, light: bool = False) -> Ended:
   """Starts the run in `directory` and waits until all its processes ended, by themselves but for the one killed."""
   with socket.socket() as free:
     free.bind(("localhost", 0))
@@ -178,12 +187,13 @@ def run(directory: pathlib.Path, processes: int, kill: Kill | None = None, signa
   environment = os.environ | {
       "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT),
       "XLA_FLAGS": "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0",
-      "JAX_COMPILATION_CACHE_DIR": str(directory.parent / "compiled"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+      "JAX_COMPILATION_CACHE_DIR": str(directory.parent / "compiled"),
+      "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
   }  # fmt: skip
   started = []
   logs = [tempfile.TemporaryFile("w+") for _ in range(processes)]
   for i in range(processes):
-    command = [sys.executable, __file__, f"--worker={directory}", f"--events={write}"]
+    command = [sys.executable, __file__, f"--worker={directory}", f"--events={write}"] + ["--light"] * light
     if processes > 1:
       command += [f"--coordinator=localhost:{port}", f"--num-processes={processes}", f"--process-id={i}"]
     started.append(subprocess.Popen(command, env=environment, stderr=logs[i], pass_fds=[write]))
@@ -200,7 +210,7 @@ def run(directory: pathlib.Path, processes: int, kill: Kill | None = None, signa
           if count == kill.count and not killed_at:
             time.sleep(kill.delay)
             killed_at.append(time.monotonic())
-            started[kill.victim].send_signal(signal_number)
+            started[kill.victim].send_signal(kill.signal)
 
   follower = threading.Thread(target=follow)
   follower.start()
@@ -311,6 +321,7 @@ def main() -> int:
   parser.add_argument("--processes", type=int, nargs="+", default=[1, 2], metavar="N", help="default: 1 2")
   parser.add_argument("--kills", type=int, default=10, metavar="N", help="for each number of processes; default: 10")
   parser.add_argument("--seed", type=int, default=0, metavar="N")
+  parser.add_argument("--light", action="store_true", help=argparse.SUPPRESS)
   parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="also write the outcome to this file")
   for name, kind in (("worker", str), ("events", int), ("coordinator", str), ("num-processes", int),
                      ("process-id", int)):  # fmt: skip

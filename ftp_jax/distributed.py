@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from ftp_jax.errors import UserError
-from ftp_jax.peers import LOST, Watch
+from ftp_jax.peers import LOST, Watch, deadline
 
 __all__ = ["LOST", "STOPPED", "Launch", "Stopped", "barrier", "from_first", "is_first", "num_processes", "of_first",
            "on_first", "stoppable", "together", "unique_name"]  # fmt: skip
@@ -119,7 +119,6 @@ def together(launch: Launch, outcome: Callable[[BaseException], tuple[int, str] 
     UserError: the others cannot be reached, or the environment is not understood.
   """
   previous = signal.signal(signal.SIGTERM, _on_sigterm)
-  _process.stop_asked = False
   try:
     _initialise(launch)
     if _process.watch is None:
@@ -141,6 +140,7 @@ def together(launch: Launch, outcome: Callable[[BaseException], tuple[int, str] 
     jax.distributed.shutdown()
   finally:
     signal.signal(signal.SIGTERM, previous)
+    _process.stop_asked = False
 
 
 def _leave(error: BaseException, outcome: Callable[[BaseException], tuple[int, str] | None]) -> None:
@@ -173,17 +173,19 @@ def _initialise(launch: Launch) -> None:
   elif launch.mode == "auto" and _found_processes() < 2:
     return
   jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM from us
+  apart = (
+      f"the processes did not come together within {launch.start_timeout} s{{}}; start the same command on every host, "
+      "each with its own --process-id, and see that they reach the port of --coordinator."
+  )
   try:
-    jax.distributed.initialize(
-        **explicit, initialization_timeout=launch.start_timeout, heartbeat_timeout_seconds=launch.peer_timeout,
-        shutdown_timeout_seconds=launch.peer_timeout,
-    )
+    with deadline(launch.start_timeout, apart.format("")):  # jax would abort
+      jax.distributed.initialize(
+          **explicit, initialization_timeout=launch.start_timeout + 10, heartbeat_timeout_seconds=launch.peer_timeout,
+          shutdown_timeout_seconds=launch.peer_timeout,
+      )
   except (RuntimeError, ValueError, OSError) as error:
     reason = " ".join(str(error).split())[:200]
-    raise UserError(
-        f"the processes did not come together within {launch.start_timeout} s ({reason}); start the same command on "
-        "every host, each with its own --process-id, and see that they reach the port of --coordinator."
-    ) from error
+    raise UserError(apart.format(f" ({reason})")) from error
   state = _jax_state()
   _process.watch = Watch(
       state.client, state.process_id, state.num_processes, state.coordinator_address, launch.peer_timeout
@@ -198,7 +200,14 @@ def _found_processes() -> int:
     if cluster.name in _FOUND and cluster.is_env_present():
       # Inside an allocation but outside `srun`, SLURM_NTASKS counts processes that nobody starts.
       step = os.environ.get("SLURM_STEP_NUM_TASKS") if cluster.name == "slurm" else None
-      return int(step) if step else cluster.get_process_count()
+      try:
+        return int(step) if step else cluster.get_process_count()
+      except Exception as error:  # of the network: a TPU host asks a server of its cloud
+        reason = " ".join(str(error).split())[:160]
+        raise UserError(
+            f"the {cluster.name} environment does not say how many processes there are ({reason}); give "
+            "--distributed=off if there is one, or --coordinator, --num-processes and --process-id."
+        ) from error
   return 1
 
 

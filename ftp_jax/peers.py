@@ -10,6 +10,7 @@ itself, in two threads that only wait:
 Whoever finds something prints one sentence and ends the process, whatever its main thread is blocked in.
 """
 
+import contextlib
 import ctypes
 import json
 import os
@@ -18,6 +19,7 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from typing import Any
 
 LOST = 75  # exit status: a process was lost; the same command on all hosts goes on (EX_TEMPFAIL of sysexits.h)
@@ -113,6 +115,23 @@ class Watch:
     if message:
       os.write(2, f"\nftp-jax: {message}\n".encode())
     os._exit(code)
+
+
+@contextlib.contextmanager
+def deadline(seconds: float, message: str) -> Iterator[None]:
+  """Ends the process with a sentence (status 2) if the body takes longer, whatever it is blocked in."""
+
+  def end() -> None:
+    os.write(2, f"\nftp-jax: {message}\n".encode())
+    os._exit(2)
+
+  timer = threading.Timer(seconds, end)
+  timer.daemon = True
+  timer.start()
+  try:
+    yield
+  finally:
+    timer.cancel()
 
 
 def _delay_abort() -> None:

@@ -4,12 +4,14 @@ import errno
 import itertools
 import json
 import os
+import signal
 
 from hypothesis import given, settings as hypothesis_settings, strategies as st
 import jax
 import numpy as np
 import pytest
 
+from ftp_jax import cli, distributed
 from ftp_jax.config import get_config
 from ftp_jax.errors import UserError
 from ftp_jax.search import genetic, loop, schedule
@@ -406,6 +408,25 @@ def test_a_damaged_state_is_reported_and_the_one_before_it_used(tmp_path, capsys
   harm(resumed / loop.STATE_FILE), harm(resumed / (loop.STATE_FILE + loop.state_lib.PREVIOUS))
   with pytest.raises(UserError, match=f"{loop.STATE_FILE} is damaged; delete it and"):
     search(resumed)
+
+
+def test_sigterm_stops_after_a_generation(tmp_path):
+  undisturbed = search(tmp_path / "undisturbed")
+  calls = []
+
+  def terminated(sparsity):
+    calls.append(1)
+    if len(calls) == 4:
+      os.kill(os.getpid(), signal.SIGTERM)
+    return cost(sparsity)
+
+  resumed = tmp_path / "resumed"
+  with pytest.raises(distributed.Stopped):
+    with distributed.together(distributed.Launch(mode="off"), cli.outcome):
+      search(resumed, fitness=terminated)
+  assert len(calls) == 4 and len(read_metrics(resumed)) == 3  # generation 0 takes two calls
+  assert search(resumed).history == undisturbed.history
+  assert state_arrays(resumed) == state_arrays(tmp_path / "undisturbed")
 
 
 def test_killed_between_the_two_files_of_a_save(tmp_path):

@@ -82,7 +82,7 @@ class Checkpoints:
         self._manager.wait_until_finished()
         self._manager.close()
     except Exception:
-      if kind is None:  # or the error that is under way says more
+      if kind is None or issubclass(kind, distributed.Stopped):  # any other error under way says more
         raise
 
   def save(self, progress: Progress) -> None:
