@@ -176,7 +176,8 @@ class EngineLM(TemplateLM):
       waiting.sort(key=lambda entry: -len(pairs[entry[0]][1]))
       while waiting:
         width = padding.continuation(len(pairs[waiting[0][0]][1]))
-        count = min(self.batch_size, max(1, _POSITIONS // width))
+        # A power of two: an engine fills others up to one.
+        count = min(self.batch_size, 1 << max(_POSITIONS // max(width - 1, 1), 1).bit_length() - 1)
         chunk, waiting = waiting[:count], waiting[count:]
         filled = _fill(chunk, min(count, len(pairs)))
         scores = self.engine.score(prefix, [pairs[index][1] for index, _ in filled], [row for _, row in filled])
