@@ -73,7 +73,8 @@ def table(out: pathlib.Path) -> str:
       "| model | slice | chips | batch | GiB a chip, of | FLOPs a chip, 1e12 | forwards | received, GiB |",
       "|---|---|---|---|---|---|---|---|",
   ]
-  for model, topology in sorted(set(best) | failed, key=lambda key: (MODELS.index(key[0]), key[1][:3], chips_of(key[1]))):
+  order = lambda key: (MODELS.index(key[0]), key[1][:3], chips_of(key[1]))
+  for model, topology in sorted(set(best) | failed, key=order):
     if record := best.get((model, topology)):
       held, moved = record["memory"], sum(total["bytes"] for total in record["collectives"].values())
       cells = (

@@ -188,7 +188,9 @@ def _parser() -> argparse.ArgumentParser:
       ("json", "FILE", str, None, "keep results and a record an item; tasks that it holds are not run again"),
   ):  # fmt: skip
     evaluate.add_argument(f"--{name}", type=kind, default=default, metavar=metavar, help=summary)
-  check = add("compile-check", "compile a program for a TPU topology, without a TPU, and say whether it fits", _check, _CHECK)
+  check = add(
+      "compile-check", "compile a program for a TPU topology, without a TPU, and say whether it fits", _check, _CHECK,
+  )  # fmt: skip
   for name, metavar, kind, default, summary in (
       ("model", "NAME|DIR", str, "llama2-7b", "architecture or directory with a config.json (default: llama2-7b)"),
       ("topology", "NAME", str, "v5e:4x4", "for instance v5e:4x4, v5p:2x2x1, v6e:2x4 (default: v5e:4x4)"),

@@ -21,7 +21,7 @@ from ftp_jax.fit import counts
 from ftp_jax.fit.topologies import Chip
 from ftp_jax.models.config import ModelConfig
 
-# FLOPs of a training step over those of a dense forward, as `compile-check` counts them at T = 2048 (4.12 to 4.13):
+# FLOPs of a training step over those of a dense forward, as `compile-check` counts them at T = 2048 (4.10 to 4.13):
 # four passes, and the products that splash repeats in its two backward kernels.
 TRAIN_FORWARDS = 4.13
 TRAIN_PASSES = 4
@@ -84,7 +84,7 @@ def forward_flops(model: ModelConfig, positions: int, scored: int, window: int =
   """
   pairs = positions**2 if positions % 128 else counts.causal_pairs(positions)
   width = model.num_heads * model.head_dim
-  block = 2.0 * positions * block_parameters(model) + 4.0 * width * pairs + 2.0 * width * window * positions
+  block = 2.0 * positions * block_parameters(model) + 4.0 * width * pairs + 2.0 * (width + 1) * window * positions
   return model.num_blocks * block + 2.0 * scored * model.vocab_size * model.hidden_size
 
 

@@ -89,17 +89,19 @@ def causal_pairs(positions: int) -> int:
 
 
 def equations(jaxpr: core.Jaxpr) -> Iterator[Any]:
-  """All equations of a jaxpr and of those inside it."""
+  """All equations of a jaxpr and of those inside it, kernels left out: these work in tiles."""
   for eqn in jaxpr.eqns:
     yield eqn
-    for inner in _inner(eqn.params):
-      yield from equations(inner)
+    if eqn.primitive.name != "pallas_call":
+      for inner in _inner(eqn.params):
+        yield from equations(inner)
 
 
 def weight_gradients(jaxpr: Any, shapes: Iterable[tuple[int, ...]]) -> list[tuple[int, ...]]:
   """Shapes of the matrix products of a closed jaxpr that are those of a weight, either way round.
 
-  A gradient with respect to a weight is such a product. Frozen weights must have none.
+  A gradient with respect to a weight is such a product, rows and positions summed; products of activations have a
+  leading axis of rows. Frozen weights must have none.
 
   Args:
     shapes: of the weights, stacked ones without their leading axis.
@@ -108,7 +110,7 @@ def weight_gradients(jaxpr: Any, shapes: Iterable[tuple[int, ...]]) -> list[tupl
   found = []
   for eqn in equations(jaxpr.jaxpr):
     if eqn.primitive.name == "dot_general":
-      shape = tuple(size for size in eqn.outvars[0].aval.shape if size > 1)
+      shape = tuple(eqn.outvars[0].aval.shape)
       if tuple(sorted(shape)) in weights:
         found.append(shape)
   return found

@@ -23,7 +23,7 @@ from ftp_jax.inference import programs
 from ftp_jax.inference.sampling import Sampling
 from ftp_jax.models import decoder, scoring
 from ftp_jax.models.config import ModelConfig
-from ftp_jax.routing import bucketed, cache, masked, routers
+from ftp_jax.routing import cache, masked, routers
 from ftp_jax.routing.config import RouterConfig, RoutingConfig
 from ftp_jax.search import schedule as schedules
 from ftp_jax.training import step
@@ -168,7 +168,8 @@ def _search(case: Case, mesh: Mesh) -> Traced:
   parts = mesh.shape["fsdp"] * mesh.shape["tensor"]
   lies = ("batch", None, "vocab") if case.model.vocab_size % parts else ("replica", None, "logits")
   traced = _trace(
-      mesh, judge._quality, case.model, RoutingConfig(case.kv_mode), params_of(case, mesh), _router(case, mesh), _rows(case, mesh),
+      mesh, judge._quality, case.model, RoutingConfig(case.kv_mode), params_of(case, mesh), _router(case, mesh),
+      _rows(case, mesh),
       _like(mesh, vocab, jnp.float32, *lies), _like(mesh, (case.candidates, case.model.num_blocks), jnp.float32), None,
       num_scored=case.scored, start=0, dtype=case.dtype, attention=case.attention,
   )

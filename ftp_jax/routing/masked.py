@@ -22,7 +22,6 @@ from ftp_jax.routing.routers import Router
 from ftp_jax.routing.selection import decode_schedule, forced_tokens, keep_context, keep_continuation, least_kept_margin
 from ftp_jax.sharding import constrain
 
-
 ATTENTIONS = ("auto", "full", "splash")
 
 

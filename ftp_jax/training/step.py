@@ -119,7 +119,8 @@ def loss_fn(spec: StepSpec, params: Any, router: Any, batch: Batch, schedule_L, 
   start = spec.start if masked.can_start_late(spec.routing, routed) else 0
   (entry,), dense = jax.lax.stop_gradient(
       masked.dense_entries(
-          spec.model, spec.routing, params, tokens, context, length, (start,), dtype=spec.dtype, attention=spec.attention
+          spec.model, spec.routing, params, tokens, context, length, (start,), dtype=spec.dtype,
+          attention=spec.attention,
       )
   )
   out = masked.forward(
