@@ -221,7 +221,8 @@ def replicated_bytes(tree: Any) -> list[tuple[str, int]]:
   for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
     sharding = leaf.sharding
     if isinstance(sharding, NamedSharding) and sharding.mesh.size > 1 and sharding.is_fully_replicated:
-      found.append((jax.tree_util.keystr(path, simple=True, separator="/"), math.prod(leaf.shape) * leaf.dtype.itemsize))
+      size = math.prod(leaf.shape) * leaf.dtype.itemsize
+      found.append((jax.tree_util.keystr(path, simple=True, separator="/"), size))
   return sorted(found, key=lambda pair: -pair[1])
 
 

@@ -11,33 +11,23 @@ import pytest
 
 from ftp_jax import pipeline
 from ftp_jax.export import artifact
-from tests.test_pipeline import model_directory, tiny_run  # noqa: F401: a fixture
+from tests.test_pipeline import model_directory, tiny_run  # noqa: F401
 
 MESH = dict(data=2, fsdp=2, tensor=2)
 
 
-def sized(config):
-  config.search.batch = config.train.batch = config.evaluation.batch = 4
-  config.train.warmup_guide_steps = 5
-  return config
-
-
 def run_in_two(config, directory):
-  """Both processes' (exit status, stderr)."""
-  path = directory / "config_file.py"
-  path.write_text(
-      "import json\nfrom ftp_jax import launch\nfrom ftp_jax.config import get_config as default\n\n\n"
-      f"def get_config():\n  config = default()\n  launch._fill(config, json.loads({config.to_json()!r}))\n"
-      "  return config\n"
-  )
+  """Runs what the directory's own config.json says; both processes' (exit status, stderr)."""
+  directory.mkdir(exist_ok=True)
+  (directory / "config.json").write_text(config.to_json())
   with socket.socket() as s:
     s.bind(("localhost", 0))
     port = s.getsockname()[1]
   flags = "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"
   environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
   command = [
-      sys.executable, "-m", "ftp_jax.cli", "run", f"--config={path}", f"--workdir={directory / 'run'}",
-      f"--coordinator=localhost:{port}", "--num-processes=2",
+      sys.executable, "-m", "ftp_jax.cli", "run", f"--workdir={directory}", f"--coordinator=localhost:{port}",
+      "--num-processes=2",
   ]  # fmt: skip
   started = [
       subprocess.Popen([*command, f"--process-id={i}"], env=environment, stderr=subprocess.PIPE, text=True)
@@ -50,12 +40,12 @@ def run_in_two(config, directory):
 @pytest.fixture(scope="module")
 def both(model_directory, tmp_path_factory):  # noqa: F811
   alone, shared = tmp_path_factory.mktemp("alone"), tmp_path_factory.mktemp("shared")
-  pipeline.run(sized(tiny_run(model_directory)), str(alone))
-  config = sized(tiny_run(model_directory))
+  pipeline.run(tiny_run(model_directory), str(alone))
+  config = tiny_run(model_directory)
   config.mesh.update(MESH)
   ends = run_in_two(config, shared)
   assert [status for status, _ in ends] == [0, 0], ends
-  return alone, shared / "run", ends
+  return alone, shared, ends
 
 
 def test_two_processes_find_what_one_finds(both):
