@@ -121,6 +121,7 @@ def large_preset(config: config_dict.ConfigDict) -> config_dict.ConfigDict:
   config.model.dtype = "bfloat16"
   config.model.remat = "full"
   config.mesh.fsdp = -1
+  config.train.batch = config.search.batch = config.evaluation.batch = 16  # rows for a slice of 16 chips
   config.data.source = "hub"
   config.data.path = "tatsu-lab/alpaca"
   config.data.max_context = 256
