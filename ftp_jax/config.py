@@ -124,7 +124,7 @@ def large_preset(config: config_dict.ConfigDict) -> config_dict.ConfigDict:
   config.train.batch = config.search.batch = config.evaluation.batch = 16  # rows for a slice of 16 chips
   config.data.source = "hub"
   config.data.path = "tatsu-lab/alpaca"
-  config.data.max_context = 256
+  config.data.max_context = 320  # with the continuation 384, a multiple of the 128 that splash attention asks for
   config.data.continuation = 64
   config.data.num_search = 64
   config.data.num_train = 1024
@@ -133,7 +133,7 @@ def large_preset(config: config_dict.ConfigDict) -> config_dict.ConfigDict:
   config.search.population = 24
   config.search.generations = 24
   config.train.steps = 400
-  config.train.warmup_guide_prompts = 64  # 32 blocks x 320 tokens x 4096 numbers of 2 bytes: 84 MB a prompt
+  config.train.warmup_guide_prompts = 64  # 32 blocks x 384 tokens x 4096 numbers of 2 bytes: 101 MB a prompt
   config.finetune.generations = 16
   config.evaluation.perplexity_length = 1024
   return config

@@ -85,7 +85,8 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[
   known = math.prod(size for size in sizes if size != -1)
   sizes = [len(found) // known if size == -1 else size for size in sizes]
   total = math.prod(sizes)
-  if not 0 < total <= len(found) or (devices is None and jax.process_count() > 1 and total < len(found)):
+  needs_all = -1 in (data, fsdp, tensor) or (devices is None and jax.process_count() > 1)
+  if not 0 < total <= len(found) or (needs_all and total < len(found)):
     raise UserError(
         f"{asked} does not fit the {len(found)} devices of this run; change mesh.data, mesh.fsdp or mesh.tensor, for "
         "instance one of them to -1."
@@ -215,23 +216,27 @@ def map_devices(function: Any, arrays: Sequence[Any], logical: Sequence[Sequence
   )(*arrays)  # fmt: skip
 
 
-def replicated_bytes(tree: Any) -> list[tuple[str, int]]:
-  """(path, bytes) of the arrays that lie whole on every device of a mesh of several, largest first."""
-  found = []
-  for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-    sharding = leaf.sharding
-    if isinstance(sharding, NamedSharding) and sharding.mesh.size > 1 and sharding.is_fully_replicated:
-      size = math.prod(leaf.shape) * leaf.dtype.itemsize
-      found.append((jax.tree_util.keystr(path, simple=True, separator="/"), size))
+def replicated_bytes(abstract: Any, shardings: Any) -> list[tuple[str, int]]:
+  """(path, bytes) of the arrays that would lie whole on every device, largest first."""
+  leaves = jax.tree_util.tree_leaves_with_path(abstract)
+  found = [
+      (jax.tree_util.keystr(path, simple=True, separator="/"), math.prod(leaf.shape) * leaf.dtype.itemsize)
+      for (path, leaf), placed in zip(leaves, jax.tree.leaves(shardings)) if placed.is_fully_replicated
+  ]  # fmt: skip
   return sorted(found, key=lambda pair: -pair[1])
 
 
-def check_replication(tree: Any, limit: int, what: str = "the model") -> None:
-  """Raises UserError if arrays of more than `limit` bytes lie whole on every device; names the largest."""
-  found = replicated_bytes(tree)
-  if sum(size for _, size in found) > limit:
+def check_replication(abstract: Any, shardings: Any, limit: int) -> None:
+  """Raises UserError if weights of more than `limit` bytes would lie whole on every device, and names the largest.
+
+  A mesh of `data` alone asks for exactly that: it passes.
+  """
+  mesh = jax.tree.leaves(shardings)[0].mesh
+  found = replicated_bytes(abstract, shardings)
+  total = sum(size for _, size in found)
+  if mesh.shape["fsdp"] * mesh.shape["tensor"] > 1 and total > limit:
     largest = ", ".join(f"{path} ({size / 2**20:.0f} MiB)" for path, size in found[:3])
     raise UserError(
-        f"{what} holds {sum(size for _, size in found) / 2**20:.0f} MiB that every device would keep whole, above all "
-        f"{largest}; choose mesh.fsdp and mesh.tensor that divide their axes."
+        f"{total / 2**20:.0f} MiB of weights would lie whole on every device, above all {largest}; choose mesh.fsdp "
+        "and mesh.tensor that divide their axes, or raise mesh.replicated_mib."
     )

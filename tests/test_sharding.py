@@ -86,7 +86,7 @@ def test_two_axes_on_one_mesh_axis_collide():
     sharding.RULES.spec(("heads", "mlp"), (4, 4), {"tensor": 2})
 
 
-@pytest.mark.parametrize("sizes", [(-1, -1, 1), (0, 8, 1), (16, 1, 1), (-1, 9, 1)])
+@pytest.mark.parametrize("sizes", [(-1, -1, 1), (0, 8, 1), (16, 1, 1), (-1, 9, 1), (1, -1, 3)])
 def test_a_mesh_that_does_not_fit_the_devices_is_refused(sizes):
   with pytest.raises(UserError, match="mesh.data, mesh.fsdp"):
     sharding.make_mesh(*sizes)
@@ -98,12 +98,19 @@ def test_the_rest_of_the_devices():
 
 
 def test_replication_is_reported():
-  tree = on_mesh((1, 2, 4))
-  found = dict(sharding.replicated_bytes(tree))
+  abstract = decoder.abstract_params(MODEL)
+  shardings = decoder.param_shardings(sharding.make_mesh(1, 2, 4), MODEL)
+  found = dict(sharding.replicated_bytes(abstract, shardings))
   assert set(found) == {f"{where}/scale" for where in ("blocks/attn_norm", "blocks/mlp_norm", "embed/final_norm")}
-  sharding.check_replication(tree, sum(found.values()))
-  with pytest.raises(UserError, match=r"every device would keep whole.*blocks/attn_norm/scale"):
-    sharding.check_replication(tree, sum(found.values()) - 1)
+  sharding.check_replication(abstract, shardings, sum(found.values()))
+  with pytest.raises(UserError, match=r"whole on every device.*blocks/attn_norm/scale.*mesh.replicated_mib"):
+    sharding.check_replication(abstract, shardings, sum(found.values()) - 1)
+
+
+def test_replicas_are_no_mistake():
+  sharding.check_replication(
+      decoder.abstract_params(MODEL), decoder.param_shardings(sharding.make_mesh(8, 1, 1), MODEL), 0
+  )
 
 
 def test_a_batch_that_the_mesh_does_not_divide_is_refused():
@@ -160,10 +167,10 @@ def test_scores_inputs_and_texts():
     scores = guide.collect_fisher(
         MODEL, routing(), parameters, rows, 8, 0, num_scored=6, draws=2, dtype=np.float32
     )
-    inputs = guide.collect_inputs(MODEL, routing(), parameters, rows, 8, with_hidden=False, dtype=np.float32)
+    inputs = guide.collect_inputs(MODEL, routing(), parameters, rows, 8, with_hidden=True, dtype=np.float32)
     router = routers.Router("dynamic", ROUTER, router_params())
     return (
-        scores, inputs[0], redundancy.token_similarity(frozen, rows, 8),
+        scores, inputs[0], inputs[1].astype(np.float32) / 100, redundancy.token_similarity(frozen, rows, 8),
         perplexity.routed_perplexity(frozen, routing(), router, SCHEDULE, rows, 8),
         perplexity.truncated_perplexity(frozen, 0.5, rows, 8),
     )  # fmt: skip

@@ -1,14 +1,19 @@
 """What a config may ask for, checked before any work begins."""
 
 import hashlib
+import json
 import os
+import pathlib
+import socket
 
 import numpy as np
 
+from ftp_jax import __version__, distributed
 from ftp_jax.errors import UserError
 from ftp_jax.models.decoder import REMAT
 from ftp_jax.models.sources import DTYPES
 from ftp_jax.search import schedule as schedules
+from ftp_jax.stages import describe_changes, flatten
 
 SCHEDULES = ("ga", "uniform", "middle", "late", "influence", "fisher", "file")
 _AT_LEAST = {
@@ -57,6 +62,23 @@ def check_config(config) -> None:
     raise UserError(f"train.fisher_share={config.train.fisher_share} must lie between 0 and 1.")
   if config.data.chat and config.data.source in ("embedded", "text"):
     raise UserError("data.chat=True needs prompts; set data.source='prompts' or 'hub', or data.chat=False.")
+
+
+def check_alike(config, stages: tuple[str, ...]) -> None:
+  """Raises UserError in a process that was started to do something else than process 0."""
+  mine = {"the version": __version__, "the stages": list(stages)} | flatten(config)
+  first = json.loads(distributed.from_first(lambda: json.dumps(mine).encode()))
+  changes = describe_changes(first, json.loads(json.dumps(mine)))
+  if changes:
+    raise UserError(f"process 0 has {changes} here; start the very same command, of the same version, on every host.")
+
+
+def check_shared(path: pathlib.Path) -> None:
+  """Raises UserError where this process does not see a file that process 0 has written."""
+  if not path.exists():
+    raise UserError(
+        f"{socket.gethostname()} does not see {path}, which process 0 wrote; give a --workdir that all hosts share."
+    )
 
 
 def check_batches(config, parts: int) -> None:

@@ -28,7 +28,7 @@ from ftp_jax.errors import UserError
 from ftp_jax.evaluation import methods, redundancy
 from ftp_jax.evaluation.judge import Frozen, Judge
 from ftp_jax.export import artifact as artifact_lib
-from ftp_jax.models.decoder import param_shardings
+from ftp_jax.models.decoder import abstract_params, param_shardings
 from ftp_jax.models.huggingface import fingerprint
 from ftp_jax.models.sources import DTYPES, Model, load_model
 from ftp_jax.pipeline import checks
@@ -54,11 +54,16 @@ def run(config: Any, workdir: str, stages: tuple[str, ...] = STAGES) -> None:
     UserError: anything the user can mend, in one sentence.
   """
   pipeline = _Pipeline(config, pathlib.Path(workdir))
-  if stages == ("report",) and not pipeline.workdir.is_dir():
-    raise UserError(f"{workdir} does not exist; give the --workdir of an evaluated run.")
-  checks.check_batches(config, sharding.batch_parts(pipeline.mesh))  # all processes meet where the devices are found
+  if stages == ("report",):
+    if not pipeline.workdir.is_dir():
+      raise UserError(f"{workdir} does not exist; give the --workdir of an evaluated run.")
+  else:  # all processes meet where the devices are found
+    checks.check_alike(config, stages)
+    checks.check_batches(config, sharding.batch_parts(pipeline.mesh))
   distributed.on_first(pipeline.check)
   write_json(pipeline.workdir / "config.json", json.loads(config.to_json()))
+  distributed.barrier()
+  checks.check_shared(pipeline.workdir / "config.json")
   for stage in STAGES:
     if stage in stages:
       getattr(pipeline, stage)()
@@ -140,10 +145,14 @@ class _Pipeline:
     mesh = self.mesh
     if mesh is None:
       return load_model(self.config.model.source, self.config.model.dtype)
-    shardings = functools.partial(param_shardings, mesh)
-    model = load_model(self.config.model.source, self.config.model.dtype, shardings)
-    sharding.check_replication(model.params, self.config.mesh.replicated_mib * 2**20)
-    return model
+
+    def shardings(config):  # known before anything is read
+      placed = param_shardings(mesh, config)
+      abstract = abstract_params(config, DTYPES[self.config.model.dtype])
+      sharding.check_replication(abstract, placed, self.config.mesh.replicated_mib * 2**20)
+      return placed
+
+    return load_model(self.config.model.source, self.config.model.dtype, shardings)
 
   @functools.cached_property
   def mesh(self) -> jax.sharding.Mesh | None:
@@ -370,6 +379,7 @@ class _Pipeline:
       run_stage(cell / "finetune", settings, work)
 
   def evaluate(self) -> None:
+    self.judge.cache_clear()  # on a mesh the judges of the stages before keep their teachers on the devices
     c = self.config
     settings = self.settings("evaluate")
     bench = functools.cache(

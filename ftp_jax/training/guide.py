@@ -47,7 +47,7 @@ def _inputs(config, routing, params, tokens, context, length, *, with_hidden, dt
     decides = np.minimum(np.arange(config.num_blocks), routing.one_pass_block)
     entries = jax.tree.map(lambda a: a[decides], entries)
   hidden = routers.normed(entries.x_BxTxD).astype(jnp.float16) if with_hidden else None
-  return sharding.replicate((entries.score_BxT, hidden))
+  return sharding.replicate(entries.score_BxT), hidden
 
 
 def collect_inputs(
@@ -65,7 +65,8 @@ def collect_inputs(
     parts = []
     for rows, _ in batches(prompts, batch):
       placed = sharding.place(params, rows, "batch")
-      parts.append(jax.device_get(_inputs(config, routing, params, *placed, with_hidden=with_hidden, dtype=dtype)))
+      score, hidden = _inputs(config, routing, params, *placed, with_hidden=with_hidden, dtype=dtype)
+      parts.append((np.asarray(score), sharding.fetch(params, hidden)))
   join = lambda arrays: np.concatenate(arrays, axis=1)[:, : len(prompts.tokens)]
   return join([p[0] for p in parts]), join([p[1] for p in parts]) if with_hidden else None
 
