@@ -155,6 +155,18 @@ def context() -> Mapping[str, int]:
   return {} if mesh.empty else {a: size for a, size in mesh.shape.items() if a not in mesh.manual_axes}
 
 
+def fetch(params: Any, stacked: jax.Array | None) -> np.ndarray | None:
+  """A host copy, in every process, of an (L, ...) array of `params`' mesh; one slice at a time is made whole."""
+  if stacked is None or mesh_of(params) is None:
+    return jax.device_get(stacked)
+  return np.stack([np.asarray(_slice(stacked, i)) for i in range(len(stacked))])
+
+
+@jax.jit
+def _slice(stacked: jax.Array, index: int) -> jax.Array:
+  return replicate(jax.lax.dynamic_index_in_dim(stacked, index, keepdims=False))
+
+
 def constrain(x: jax.Array, *logical: str | None, parts: Sequence[int] | None = None) -> jax.Array:
   """Inside a traced function: lays an array out by the rules; see `Rules.spec` for `parts`, its shape by default."""
   mesh = context()
