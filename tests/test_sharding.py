@@ -169,15 +169,18 @@ def test_scores_inputs_and_texts():
     )
     inputs = guide.collect_inputs(MODEL, routing(), parameters, rows, 8, with_hidden=True, dtype=np.float32)
     router = routers.Router("dynamic", ROUTER, router_params())
-    return (
-        scores, inputs[0], inputs[1].astype(np.float32) / 100, redundancy.token_similarity(frozen, rows, 8),
+    return inputs[1], (
+        scores, inputs[0], redundancy.token_similarity(frozen, rows, 8),
         perplexity.routed_perplexity(frozen, routing(), router, SCHEDULE, rows, 8),
         perplexity.truncated_perplexity(frozen, 0.5, rows, 8),
     )  # fmt: skip
 
-  want = all_of(params())
+  hidden, want = all_of(params())
   for sizes in ((8, 1, 1), (2, 2, 2)):
-    equal(all_of(on_mesh(sizes)), want)
+    other, got = all_of(on_mesh(sizes))
+    equal(got, want)
+    assert hidden.dtype == np.float16
+    np.testing.assert_allclose(other.astype(np.float32), hidden.astype(np.float32), rtol=2**-10, atol=1e-5)  # an ulp
 
 
 @pytest.mark.parametrize("kv_mode, meshes", [("project", MESHES), ("evict", MESHES[2:3])])
