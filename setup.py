@@ -34,8 +34,11 @@ setup(
         "eval": ["lm-eval==0.4.13"],
         # To run an exported artifact; transformers and safetensors are in the run-time set.
         "torch": ["torch>=2.8,<3"],
+        # To compile for TPUs on a machine without one: `ftp-jax compile-check`.
+        "tpu-check": ["libtpu==0.0.42.*"],
         "test": [
             "hypothesis>=6.100,<7",
+            "libtpu==0.0.42.*",
             "lm-eval==0.4.13",
             "pytest>=8,<10",
             "pytest-xdist>=3.6,<4",

@@ -26,6 +26,10 @@ overhead   what routing costs by itself: nothing skipped, the router, gathering 
 compile    compile time and memory against the number of buckets
 crossover  the context from which on --artifact is faster than dense, written into the artifact"""
 
+_CHECK = """\
+Needs libtpu: pip install 'ftp-jax[tpu-check]'. The exit status is 0 if the program fits, 1 if not, 2 for a mistake.
+JAX_OPTIMIZATION_LEVEL=O0 compiles in a third of the time, with other memory."""
+
 _TASKS = """\
 tasks:
   arc_easy, arc_challenge, hellaswag, winogrande, mmlu   from DIR/NAME.jsonl of --data
@@ -36,20 +40,20 @@ tasks:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-  """Runs a command; returns the exit status: 2 for a user's mistake, 130 for Ctrl-C, 143 for SIGTERM."""
+  """Runs a command; returns the exit status: 1 for what does not fit, 2 for a user's mistake, 130 for Ctrl-C, 143 for
+  SIGTERM."""
   os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # or it warns that torch, which we do not use, is missing
   parser = _parser()
   arguments, rest = parser.parse_known_args(argv)
   saves = arguments.command is _stages or (arguments.command is _eval and arguments.json)
   try:
-    arguments.command(arguments, rest)
+    return arguments.command(arguments, rest) or 0
   except BaseException as error:
     ending = outcome(error, saves)
     if ending is None:
       raise
     print(f"{'' if ending[0] == 2 else chr(10)}ftp-jax: {ending[1]}", file=sys.stderr)
     return ending[0]
-  return 0
 
 
 def outcome(error: BaseException, saves: bool = True) -> tuple[int, str] | None:
@@ -184,6 +188,25 @@ def _parser() -> argparse.ArgumentParser:
       ("json", "FILE", str, None, "keep results and a record an item; tasks that it holds are not run again"),
   ):  # fmt: skip
     evaluate.add_argument(f"--{name}", type=kind, default=default, metavar=metavar, help=summary)
+  check = add(
+      "compile-check", "compile a program for a TPU topology, without a TPU, and say whether it fits", _check, _CHECK,
+  )  # fmt: skip
+  for name, metavar, kind, default, summary in (
+      ("model", "NAME|DIR", str, "llama2-7b", "architecture or directory with a config.json (default: llama2-7b)"),
+      ("topology", "NAME", str, "v5e:4x4", "for instance v5e:4x4, v5p:2x2x1, v6e:2x4 (default: v5e:4x4)"),
+      ("program", "NAME", str, "train", "train, search, prefill or decode (default: train)"),
+      ("batch", "N", int, 16, "rows, of all chips together (default: 16)"),
+      ("context", "T", int, 2048, "positions of a row, scored ones included (default: 2048)"),
+      ("scored", "C", int, 64, "scored positions of a row (default: 64)"),
+      ("candidates", "N", int, 20, "search: schedules of one call (default: 20)"),
+      ("mesh", "D,F,T", str, None, "sizes of data, fsdp and tensor (default: all chips on fsdp)"),
+      ("dtype", "NAME", str, "bfloat16", "bfloat16 or float32 (default: bfloat16)"),
+      ("remat", "NAME", str, "full", "train: none, dots or full (default: full)"),
+      ("kv", "MODE", str, "project", "project or evict (default: project)"),
+      ("attention", "NAME", str, None, "splash or full (default: splash, where it can be had)"),
+      ("json", "FILE", str, None, "write the record to this file"),
+  ):  # fmt: skip
+    check.add_argument(f"--{name}", type=kind, default=default, metavar=metavar, help=summary)
   add("lm-eval", "print the file that, named in --tasks, makes the command lm_eval know the model ftp_jax", _lm_eval)
   return parser
 
@@ -230,6 +253,15 @@ def _eval(arguments: argparse.Namespace, rest: list[str]) -> None:
   from ftp_jax.evaluation.harness import command
 
   command.run(arguments)
+
+
+def _check(arguments: argparse.Namespace, rest: list[str]) -> int:
+  if rest:
+    raise UserError(f"the argument {rest[0]!r} is not understood; see ftp-jax compile-check --help.")
+
+  from ftp_jax.fit import command
+
+  return command.run(arguments)
 
 
 def _lm_eval(arguments: argparse.Namespace, rest: list[str]) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from ftp_jax import sharding
 from ftp_jax.errors import UserError
 from ftp_jax.models import attention, kernels
 
@@ -185,6 +186,39 @@ def test_arrays_over_several_devices_take_a_kernel_only_inside_shard_map(on):
   assert calls(run, one)
 
 
+# On 4 devices for heads: heads of their own, keys and values repeated, and heads that divide in no way.
+@pytest.mark.parametrize("heads, groups, on_mesh", [(8, 4, True), (4, 2, True), (4, 1, True), (6, 3, False)])
+def test_on_a_mesh_every_device_runs_the_kernel_on_its_rows_and_heads(heads, groups, on_mesh, on):
+  q, k, v, query, key = _inputs((128, 20), 128, heads=heads, groups=groups, dim=16)
+  mesh = sharding.make_mesh(2, 1, 4)
+  rows = NamedSharding(mesh, PartitionSpec("data"))
+  placed = [jax.device_put(a, rows) for a in (q, k, v, query, key)]
+  kernel = functools.partial(kernels.splash, interpret=True)
+  kinds = {"tpu": ("splash", "tpu_custom_call"), "cuda": ("cudnn", "__cudnn")}
+  with jax.set_mesh(mesh):
+    assert kernels.divides(heads, groups) == on_mesh
+    for platform, (implementation, call) in kinds.items():
+      on(platform)
+      half = [a.astype(jnp.bfloat16) for a in placed[:3]] + placed[3:]
+      assert (call in _lowered(platform, half, aligned=True, implementation=implementation)) == on_mesh
+    if on_mesh:
+      run = lambda q, k, v: kernels.on_mesh(kernel, q, k, v)
+      got = jax.jit(run)(*placed[:3])
+      assert tuple(got.sharding.spec)[:3] == ("data", None, "tensor")
+      _assert_close(got, attention.attend_positions(q, k, v, query, key), query, 1e-5)
+
+
+def test_splash_has_the_gradient_of_the_mask():
+  q, k, v, query, key = _inputs((256, 70), 256, dim=64)
+  weight = jax.random.normal(jax.random.key(0), q.shape) * (query >= 0)[:, :, None, None]
+  loss = lambda form: lambda q, k, v: jnp.sum(form(q, k, v) * weight)
+  splash = loss(functools.partial(kernels.splash, interpret=True))
+  full = loss(lambda q, k, v: attention.attend(q, k, v, attention.visible(query, key, None)))
+  grads = [jax.jit(jax.grad(f, argnums=(0, 1, 2)))(q, k, v) for f in (splash, full)]
+  for got, want in zip(*grads):
+    np.testing.assert_allclose(got, want, atol=1e-4)
+
+
 @pytest.mark.parametrize(
     "implementation, backend, changes, want",
     [
@@ -218,15 +252,21 @@ def test_choice(implementation, backend, changes, want):
 )
 def test_a_kernel_the_backend_cannot_run_is_refused(implementation, backend):
   with pytest.raises(UserError, match=f"attention={implementation} needs .* on {backend} .*attention=auto"):
-    kernels.choose(implementation, backend, **_CHOICE)
+    kernels.check_runs(implementation, backend)
+  for other in ("auto", "xla"):
+    kernels.check_runs(other, backend)
+
+
+def test_a_named_kernel_is_what_a_program_for_elsewhere_calls():
+  assert kernels.choose("splash", "cpu", **_CHOICE) == "splash"
+  options = dict(implementation="splash", aligned=True)
+  assert "tpu_custom_call" in _lowered("tpu", _inputs((128, 20), 128, dim=64), **options)
 
 
 def test_unknown_names_are_refused_here_too():
   inputs = _inputs((5,), 5)
   with pytest.raises(UserError, match="no attention=flash; choose one of auto, xla, cudnn, splash"):
     kernels.attend(*inputs, aligned=True, implementation="flash")
-  with pytest.raises(UserError, match="attention=cudnn needs an NVIDIA GPU .* on cpu"):
-    kernels.attend(*inputs, aligned=True, implementation="cudnn")
 
 
 def test_on_a_cpu_attend_is_the_tiled_form():

@@ -2,6 +2,7 @@
 
 The teacher's log-probabilities are computed once. Dense states are kept at a few depths, so that a
 schedule whose first blocks are dense is judged from the deepest of them below its first skipping block.
+On a mesh batches lie over data x fsdp; several schedules are spread over data instead, batches over fsdp.
 """
 
 import dataclasses
@@ -12,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ftp_jax import sharding
 from ftp_jax.data.prompts import Prompts, batches
 from ftp_jax.models import scoring
 from ftp_jax.models.config import ModelConfig
@@ -46,23 +48,28 @@ def _prepare(config, routing, params, tokens, context, length, *, num_scored, de
   return entries, scoring.log_probs(config, params, last, source)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "routing", "num_scored", "start", "dtype"))
-def _quality(config, routing, params, router, rows, teacher, schedules_PxL, entry, *, num_scored, start, dtype):
-  """Quality of P schedules on one batch, one after the other: arrays (P,B) and keep (P,L,B,T)."""
-  source, target, weight = scoring.continuation(*rows, num_scored)
+@functools.partial(jax.jit, static_argnames=("config", "routing", "num_scored", "start", "dtype", "attention"))
+def _quality(
+    config, routing, params, router, rows, teacher, schedules_PxL, entry, *, num_scored, start, dtype, attention="auto"
+):
+  """Quality of P schedules on one batch, one by one, or spread over the mesh: arrays (P,B) and keep (P,L,B,T)."""
 
-  def one(schedule):
-    out = masked.forward(config, routing, params, router, *rows, schedule, start=start, entry=entry, dtype=dtype)
+  def one(schedule, params, router, rows, teacher, entry):
+    source, target, weight = scoring.continuation(*rows, num_scored)
+    out = masked.forward(
+        config, routing, params, router, *rows, schedule, start=start, entry=entry, dtype=dtype, attention=attention
+    )
     student = scoring.log_probs(config, params, out.hidden_BxTxD, source)
     per_row = lambda values: jnp.sum(values * weight, axis=1) / jnp.maximum(jnp.sum(weight, axis=1), 1.0)
     return Quality(
         per_row(scoring.kl_divergence(teacher, student)),
-        per_row(-jnp.take_along_axis(student, target[:, :, None], axis=2)[:, :, 0]),
+        per_row(-scoring.pick(student, target)),
         per_row((jnp.argmax(teacher, -1) == jnp.argmax(student, -1)).astype(jnp.float32)),
         out.keep_LxBxT,
     )
 
-  return jax.lax.map(one, schedules_PxL)
+  operands = (params, router, rows, teacher, entry)
+  return sharding.replicate(sharding.map_candidates(one, schedules_PxL, *operands))
 
 
 class Judge:
@@ -79,12 +86,14 @@ class Judge:
     self.depths = tuple(sorted({blocks * i // _DEPTHS for i in range(_DEPTHS)}))
     self._batches = list(batches(prompts, batch))
     self._teacher, self._entries = [], []
-    for rows, _ in self._batches:
-      entries, teacher = _prepare(
-          model.config, routing, model.params, *rows, num_scored=num_scored, depths=self.depths, dtype=model.dtype
-      )
-      self._teacher.append(np.asarray(teacher))
-      self._entries.append(jax.device_get(entries))
+    with sharding.over(model.params):
+      for rows, _ in self._batches:
+        entries, teacher = sharding.park(model.params, _prepare(
+            model.config, routing, model.params, *sharding.place(model.params, rows, "batch"),
+            num_scored=num_scored, depths=self.depths, dtype=model.dtype,
+        ))  # fmt: skip
+        self._teacher.append(teacher)
+        self._entries.append(entries)
 
   def quality(self, router: routers.Router, schedule_L, replaced: Prompts | None = None) -> Quality:
     """Quality of one schedule. `replaced`: score these prompts against the teacher of the original ones."""
@@ -113,8 +122,10 @@ class Judge:
       first = skipping[0] if len(skipping) else self.model.config.num_blocks - 1
       at = max(d for d, depth in enumerate(self.depths) if depth <= first)
       start, entry = self.depths[at], self._entries[i][at]
-    return _quality(
-        self.model.config, self.routing, self.model.params, router, rows, self._teacher[i],
-        jnp.asarray(schedules_PxL, jnp.float32), entry,
-        num_scored=self.num_scored, start=start, dtype=self.model.dtype,
-    )
+    params = self.model.params
+    with sharding.over(params):
+      return _quality(
+          self.model.config, self.routing, params, sharding.place(params, router),
+          sharding.place(params, rows, "batch"), self._teacher[i], np.asarray(schedules_PxL, np.float32), entry,
+          num_scored=self.num_scored, start=start, dtype=self.model.dtype,
+      )

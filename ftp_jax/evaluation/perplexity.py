@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ftp_jax import sharding
 from ftp_jax.data.prompts import Prompts, batches
 from ftp_jax.evaluation.judge import Frozen
 from ftp_jax.models import decoder, scoring
@@ -30,7 +31,7 @@ def summed_nll(config, params, tokens, length, hidden):
     log_probs = scoring.log_probs(config, params, hidden, position)
     target = jnp.take_along_axis(tokens, position + 1, axis=1)
     weight = inside[None] & (position + 1 < length[:, None])
-    return -jnp.sum(jnp.take_along_axis(log_probs, target[:, :, None], axis=2)[:, :, 0] * weight)
+    return -jnp.sum(scoring.pick(log_probs, target) * weight)
 
   return jnp.sum(jax.lax.map(one, (at, inside)))
 
@@ -39,7 +40,7 @@ def summed_nll(config, params, tokens, length, hidden):
 def _routed(config, routing, params, router, rows, schedule, *, dtype):
   out = masked.forward(config, routing, params, router, *rows, schedule, dtype=dtype)
   computed = jnp.sum(out.keep_LxBxT)
-  return summed_nll(config, params, rows.tokens, rows.length, out.hidden_BxTxD), computed
+  return sharding.replicate((summed_nll(config, params, rows.tokens, rows.length, out.hidden_BxTxD), computed))
 
 
 @functools.partial(jax.jit, static_argnames=("config", "dtype"))
@@ -48,7 +49,7 @@ def _truncated(config, params, rows, sparsity, *, dtype):
   window = jnp.ceil((1 - sparsity) * (t + 1) - 1e-3)[:, None]
   recent = (t[:, None] - t[None, :] < window - 1) | (t[None, :] == t[:, None]) | (t[None, :] == 0)
   hidden = decoder.forward(config, params, rows.tokens, rows.length, dtype=dtype, visible_TxT=recent)
-  return summed_nll(config, params, rows.tokens, rows.length, hidden)
+  return sharding.replicate(summed_nll(config, params, rows.tokens, rows.length, hidden))
 
 
 def perplexity_of(total: float, windows: Prompts) -> float:
@@ -68,9 +69,11 @@ def routed_perplexity(
   total, computed = 0.0, 0
   for rows, weight in batches(windows, batch):
     rows = rows._replace(length=np.where(weight > 0, rows.length, 1).astype(np.int32))
-    nll, kept = _routed(
-        model.config, routing, model.params, router, rows, jnp.asarray(schedule_L, jnp.float32), dtype=model.dtype
-    )
+    with sharding.over(model.params):
+      nll, kept = _routed(
+          model.config, routing, model.params, sharding.place(model.params, router),
+          sharding.place(model.params, rows, "batch"), np.asarray(schedule_L, np.float32), dtype=model.dtype,
+      )
     total, computed = total + float(nll), computed + int(kept) - int((weight == 0).sum()) * model.config.num_blocks
   return perplexity_of(total, windows), 1 - computed / (model.config.num_blocks * int(np.sum(windows.length)))
 
@@ -80,5 +83,7 @@ def truncated_perplexity(model: Frozen, sparsity: float, windows: Prompts, batch
   total = 0.0
   for rows, weight in batches(windows, batch):
     rows = rows._replace(length=np.where(weight > 0, rows.length, 1).astype(np.int32))
-    total += float(_truncated(model.config, model.params, rows, jnp.float32(sparsity), dtype=model.dtype))
+    with sharding.over(model.params):
+      placed = sharding.place(model.params, rows, "batch")
+      total += float(_truncated(model.config, model.params, placed, np.float32(sparsity), dtype=model.dtype))
   return perplexity_of(total, windows)

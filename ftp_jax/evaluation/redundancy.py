@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ftp_jax import sharding
 from ftp_jax.data.prompts import Prompts, batches
 from ftp_jax.evaluation.judge import Frozen
 from ftp_jax.models import decoder
@@ -19,14 +20,16 @@ _EDGE = 3
 def _similarity(config, params, tokens, length, *, dtype):
   states = decoder.forward(config, params, tokens, length, dtype=dtype, collect=True).astype(jnp.float32)
   norm = jnp.linalg.norm(states, axis=-1)
-  return jnp.sum(states[1:] * states[:-1], axis=-1) / jnp.maximum(norm[1:] * norm[:-1], 1e-12)
+  return sharding.replicate(jnp.sum(states[1:] * states[:-1], axis=-1) / jnp.maximum(norm[1:] * norm[:-1], 1e-12))
 
 
 def token_similarity(model: Frozen, prompts: Prompts, batch: int) -> np.ndarray:
   """Cosine similarity (L, tokens) of every valid token before and after every block."""
   parts = []
   for rows, weight in batches(prompts, batch):
-    similarity = np.asarray(_similarity(model.config, model.params, rows.tokens, rows.length, dtype=model.dtype))
+    with sharding.over(model.params):
+      placed = sharding.place(model.params, (rows.tokens, rows.length), "batch")
+      similarity = np.asarray(_similarity(model.config, model.params, *placed, dtype=model.dtype))
     valid = (np.arange(rows.tokens.shape[1])[None] < rows.length[:, None]) & (weight[:, None] > 0)
     parts.append(similarity[:, valid])
   return np.concatenate(parts, axis=1)

@@ -9,15 +9,18 @@ Every parameter is declared once, in the module that uses it, with its logical a
 """
 
 import functools
+import math
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from ftp_jax import sharding
 from ftp_jax.models.attention import attend
 from ftp_jax.models.config import ModelConfig
 from ftp_jax.models.rope import apply_rope, rope_frequencies
+from ftp_jax.sharding import constrain
 
 REMAT = ("none", "full", "dots")
 
@@ -80,13 +83,14 @@ class Block(nn.Module):
     """Queries (B,T,H,N) of the block's input, rope applied."""
     c = self.config
     q = self.q(self.attn_norm(x_BxTxD)).reshape(x_BxTxD.shape[:-1] + (c.num_heads, c.head_dim))
+    q = constrain(q, "batch", None, "heads", None)
     return apply_rope(self.q_norm(q) if c.qk_norm else q, sin_BxTxN, cos_BxTxN)
 
   def keys_values(self, x_BxTxD, sin_BxTxN, cos_BxTxN):
     """Keys, rope applied, and values, each (B,T,G,N), of the block's input."""
     c, y = self.config, self.attn_norm(x_BxTxD)
     shape = x_BxTxD.shape[:-1] + (c.num_kv_heads, c.head_dim)
-    k, v = self.k(y).reshape(shape), self.v(y).reshape(shape)
+    k, v = (constrain(a.reshape(shape), "batch", None, "kv_heads", None) for a in (self.k(y), self.v(y)))
     return apply_rope(self.k_norm(k) if c.qk_norm else k, sin_BxTxN, cos_BxTxN), v
 
   def qkv(self, x_BxTxD, sin_BxTxN, cos_BxTxN):
@@ -95,12 +99,14 @@ class Block(nn.Module):
 
   def attention_out(self, x_BxTxD, context_BxTxHxN):
     """Adds the output projection of the attended values to the residual stream."""
-    return x_BxTxD + self.o(context_BxTxHxN.reshape(context_BxTxHxN.shape[:-2] + (-1,)))
+    context = constrain(context_BxTxHxN, "batch", None, "heads", None)
+    return constrain(x_BxTxD + self.o(context.reshape(context.shape[:-2] + (-1,))), "batch", None, None)
 
   def mlp(self, x_BxTxD):
     """Adds the gated MLP to the residual stream."""
     y = self.mlp_norm(x_BxTxD)
-    return x_BxTxD + self.down(nn.silu(self.gate(y)) * self.up(y))
+    inner = constrain(nn.silu(self.gate(y)) * self.up(y), "batch", None, "mlp")
+    return constrain(x_BxTxD + self.down(inner), "batch", None, None)
 
   def __call__(self, x_BxTxD, sin_BxTxN, cos_BxTxN, mask_BxTxT):
     q, k, v = self.qkv(x_BxTxD, sin_BxTxN, cos_BxTxN)
@@ -121,13 +127,26 @@ class Embedding(nn.Module):
     self.final_norm = RMSNorm(self.config.norm_eps)
 
   def encode(self, tokens_BxT, dtype):
-    return self.embedding[tokens_BxT].astype(dtype)
+    # Each part of the width is looked up for the tokens of all that share it; then rows change places with widths.
+    x = constrain(self.embedding[constrain(tokens_BxT, "replica", None)].astype(dtype), "replica", None, "embed")
+    return constrain(x, "batch", None, None)
 
   def decode(self, x):
     """Logits (..., V) in fp32 of final hidden states (..., D)."""
     head = self.embedding if self.config.tie_embeddings else self.lm_head
-    y = self.final_norm(x)
-    return jnp.einsum("...d,vd->...v", y, head.astype(y.dtype), preferred_element_type=jnp.float32)
+    y, inner = self.final_norm(x), (None,) * (x.ndim - 2)
+    vocab, width = self.config.vocab_size, self.config.hidden_size
+    parts = sharding.context().get("fsdp", 1)
+    if vocab % (parts * sharding.context().get("tensor", 1)):
+      rows, columns = "batch", "vocab"
+    else:
+      # Instead of gathering the head: sums over parts of the width change places, or for many rows parts of the head.
+      rows, columns = "replica", "logits"
+      few = 2 * math.prod(x.shape[:-1]) < width * sharding.context().get("data", 1) // parts
+      y = constrain(y, "replica", *inner, "embed" if few else None)
+      head = head if few else constrain(head, "logits", None)
+    logits = jnp.einsum("...d,vd->...v", y, head.astype(y.dtype), preferred_element_type=jnp.float32)
+    return constrain(logits, rows, *inner, columns)
 
   def __call__(self, tokens_BxT):
     return self.decode(self.encode(tokens_BxT, jnp.float32))
@@ -175,6 +194,16 @@ def abstract_params(config: ModelConfig, dtype: Any = jnp.float32) -> Any:
       "embed": jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, dtype), embed),
       "blocks": jax.tree.map(stack, block),
   }
+
+
+def param_shardings(mesh: jax.sharding.Mesh, config: ModelConfig) -> Any:
+  """The tree of parameters as shardings over a mesh; heads are never split between devices."""
+  whole = {"heads": config.num_heads, "kv_heads": config.num_kv_heads}
+
+  def one(abstract, names):
+    return sharding.named(mesh, names, [whole.get(name, size) for name, size in zip(names, abstract.shape)])
+
+  return jax.tree.map(one, abstract_params(config), logical_axes(config))
 
 
 def block_at(blocks: Any, index: jax.Array) -> Any:

@@ -32,6 +32,13 @@ def log_probs(config: ModelConfig, params: Any, hidden_BxTxD: jax.Array, positio
   return jax.nn.log_softmax(decoder.unembed(config, params, gather_positions(hidden_BxTxD, position_BxC)))
 
 
+def pick(log_probs_BxCxV: jax.Array, token_BxC: jax.Array) -> jax.Array:
+  """The log-probability (B,C) of one token at each position."""
+  # A sum over the vocabulary, as this axis may be partitioned; a gather along it would collect it.
+  ids = jnp.arange(log_probs_BxCxV.shape[-1])[None, None]
+  return jnp.sum(jnp.where(ids == token_BxC[:, :, None], log_probs_BxCxV, 0.0), axis=-1)
+
+
 def kl_divergence(teacher_BxCxV: jax.Array, student_BxCxV: jax.Array) -> jax.Array:
   """KL(teacher || student) in nats, (B,C)."""
   return jnp.sum(jnp.exp(teacher_BxCxV) * (teacher_BxCxV - student_BxCxV), axis=-1)

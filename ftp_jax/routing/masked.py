@@ -2,6 +2,8 @@
 
 Shapes do not depend on the schedule, which is data: one compiled program serves training, the
 search over schedules and, as the reference, the tests of every faster execution.
+
+Attention is `full` (any mask and key gates; all scores in memory) or `splash` (a TPU kernel; causal only).
 """
 
 from typing import Any, NamedTuple
@@ -9,7 +11,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ftp_jax.models import decoder
+from ftp_jax.errors import UserError
+from ftp_jax.models import decoder, kernels
 from ftp_jax.models.attention import attend, attention_rows
 from ftp_jax.models.config import ModelConfig
 from ftp_jax.routing import factors as factor_lib
@@ -17,6 +20,9 @@ from ftp_jax.routing import routers
 from ftp_jax.routing.config import FACTORS, RoutingConfig
 from ftp_jax.routing.routers import Router
 from ftp_jax.routing.selection import decode_schedule, forced_tokens, keep_context, keep_continuation, least_kept_margin
+from ftp_jax.sharding import constrain
+
+ATTENTIONS = ("auto", "full", "splash")
 
 
 class Entry(NamedTuple):
@@ -80,6 +86,31 @@ def factors(names, scores: Scores, sparsity, decode_sparsity, context_B: jax.Arr
   return jnp.where((t[None] < context_B[:, None])[:, :, None], context, newest)
 
 
+def choose_attention(attention: str, config: ModelConfig, routing: RoutingConfig, num_positions: int) -> str:
+  """"full" or "splash": what `auto` means on this backend and mesh, the other names checked.
+
+  Raises:
+    UserError: the name is unknown, or splash cannot compute this.
+  """
+  if attention not in ATTENTIONS:
+    raise UserError(f"There is no attention={attention}; choose one of {', '.join(ATTENTIONS)}.")
+  obstacles = (
+      (routing.kv_mode == "evict", "cannot leave out the keys of skipped tokens", "routing.kv_mode=project"),
+      (config.sliding_window, "has no sliding window", "another model"),
+      (num_positions % kernels.LANES, f"needs a multiple of {kernels.LANES} positions, not {num_positions}",
+       f"{-(-num_positions // kernels.LANES) * kernels.LANES}"),
+      (not kernels.divides(config.num_heads, config.num_kv_heads),
+       f"needs whole heads on every device, but the mesh divides {config.num_heads} heads and {config.num_kv_heads} "
+       "of keys and values in neither way", "another mesh.tensor"),
+  )  # fmt: skip
+  found = [words for obstacle, *words in obstacles if obstacle]
+  if attention == "splash" and found:
+    raise UserError(f"attention=splash {found[0][0]}; choose {found[0][1]} or attention=full.")
+  if attention == "auto":
+    return "splash" if kernels.backend_name() == "tpu" and not found else "full"
+  return attention
+
+
 def can_start_late(routing: RoutingConfig, router: Router) -> bool:
   """Whether nothing but the states and the score table passes from block to block."""
   own = router.kind == "given" or router.recurrent
@@ -96,6 +127,7 @@ def dense_entries(
     depths: tuple[int, ...] | None = None,
     *,
     dtype: Any = jnp.float32,
+    attention: str = "auto",
 ) -> tuple[Any, jax.Array]:
   """One dense pass: what enters blocks, and the states (B,T,D) that leave the last.
 
@@ -103,6 +135,7 @@ def dense_entries(
 
   Args:
     depths: ascending blocks whose entries are kept; None keeps all.
+    attention: one of ATTENTIONS.
 
   Returns:
     A list of Entry, one a depth, or one Entry with a leading L axis; and the last states.
@@ -113,12 +146,14 @@ def dense_entries(
   sin, cos = decoder.angles(config, t)
   mask = decoder.causal_mask(config, length_B, num_positions)
   block = decoder.Block(config)
+  splash = choose_attention(attention, config, routing, num_positions) == "splash"
 
   def body(carry, block_params):
     x, scores = carry
     apply = lambda method, *args: block.apply({"params": block_params}, *args, method=method)
     q, k, v = apply(decoder.Block.qkv, x, sin, cos)
-    y = apply(decoder.Block.mlp, apply(decoder.Block.attention_out, x, attend(q, k, v, mask)))
+    attended = kernels.on_mesh(kernels.splash, q, k, v) if splash else attend(q, k, v, mask)
+    y = apply(decoder.Block.mlp, apply(decoder.Block.attention_out, x, attended))
     after = update_scores(scores, q, k, mask, valid, context_B, routing.score_window)
     return (y, after), Entry(x, scores.prefill_BxT) if depths is None else None
 
@@ -167,6 +202,7 @@ def forward(
     collect_factors: bool = False,
     dtype: Any = jnp.float32,
     remat_policy: str = "none",
+    attention: str = "auto",
 ) -> Routed:
   """Runs a batch of context + continuation through routed blocks.
 
@@ -180,6 +216,7 @@ def forward(
     straight_through: let gradients reach the router through the hard gates, as if each gate
       were the sigmoid of its margin.
     collect_factors: also return the factors of every block.
+    attention: one of ATTENTIONS.
 
   Returns:
     Routed. A gate of a context token depends on context tokens alone, a gate of a continuation
@@ -194,7 +231,8 @@ def forward(
   mask = decoder.causal_mask(config, length_B, num_positions)
   forced = forced_tokens(context_B, num_positions)
   block = decoder.Block(config)
-  dynamic = router.kind == "dynamic"
+  dynamic, evict = router.kind == "dynamic", routing.kv_mode == "evict"
+  splash = choose_attention(attention, config, routing, num_positions) == "splash"
   names = FACTORS if collect_factors else router.factors
   position = jnp.broadcast_to(t, tokens_BxT.shape)
   row_B = routers.row_seed(tokens_BxT, context_B)
@@ -224,8 +262,7 @@ def forward(
     )
     apply = lambda method, *args: block.apply({"params": block_params}, *args, method=method)
     q, k, v = apply(decoder.Block.qkv, x, sin, cos)
-    evict = routing.kv_mode == "evict"
-    attended = attend(q, k, v, mask, gate if evict else None)
+    attended = kernels.on_mesh(kernels.splash, q, k, v) if splash else attend(q, k, v, mask, gate if evict else None)
     y = apply(decoder.Block.mlp, apply(decoder.Block.attention_out, x, attended))
     if names:
       visible = mask & keep[:, None, :] if evict else mask
@@ -235,7 +272,7 @@ def forward(
       x = g * y + (1 - g) * x
     else:
       x = jnp.where(keep[:, :, None], y, x)
-    return (x, scores, state), (keep, margin, features if collect_factors else None)
+    return (constrain(x, "batch", None, None), scores, state), (keep, margin, features if collect_factors else None)
 
   num_blocks = config.num_blocks
   scores = init_scores(batch, num_positions, causal_view)

@@ -12,13 +12,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ftp_jax import sharding
 from ftp_jax.models import scoring
 from ftp_jax.models.config import ModelConfig
 from ftp_jax.routing import masked, routers
 from ftp_jax.routing.config import RoutingConfig
 
 
-@functools.partial(jax.jit, static_argnames=("config", "routing", "num_scored", "draws", "dtype", "remat_policy"))
+@functools.partial(
+    jax.jit, static_argnames=("config", "routing", "num_scored", "draws", "dtype", "remat_policy", "attention")
+)
 def gate_fisher(
     config: ModelConfig,
     routing: RoutingConfig,
@@ -32,6 +35,7 @@ def gate_fisher(
     draws: int,
     dtype: Any = jnp.float32,
     remat_policy: str = "none",
+    attention: str = "auto",
 ) -> jax.Array:
   """Fisher scores (L,B,T) in squared nats; zero outside the context.
 
@@ -45,7 +49,7 @@ def gate_fisher(
   def log_probs(gate):
     out = masked.forward(
         config, routing, params, routers.Router("given", None, gate), tokens_BxT, context_B, length_B, schedule,
-        dtype=dtype, remat_policy=remat_policy,
+        dtype=dtype, remat_policy=remat_policy, attention=attention,
     )
     return scoring.log_probs(config, params, out.hidden_BxTxD, source)
 
@@ -60,4 +64,4 @@ def gate_fisher(
     return jnp.square(pull(cotangent)[0])
 
   scores = jnp.mean(jax.lax.map(draw, jax.random.split(key, draws)), axis=0)
-  return jnp.where(in_context[None], scores, 0.0)
+  return sharding.replicate(jnp.where(in_context[None], scores, 0.0))

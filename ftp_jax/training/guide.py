@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from ftp_jax import sharding
 from ftp_jax.data.prompts import Prompts, batches, indices_at
 from ftp_jax.models.config import ModelConfig
 from ftp_jax.routing import masked, routers
@@ -45,7 +46,8 @@ def _inputs(config, routing, params, tokens, context, length, *, with_hidden, dt
   if routing.one_pass_block >= 0:  # later blocks decide from what enters this one
     decides = np.minimum(np.arange(config.num_blocks), routing.one_pass_block)
     entries = jax.tree.map(lambda a: a[decides], entries)
-  return entries.score_BxT, routers.normed(entries.x_BxTxD).astype(jnp.float16) if with_hidden else None
+  hidden = routers.normed(entries.x_BxTxD).astype(jnp.float16) if with_hidden else None
+  return sharding.replicate((entries.score_BxT, hidden))
 
 
 def collect_inputs(
@@ -59,10 +61,11 @@ def collect_inputs(
     dtype: Any,
 ) -> tuple[np.ndarray, np.ndarray | None]:
   """(score_LxNxT, hidden_LxNxTxD or None) of a dense pass over all prompts."""
-  parts = [
-      jax.device_get(_inputs(config, routing, params, *rows, with_hidden=with_hidden, dtype=dtype))
-      for rows, _ in batches(prompts, batch)
-  ]
+  with sharding.over(params):
+    parts = []
+    for rows, _ in batches(prompts, batch):
+      placed = sharding.place(params, rows, "batch")
+      parts.append(jax.device_get(_inputs(config, routing, params, *placed, with_hidden=with_hidden, dtype=dtype)))
   join = lambda arrays: np.concatenate(arrays, axis=1)[:, : len(prompts.tokens)]
   return join([p[0] for p in parts]), join([p[1] for p in parts]) if with_hidden else None
 
@@ -85,9 +88,11 @@ def collect_fisher(
   parts = []
   for i, (rows, _) in enumerate(progress(list(batches(prompts, batch)))):
     key = jax.random.fold_in(jax.random.key(seed), i)
-    scores = gate_fisher(
-        config, routing, params, *rows, key, num_scored=num_scored, draws=draws, dtype=dtype, remat_policy=remat_policy
-    )
+    with sharding.over(params):
+      scores = gate_fisher(
+          config, routing, params, *sharding.place(params, rows, "batch"), key,
+          num_scored=num_scored, draws=draws, dtype=dtype, remat_policy=remat_policy,
+      )
     parts.append(np.asarray(scores))
   return np.concatenate(parts, axis=1)[:, : len(prompts.tokens)]
 

@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from ftp_jax import sharding
 from ftp_jax.errors import UserError
-from ftp_jax.models import scoring
+from ftp_jax.models import decoder, scoring
 from ftp_jax.models.config import ModelConfig
 from ftp_jax.routing import masked, routers
 from ftp_jax.routing.config import RouterConfig, RoutingConfig
@@ -81,6 +82,7 @@ class StepSpec:
   start: int = 0  # blocks before it are dense under the schedule; the pass below them has no gradient
   dtype: Any = jnp.float32
   remat: str = "none"
+  attention: str = "auto"  # one of masked.ATTENTIONS
 
 
 def make_optimizer(settings: TrainSettings) -> optax.GradientTransformation:
@@ -116,12 +118,15 @@ def loss_fn(spec: StepSpec, params: Any, router: Any, batch: Batch, schedule_L, 
   routed = routers.Router("dynamic", spec.router, router)
   start = spec.start if masked.can_start_late(spec.routing, routed) else 0
   (entry,), dense = jax.lax.stop_gradient(
-      masked.dense_entries(spec.model, spec.routing, params, tokens, context, length, (start,), dtype=spec.dtype)
+      masked.dense_entries(
+          spec.model, spec.routing, params, tokens, context, length, (start,), dtype=spec.dtype,
+          attention=spec.attention,
+      )
   )
   out = masked.forward(
       spec.model, spec.routing, params, routed, tokens, context, length, schedule_L, start=start,
       entry=entry if start else None,
-      straight_through=True, dtype=spec.dtype, remat_policy=spec.remat,
+      straight_through=True, dtype=spec.dtype, remat_policy=spec.remat, attention=spec.attention,
   )
   source, _, weight = scoring.continuation(tokens, context, length, spec.num_scored)
   if spec.train.distill == "kl":
@@ -158,4 +163,28 @@ def train_step(spec: StepSpec, params: Any, state: TrainState, batch: Batch, sch
   return TrainState(state.step + 1, router, optimizer), metrics | {"grad_norm": optax.tree.norm(grads)}
 
 
-jitted_step = functools.partial(jax.jit, static_argnames="spec", donate_argnames="state")(train_step)
+@functools.lru_cache(maxsize=None)
+def compiled_step(spec: StepSpec, mesh: jax.sharding.Mesh | None) -> Any:
+  """`train_step` jitted: (params, state, batch, schedule_L) -> (state, metrics); gives its state's memory away.
+
+  On a mesh the weights lie as `decoder.param_shardings` has them, the batch over data x fsdp, all else is replicated.
+  """
+  step = functools.partial(train_step, spec)
+  if mesh is None:
+    return jax.jit(step, donate_argnums=1)
+  whole = sharding.named(mesh, (), ())
+  rows = jax.sharding.NamedSharding(mesh, jax.P(sharding.RULES.mesh_axes["batch"]))
+  fisher = jax.sharding.NamedSharding(mesh, jax.P(None, sharding.RULES.mesh_axes["batch"]))
+  batch = Batch(rows, rows, rows, fisher if spec.train.guide == "fisher" else None)
+  return jax.jit(
+      step, donate_argnums=1, in_shardings=(decoder.param_shardings(mesh, spec.model), whole, batch, whole),
+      out_shardings=whole,
+  )  # fmt: skip
+
+
+def jitted_step(spec: StepSpec, params: Any, state: TrainState, batch: Batch, schedule_L) -> tuple[TrainState, dict]:
+  """`train_step` where the parameters are; the batch and the schedule are host arrays."""
+  rows = sharding.place(params, (batch.tokens_BxT, batch.context_B, batch.length_B), "batch")
+  fisher = sharding.place(params, batch.fisher_LxBxT, None, "batch")
+  with sharding.over(params):
+    return compiled_step(spec, sharding.mesh_of(params))(params, state, Batch(*rows, fisher), schedule_L)

@@ -1,0 +1,125 @@
+"""`ftp-jax compile-check`: whether a program fits a topology, and what it would cost."""
+
+import argparse
+import json
+import pathlib
+from typing import Any
+
+from ftp_jax.errors import UserError
+from ftp_jax.fit import topologies
+
+_GIB = 2**30
+
+
+def run(arguments: argparse.Namespace) -> int:
+  """Compiles and prints; returns 0 if it fits, 1 if not."""
+  topologies.prepare()  # before jax is imported
+  target = pathlib.Path(arguments.json) if arguments.json else None
+  if target and not target.absolute().parent.is_dir():
+    raise UserError(f"--json={target} lies in no existing directory; create {target.parent} first.")
+
+  import jax
+
+  from ftp_jax.fit import compiling, programs
+
+  jax.config.update("jax_platforms", "cpu")
+  if arguments.program not in programs.PROGRAMS:
+    raise UserError(f"--program={arguments.program} is unknown; choose one of {', '.join(programs.PROGRAMS)}.")
+  model = _model(arguments.model)
+  with compiling.captured():  # libtpu looks for the machine it runs on, and says that there is none
+    devices = topologies.devices(arguments.topology)
+  mesh = _mesh(arguments.mesh, devices)
+  case = _case(arguments, model)
+  programs.check(case, mesh)
+  record = describe(arguments, case, mesh) | compiling.compile_case(case, mesh, arguments.topology)
+  print(report(record))
+  if target:
+    target.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+  return 0 if record["fits"] else 1
+
+
+def describe(arguments: argparse.Namespace, case: Any, mesh: Any) -> dict[str, Any]:
+  """What was asked, in plain values."""
+  return {
+      "model": arguments.model, "program": case.program, "topology": arguments.topology, "chips": mesh.size,
+      "mesh": dict(mesh.shape), "batch": case.batch, "context": case.context, "scored": case.scored,
+      "dtype": arguments.dtype, "remat": case.remat, "kv": case.kv_mode, "attention": case.attention,
+  } | ({"candidates": case.candidates} if case.program == "search" else {})  # fmt: skip
+
+
+def _model(name: str) -> Any:
+  from ftp_jax.models import architectures
+  from ftp_jax.models.config import ModelConfig
+
+  if name in architectures.ARCHITECTURES:
+    return architectures.architecture(name)
+  if pathlib.Path(name).is_dir():
+    return ModelConfig.from_directory(name)
+  raise UserError(
+      f"--model={name} is neither a known architecture ({', '.join(architectures.ARCHITECTURES)}) nor a directory "
+      "with a config.json."
+  )
+
+
+def _mesh(text: str | None, devices: list[Any]) -> Any:
+  from ftp_jax import sharding
+  from ftp_jax.fit import programs
+
+  try:
+    sizes = tuple(map(int, text.split(","))) if text else programs.default_mesh(devices)
+    data, fsdp, tensor = sizes
+  except ValueError:
+    raise UserError(f"--mesh={text} must be three numbers data,fsdp,tensor, for instance 1,16,1.") from None
+  return sharding.make_mesh(data, fsdp, tensor, devices=devices)
+
+
+def _case(arguments: argparse.Namespace, model: Any) -> Any:
+  from ftp_jax.fit import programs
+  from ftp_jax.models.decoder import REMAT
+  from ftp_jax.models.sources import DTYPES
+
+  for name, known in (("dtype", DTYPES), ("remat", REMAT), ("kv", ("evict", "project"))):
+    if getattr(arguments, name) not in known:
+      raise UserError(f"--{name}={getattr(arguments, name)} is unknown; choose one of {', '.join(known)}.")
+  return programs.Case(
+      model, arguments.program, arguments.batch, arguments.context, dtype=DTYPES[arguments.dtype],
+      remat=arguments.remat, kv_mode=arguments.kv, scored=arguments.scored, candidates=arguments.candidates,
+      attention=arguments.attention or ("full" if arguments.kv == "evict" or model.sliding_window else "splash"),
+  )  # fmt: skip
+
+
+def report(record: dict[str, Any]) -> str:
+  """The record in words."""
+  gib = lambda size: f"{size / _GIB:.2f} GiB"
+  mesh = ",".join(f"{name}={size}" for name, size in record["mesh"].items())
+  lines = [
+      f"{record['program']} of {record['model']} on {record['topology']} ({record['chips']} chips, {mesh}): "
+      f"batch {record['batch']}, T {record['context']}, {record['dtype']}, {record['kv']}, attention "
+      f"{record['attention']}, remat {record['remat']}"
+  ]
+  if "memory" in record:
+    held = record["memory"]
+    verdict = "fits" if record["fits"] else "does not fit"
+    lines.append(
+        f"{verdict}: needs {gib(held['peak'])} of {gib(held['limit'])} a chip (arguments {gib(held['arguments'])}, "
+        f"temporaries {gib(held['temporaries'])}, code {gib(held['code'])})"
+    )
+  else:
+    needs = gib(record["needs"]) if record["needs"] else "more than the"
+    lines.append(f"does not fit: needs {needs} of {gib(record['limit'])} a chip")
+  found = record["flops"]
+  compared = f", {found['forwards']:.3f} dense forward passes" if "forwards" in found else ""
+  compared += " a candidate" if record["program"] == "search" else ""
+  lines.append(f"FLOPs: {found['step']:.4g} a step, {found['chip']:.4g} a chip{compared}")
+  shapes = record["weight_gradients"]
+  lines.append(f"products shaped like a weight of the frozen model: {shapes if shapes else 'none'}")
+  if "memory" in record:
+    lines.append("collectives, bytes that a chip receives in a step:")
+    for kind, total in sorted(record["collectives"].items(), key=lambda item: -item[1]["bytes"]):
+      lines.append(f"  {kind:<20}{gib(total['bytes']):>12} in {total['count']:.0f}")
+    lines.append("largest arrays of a chip beside its arguments:")
+    for array in record["largest"]:
+      lines.append(f"  {array['shape']:<28}{array['bytes'] / 2**20:>10.1f} MiB  {array['origin'][-60:]}")
+    lines.append(f"involuntary full rematerializations: {record['involuntary_rematerializations']}")
+    lines.append(f"compiled in {record['seconds']['compile']:.0f} s")
+  return "\n".join(lines)

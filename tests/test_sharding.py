@@ -1,0 +1,208 @@
+"""Every jitted function gives on a mesh what it gives on one device, and lies there as it should."""
+
+import functools
+import math
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from ftp_jax import sharding
+from ftp_jax.data.prompts import Prompts
+from ftp_jax.errors import UserError
+from ftp_jax.evaluation import perplexity, redundancy
+from ftp_jax.evaluation.judge import Frozen, Judge
+from ftp_jax.inference import programs
+from ftp_jax.models import decoder
+from ftp_jax.routing import routers
+from ftp_jax.routing.config import RouterConfig, RoutingConfig
+from ftp_jax.training import guide, step
+from tests import tiny
+
+MESHES = ((8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4))
+# 8 divides the embedding, 4 the heads, 2 the heads of keys and values.
+MODEL = tiny.config(vocab_size=64)
+ROUTER = RouterConfig("global", ("position", "score", "rank", "sparsity"), True, 8)
+SCHEDULE = np.array([0.0, 0.5, 0.75, 0.25], np.float32)
+TOLERANCE = dict(rtol=1e-5, atol=1e-5)
+
+
+@functools.cache
+def params():
+  return tiny.params(MODEL)
+
+
+@functools.cache
+def router_params():
+  return routers.init_router(ROUTER, jax.random.key(1), MODEL.num_blocks, MODEL.hidden_size)
+
+
+def prompts() -> Prompts:
+  rng = np.random.default_rng(0)
+  context, length = rng.integers(6, 13, 16), rng.integers(16, 21, 16)
+  return Prompts(*tiny.batch(MODEL, context, length, 20))
+
+
+def on_mesh(sizes):
+  mesh = sharding.make_mesh(*sizes)
+  return jax.device_put(params(), decoder.param_shardings(mesh, MODEL))
+
+
+def routing(kv_mode="project"):
+  return RoutingConfig(kv_mode=kv_mode, selection="topk", score_window=4)
+
+
+def equal(got, want):
+  got, want = jax.device_get(got), jax.device_get(want)
+  assert jax.tree.structure(got) == jax.tree.structure(want)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **TOLERANCE), got, want)
+
+
+# --- rules --------------------------------------------------------------------------------------
+
+
+def test_axes_lie_where_the_rules_say():
+  mesh = sharding.make_mesh(2, 2, 2)
+  shardings = decoder.param_shardings(mesh, MODEL)
+  specs = jax.tree.map(lambda s: s.spec, shardings)
+  assert specs["embed"]["embedding"] == P("tensor", "fsdp")
+  assert specs["blocks"]["q"]["kernel"] == P(None, "fsdp", "tensor")
+  assert specs["blocks"]["o"]["kernel"] == P(None, "tensor", "fsdp")
+  assert specs["blocks"]["down"]["kernel"] == P(None, "tensor", "fsdp")
+  assert specs["blocks"]["mlp_norm"]["scale"] == P(None, None)
+  assert sharding.named(mesh, ("batch", None), (8, 20)).spec == P(("data", "fsdp"), None)
+
+
+def test_a_head_is_never_split():
+  """Two heads of keys on four devices stay whole, although 16 columns would divide."""
+  specs = jax.tree.map(lambda s: s.spec, decoder.param_shardings(sharding.make_mesh(1, 2, 4), MODEL))
+  assert specs["blocks"]["k"]["kernel"] == P(None, "fsdp", None)
+  assert specs["blocks"]["q"]["kernel"] == P(None, "fsdp", "tensor")
+
+
+def test_two_axes_on_one_mesh_axis_collide():
+  with pytest.raises(ValueError, match="claim a mesh axis twice.*tensor"):
+    sharding.RULES.spec(("heads", "mlp"), (4, 4), {"tensor": 2})
+
+
+@pytest.mark.parametrize("sizes", [(-1, -1, 1), (0, 8, 1), (16, 1, 1), (-1, 9, 1)])
+def test_a_mesh_that_does_not_fit_the_devices_is_refused(sizes):
+  with pytest.raises(UserError, match="mesh.data, mesh.fsdp"):
+    sharding.make_mesh(*sizes)
+
+
+def test_the_rest_of_the_devices():
+  assert dict(sharding.make_mesh(-1, 2, 2).shape) == {"data": 2, "fsdp": 2, "tensor": 2}
+  assert sharding.make_mesh(1, 3, 1).devices.size == 3
+
+
+def test_replication_is_reported():
+  tree = on_mesh((1, 2, 4))
+  found = dict(sharding.replicated_bytes(tree))
+  assert set(found) == {f"{where}/scale" for where in ("blocks/attn_norm", "blocks/mlp_norm", "embed/final_norm")}
+  sharding.check_replication(tree, sum(found.values()))
+  with pytest.raises(UserError, match=r"every device would keep whole.*blocks/attn_norm/scale"):
+    sharding.check_replication(tree, sum(found.values()) - 1)
+
+
+def test_a_batch_that_the_mesh_does_not_divide_is_refused():
+  with pytest.raises(ValueError, match="do not divide a batch"):
+    sharding.place(on_mesh((8, 1, 1)), np.zeros((6, 4)), "batch")
+
+
+# --- the same result everywhere -----------------------------------------------------------------
+
+
+def train(parameters, kv_mode):
+  settings = step.TrainSettings(4, 1e-2, 0, 1.0, "kl", 1.0, 1.0, False, "fisher", 1.0, "cosine")
+  spec = step.StepSpec(MODEL, routing(kv_mode), ROUTER, settings, 6, remat="full")
+  rows = prompts()
+  scores = np.random.default_rng(1).random((MODEL.num_blocks, *rows.tokens.shape), np.float32)
+  state = step.init_state(settings, jax.tree.map(np.array, router_params()))
+  for _ in range(2):
+    state, metrics = step.jitted_step(spec, parameters, state, step.Batch(*rows, scores), SCHEDULE)
+  return state, metrics
+
+
+@pytest.mark.parametrize("kv_mode, meshes", [("project", MESHES), ("evict", MESHES[2:3])])
+def test_training_steps(kv_mode, meshes):
+  want = train(params(), kv_mode)
+  for sizes in meshes:
+    got = train(on_mesh(sizes), kv_mode)
+    equal(got, want)
+    assert all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(got))
+
+
+def judged(parameters):
+  judge = Judge(Frozen(MODEL, parameters), routing(), prompts(), 8, 6)
+  rng = np.random.default_rng(2)
+  candidates = np.concatenate([SCHEDULE[None], rng.choice([0.0, 0.25, 0.5], (4, 4)).astype(np.float32)])
+  router = routers.Router("dynamic", ROUTER, router_params())
+  quality = judge.quality(router, SCHEDULE)
+  random = judge.quality(routers.Router("random", None, jax.random.key(3)), SCHEDULE).kl
+  return judge, (judge.kl(router, candidates), judge.kl(routers.STATIC, candidates[:3]), random, *quality)
+
+
+def test_a_generation_of_the_search_and_an_evaluation():
+  _, want = judged(params())
+  for sizes in MESHES:
+    judge, got = judged(on_mesh(sizes))
+    equal(got, want)
+    # The teacher's log-probabilities stay on the devices, each row of the batch on its own.
+    rows = judge._teacher[0].addressable_shards[0].data.shape[0]
+    assert rows == 8 // (sizes[0] * sizes[1])
+
+
+def test_scores_inputs_and_texts():
+  def all_of(parameters):
+    frozen, rows = Frozen(MODEL, parameters), prompts()
+    scores = guide.collect_fisher(
+        MODEL, routing(), parameters, rows, 8, 0, num_scored=6, draws=2, dtype=np.float32
+    )
+    inputs = guide.collect_inputs(MODEL, routing(), parameters, rows, 8, with_hidden=False, dtype=np.float32)
+    router = routers.Router("dynamic", ROUTER, router_params())
+    return (
+        scores, inputs[0], redundancy.token_similarity(frozen, rows, 8),
+        perplexity.routed_perplexity(frozen, routing(), router, SCHEDULE, rows, 8),
+        perplexity.truncated_perplexity(frozen, 0.5, rows, 8),
+    )  # fmt: skip
+
+  want = all_of(params())
+  for sizes in ((8, 1, 1), (2, 2, 2)):
+    equal(all_of(on_mesh(sizes)), want)
+
+
+@pytest.mark.parametrize("kv_mode, meshes", [("project", MESHES), ("evict", MESHES[2:3])])
+def test_a_bucketed_prefill(kv_mode, meshes):
+  def prefilled(parameters):
+    spec = programs.Spec(MODEL, routing(kv_mode))
+    weights = programs.Weights(parameters, routers.Router("dynamic", ROUTER, router_params()), SCHEDULE)
+    rows = prompts()
+    plan = spec.plan(weights, rows.tokens.shape[1])
+    with sharding.over(parameters):
+      placed = sharding.place(parameters, (rows.tokens, rows.context), "batch")
+      out = programs.prefill(spec, plan, weights, *placed)
+    return out.logits_BxV, out.cache.keep_LxBxT
+
+  want = prefilled(params())
+  for sizes in meshes:
+    equal(prefilled(on_mesh(sizes)), want)
+
+
+@pytest.mark.parametrize("sizes", MESHES)
+def test_no_weight_is_gathered_whole(sizes):
+  """The compiled step holds one block's weights at a time: no array of it is as large as a stacked matrix."""
+  parameters = on_mesh(sizes)
+  settings = step.TrainSettings(4, 1e-2, 0, 1.0, "kl", 1.0, 1.0, False, "static", 1.0, "cosine")
+  spec = step.StepSpec(MODEL, routing(), ROUTER, settings, 6, remat="full")
+  rows = prompts()
+  state = step.init_state(settings, router_params())
+  with sharding.over(parameters):
+    placed = sharding.place(parameters, rows, "batch")
+    compiled = step.compiled_step(spec, sharding.mesh_of(parameters)).lower(
+        parameters, state, step.Batch(*placed, None), SCHEDULE
+    ).compile()  # fmt: skip
+  text, parts = compiled.as_text(), math.prod(sizes[1:])
+  whole = f"f32[{MODEL.num_blocks},{MODEL.hidden_size},{MODEL.intermediate_size}]"
+  assert (whole in text) == (parts == 1)
