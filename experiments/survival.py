@@ -7,8 +7,8 @@ training step, or, for every second one, within a save) plus a random delay, and
 Schedule, search state, router, state of the optimizer and both metrics files must be those of the undisturbed run to
 the last bit. In runs of two processes one of them is killed and the other must end by itself.
 
-The model is tiny and random; batches are split over 2 virtual CPU devices a process, so that processes do talk to each
-other: every step adds up the gradients of all.
+The model is tiny and random. It lies on a mesh of data=2 and, over what is left of 2 virtual CPU devices a process,
+fsdp: processes do talk to each other in every step.
 """
 
 import argparse
@@ -40,54 +40,43 @@ def work(directory: str, tell, light: bool) -> None:
   """A search and a training with its schedule. tell(line): what the killing process goes by. light: judge by a formula.
   """
   import jax
-  import jax.numpy as jnp
-  from jax.sharding import NamedSharding, PartitionSpec
 
-  from ftp_jax import stages
+  from ftp_jax import sharding, stages
   from ftp_jax.data.prompts import Prompts
-  from ftp_jax.models import decoder, scoring
+  from ftp_jax.evaluation.judge import Frozen, Judge
+  from ftp_jax.models import decoder
   from ftp_jax.models.config import ModelConfig
-  from ftp_jax.routing import masked, routers
+  from ftp_jax.routing import routers
   from ftp_jax.routing.config import RouterConfig, RoutingConfig
   from ftp_jax.search import schedule, state
   from ftp_jax.search.genetic import SearchSettings
   from ftp_jax.search.loop import run_search
-  from ftp_jax.training import checkpoint, losses, step
+  from ftp_jax.training import checkpoint, step
   from ftp_jax.training.loop import train_router
 
   config = ModelConfig(
       family="llama", vocab_size=61, hidden_size=32, intermediate_size=48, num_blocks=4, num_heads=4, num_kv_heads=2,
       head_dim=8, tie_embeddings=True,
   )
-  mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-  whole, split = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("data"))
-  place = lambda array, sharding: jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
-
+  mesh = sharding.make_mesh(data=2, fsdp=-1)
   rng = np.random.default_rng(0)
   drawn = lambda shape: rng.normal(1.0 if len(shape) < 3 else 0.0, 0.2, shape).astype(np.float32)  # norms, or matrices
+
+  def placed(leaf, where):
+    array = drawn(leaf.shape)
+    return jax.make_array_from_callback(array.shape, where, lambda index: array[index])
+
   shapes = jax.eval_shape(lambda: decoder.init_params(config, jax.random.key(0)))
-  params = jax.tree.map(lambda leaf: place(drawn(leaf.shape), whole), shapes)
+  params = jax.tree.map(placed, shapes, decoder.param_shardings(mesh, config))
   tokens = rng.integers(1, config.vocab_size, (16, 16)).astype(np.int32)
   prompts = Prompts(tokens, np.full(16, 12, np.int32), np.full(16, 16, np.int32))
-  rows = Prompts(*(place(array, split) for array in prompts))
-
-  def kl(params, rows, router, schedules_PxL):
-    source, _, weight = scoring.continuation(*rows, 4)
-    dense = scoring.log_probs(config, params, decoder.forward(config, params, rows.tokens, rows.length), source)
-
-    def one(schedule_L):
-      out = masked.forward(config, RoutingConfig(), params, router, *rows, schedule_L)
-      return losses.distill_kl(dense, scoring.log_probs(config, params, out.hidden_BxTxD, source), weight)
-
-    return jax.lax.map(one, schedules_PxL)
-
-  judge = jax.jit(kl, out_shardings=whole)
+  judge = None if light else Judge(Frozen(config, params), RoutingConfig(), prompts, 16, 4)
 
   def figures(router, schedules):
     if light:  # nothing to compile
       size = sum(np.square(np.asarray(leaf)).sum() for leaf in jax.tree.leaves(router.params))
       return np.asarray(schedules) @ [4.0, 3.0, 2.0, 1.0] + abs(float(size) - 17)
-    return np.asarray(judge(params, rows, router, np.asarray(schedules, np.float32)))
+    return judge.kl(router, np.asarray(schedules, np.float32))
 
   def told(name, function):
     def telling(*arguments, **keywords):
@@ -98,12 +87,7 @@ def work(directory: str, tell, light: bool) -> None:
 
   state.save = told("save search", state.save)
   checkpoint.Checkpoints.save = told("save train", checkpoint.Checkpoints.save)
-  replicated_step = jax.jit(step.train_step, static_argnames="spec", donate_argnames="state", out_shardings=whole)
-
-  def split_step(spec, params, state, batch, schedule_L):
-    return replicated_step(spec, params, state, jax.tree.map(lambda array: place(array, split), batch), schedule_L)
-
-  step.jitted_step = told("train", split_step)
+  step.jitted_step = told("train", step.jitted_step)
 
   settings = SearchSettings(
       grid=8, max_sparsity=0.875, population=6, elite=2, tournament=2, crossover_rate=0.5, mutation_moves=2
@@ -134,7 +118,7 @@ def work(directory: str, tell, light: bool) -> None:
   leaves = {f"router{i}": leaf for i, leaf in enumerate(jax.tree.leaves(result.router))}
   stages.save_arrays(
       f"{directory}/result.npz", units=found.units, figures=np.array([found.fitness, found.validation]),
-      step=np.array(result.step), validation=np.array(result.validation), asked=jnp.asarray(asked), **leaves,
+      step=np.array(result.step), validation=np.array(result.validation), asked=asked, **leaves,
   )  # fmt: skip
 
 

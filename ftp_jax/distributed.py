@@ -1,4 +1,4 @@
-"""Several processes, usually one a host, that run one command together (docs/launch.md).
+"""Several processes, usually one a host, that run one command together (docs/pods.md).
 
 The same command is started on every host. `together` finds the other processes, lets only the first one print, and
 sees to it that whatever ends one process ends all. What the processes have to agree on besides arrays goes through

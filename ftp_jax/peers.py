@@ -44,6 +44,7 @@ class Watch:
     self._address = (host.strip("[]"), int(port))
     self._timeout = timeout
     self._over = threading.Event()
+    self._leaving = False
     self._last_words = threading.Lock()
     _delay_abort()
     targets = [self._look_at_all] + [self._probe_first] * (process_id != 0)
@@ -63,6 +64,7 @@ class Watch:
 
   def give_up(self, code: int, reason: str) -> None:
     """Tells the others why this process ends, and ends it with `code`."""
+    self._leaving = True  # whoever goes first because of it is not lost
     try:
       self._client.key_value_set(f"{_NOTICES}{self._process_id}", json.dumps([code, reason]), allow_overwrite=True)
       time.sleep(_LINGER)
@@ -107,10 +109,9 @@ class Watch:
     )  # fmt: skip
 
   def _end(self, code: int, message: str | None) -> None:
-    self._last_words.acquire()  # never released: one message is enough
-    if self._over.is_set() and message:
-      self._last_words.release()
+    if message and (self._over.is_set() or self._leaving):
       return
+    self._last_words.acquire()  # never released: one message is enough
     sys.stdout.flush()
     if message:
       os.write(2, f"\nftp-jax: {message}\n".encode())

@@ -24,14 +24,19 @@ SETTINGS, DONE = "settings.json", "done"
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
+def out_of_space(error: BaseException) -> bool:
+  """Whether a full disk, a quota or a limit of file sizes is what an error is about."""
+  # TensorStore, below Orbax, raises ValueError and keeps the reason in its text.
+  return getattr(error, "errno", None) in _FULL or any(os.strerror(code) in str(error) for code in _FULL)
+
+
 @contextlib.contextmanager
 def writing(path: str | os.PathLike) -> Iterator[None]:
   """Turns a full disk into a UserError that names `path`."""
   try:
     yield
   except Exception as error:
-    # TensorStore, below Orbax, raises ValueError and keeps the reason in its text.
-    if getattr(error, "errno", None) not in _FULL and not any(os.strerror(code) in str(error) for code in _FULL):
+    if not out_of_space(error):
       raise
     raise UserError(
         f"There is no space left to write to {path}; free some and run again, the same command goes on from the last "

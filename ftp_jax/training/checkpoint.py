@@ -7,6 +7,7 @@ never in one.
 
 import io
 import json
+import logging
 import os
 import sys
 from typing import Any, NamedTuple
@@ -17,7 +18,7 @@ import orbax.checkpoint as ocp
 
 from ftp_jax import distributed
 from ftp_jax.errors import UserError
-from ftp_jax.stages import writing
+from ftp_jax.stages import out_of_space, writing
 
 
 class Progress(NamedTuple):
@@ -72,18 +73,20 @@ class Checkpoints:
         self._manager = ocp.CheckpointManager(self.directory, options=options, item_handlers=handlers)
 
   def __enter__(self) -> "Checkpoints":
+    logging.getLogger("absl").addFilter(_is_news)
     return self
 
   def __exit__(self, kind, *_) -> None:
-    if self._manager is None:
-      return
     try:
-      with writing(self.directory):
-        self._manager.wait_until_finished()
-        self._manager.close()
+      if self._manager is not None:
+        with writing(self.directory):
+          self._manager.wait_until_finished()
+          self._manager.close()
     except Exception:
       if kind is None or issubclass(kind, distributed.Stopped):  # any other error under way says more
         raise
+    finally:
+      logging.getLogger("absl").removeFilter(_is_news)
 
   def save(self, progress: Progress) -> None:
     """Begins to write a checkpoint in the background; it appears when it is complete, and is there on leaving.
@@ -157,6 +160,11 @@ class Checkpoints:
     if steps:
       raise UserError(f"No checkpoint in {self.directory} can be read; delete that directory to train anew.")
     return None
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+  """Keeps out of the log the traces that each of Orbax's threads leaves of a full disk, which `save` reports."""
+  return not (record.exc_info and record.exc_info[1] and out_of_space(record.exc_info[1]))
 
 
 def _pack(progress: Progress | None) -> bytes:
