@@ -223,7 +223,7 @@ def test_a_prefill_computes_and_stores_what_it_keeps_alone(kv_mode, tmp_path):
   kept = cache.keep_LxBxT.sum((1, 2)).tolist()
   assert kept == [12 + 7 + 3, 9 + 5 + 2, 7 + 4 + 2]  # ceil((1 - s) m), at least 2
   assert computed == [*kept[:2], 3]  # of the last block the last token of each row alone
-  slots = [slots.parts[0].shape[2] for slots in cache.slots]
+  slots = [slots.k_BxGxSxN.shape[2] for slots in cache.slots]
   assert slots == ([12, 9, 7] if kv_mode == "evict" else [17] * 3)  # of the longest row
   assert cache.nbytes == sum(2 * 3 * 2 * n * 20 * 4 for n in slots)
   computed.clear()
@@ -240,7 +240,7 @@ def test_a_block_that_all_new_tokens_skip_is_not_computed(tmp_path):
     block.mlp.register_forward_hook(lambda _, inputs, __: computed.append(len(inputs[0])))
   logits = model(torch.tensor([[1], [2], [3]]), past_key_values=cache).logits
   assert computed == [] and logits.isfinite().all()
-  assert [slots.parts[0].shape[2] for slots in cache.slots] == [18] * 3  # under `project` it still has keys
+  assert [slots.k_BxGxSxN.shape[2] for slots in cache.slots] == [18] * 3  # under `project` it still has keys
 
 
 def test_the_base_model_stays_dense_and_shares_its_weights(tmp_path):
@@ -325,7 +325,7 @@ def test_bfloat16_routes_in_fp32(tmp_path):
   model, half = (load_pruned(directory_of("llama-gqa"), out, dtype=d) for d in (None, torch.bfloat16))
   inputs = padded(prompts_of(), "left")
   a, b = model(**inputs), half(**inputs)
-  assert b.logits.dtype == b.past_key_values.slots[0].parts[0].dtype == torch.bfloat16
+  assert b.logits.dtype == b.past_key_values.slots[0].k_BxGxSxN.dtype == torch.bfloat16
   assert {w.dtype for w in half.pruning.weights.values()} == {torch.float32}
   assert torch.equal(a.past_key_values.keep_LxBxT.sum(2), b.past_key_values.keep_LxBxT.sum(2))
   torch.testing.assert_close(a.logits.softmax(-1)[:, -1], b.logits.float().softmax(-1)[:, -1], rtol=0, atol=0.1)
@@ -529,13 +529,13 @@ def test_the_runtime_refuses_models_that_do_not_fit(tmp_path):
     load_pruned(transformers.GPT2LMHeadModel(small))
   (tmp_path / "empty").mkdir()
   shutil.copyfile(pathlib.Path(directory_of("qwen2")) / "config.json", tmp_path / "empty/config.json")
-  with pytest.raises(ValueError, match="no readable safetensors"):
+  with pytest.raises(ValueError, match="holds no model; pass the base model first"):
     load_pruned(tmp_path / "empty", out)
   with pytest.raises(ValueError, match="holds no model; pass the base model first"):
     load_pruned(out)
   shutil.copyfile(pathlib.Path(directory_of("qwen2")) / "model.safetensors", tmp_path / "empty/model.safetensors")
   (tmp_path / "empty/config.json").write_text("{")
-  with pytest.raises(ValueError, match="no config.json that transformers reads") as error:
+  with pytest.raises(ValueError, match="cannot be read .*valid JSON") as error:
     load_pruned(tmp_path / "empty", out)
   assert "\n" not in str(error.value)
   spread = transformers.AutoModelForCausalLM.from_pretrained(directory_of("qwen2"))
