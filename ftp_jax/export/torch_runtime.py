@@ -404,11 +404,10 @@ class _ContextGates(_Gates):
   def __init__(self, pruning: Artifact, tokens: Packed, cache: PrunedCache):
     counts = torch.tensor(tokens.counts, device=tokens.row_P.device)
     super().__init__(pruning, tokens, cache, pruning.schedule, counts[tokens.row_P])
-    self.past_BxT = torch.arange(max(tokens.counts), device=counts.device)[None] >= counts[:, None]
-    self.score_BxT = torch.zeros(self.past_BxT.shape, device=counts.device)
+    self.score_BxT = tokens.pad(torch.zeros_like(self.known_P), -torch.inf)
 
   def score_and_rank(self):
-    rank_BxT = _descending(self.score_BxT.masked_fill(self.past_BxT, -torch.inf)).argsort(dim=1)
+    rank_BxT = _descending(self.score_BxT).argsort(dim=1)
     return self.tokens.unpad(self.score_BxT), self.tokens.unpad(rank_BxT)
 
   def choose(self, block: int, margin_P) -> torch.Tensor:
