@@ -573,6 +573,9 @@ def test_the_runtime_refuses_models_that_do_not_fit(tmp_path):
     load_pruned(transformers.GPT2LMHeadModel(small), out)
   with pytest.raises(ValueError, match="as the second argument"):
     load_pruned(transformers.GPT2LMHeadModel(small))
+  with pytest.raises(ValueError, match="org/tiny cannot be read .*; export or download it again") as error:
+    load_pruned("org/tiny", out)  # no network
+  assert "\n" not in str(error.value)
   (tmp_path / "empty").mkdir()
   shutil.copyfile(pathlib.Path(directory_of("qwen2")) / "config.json", tmp_path / "empty/config.json")
   with pytest.raises(ValueError, match="holds no model; pass the base model first"):
