@@ -5,7 +5,10 @@
 lm-eval runs twice over the same tasks: with its own Hugging Face model class on the exported model in PyTorch, and
 with `ftp_jax.evaluation.harness.EngineLM`. Items are those of `ftp-jax eval --limit`, from a file of any of its
 multiple-choice formats (docs/evaluation.md). Both prune every context, however short. Needs what lm-eval's class
-needs: pip install 'lm-eval[hf]'. A minute or two for 100 items on two CPU cores.
+needs: pip install 'lm-eval[hf]'.
+
+SmolLM2-135M, S = 0.30, fp32, CPU: ARC-Easy, 100 items, acc 0.48 and acc_norm 0.49 of both; HellaSwag, 50 items, 0.30
+and 0.36 of both; no item differs. Ten minutes of processor time each.
 """
 
 import itertools
