@@ -2,12 +2,14 @@
 
   python experiments/parity_torch.py --artifact=runs/NAME/S0.30/seed0/artifact --part=exact --prompts=FILE
   python experiments/parity_torch.py --artifact=runs/NAME/S0.30/seed0/artifact --part=speed --prompts=FILE
+  python experiments/parity_torch.py --artifact=... --part=rounding --context=400 --prompts=FILE
 
 The artifact is exported with its weights and loaded by `export.torch_runtime`. `exact` compares routes, logits of
 prefill and of every decode step, and greedy generations of a left-padded batch; its flags and prompts are those of
 exactness.py. So that a difference can be told from rounding, it also says how far JAX and torch, pruned and dense, are
 from the logits in fp64. `speed` prefills one row of `--context` tokens, prompts one behind the other: the dense model
-as transformers runs it, and pruned in both kv modes, in turns; the ideal is the ratio of FLOPs.
+as transformers runs it, and pruned in both kv modes, in turns; the ideal is the ratio of FLOPs. `rounding` says which
+operations of the dense model make the difference from fp64.
 
 SmolLM2-135M, S = 0.30, fp32, 2 CPU cores (AMD EPYC), torch 2.13. `exact`, 32 prompts, 64 tokens, eight minutes of
 processor time: routes and generations of all 32 identical, largest logit difference 8.1e-5 at prefill and 1.05e-4 over
@@ -16,6 +18,7 @@ evict 1.44 times as fast as dense (ideal 1.40), project 1.34 (1.35).
 """
 
 import collections
+import functools
 import itertools
 import json
 import sys
@@ -24,6 +27,7 @@ import time
 
 import exactness
 import jax
+import jax.numpy as jnp
 import numpy as np
 import torch
 import transformers
@@ -39,12 +43,13 @@ from ftp_jax.export.torch_runtime import load_pruned
 from ftp_jax.inference import Engine
 from ftp_jax.models import decoder
 from ftp_jax.models.config import ModelConfig
+from ftp_jax.models.rope import rope_frequencies
 from ftp_jax.models.tokenizer import load_tokenizer
 from ftp_jax.routing import masked
 from ftp_jax.routing.config import KV_MODES
 
-_PART = flags.DEFINE_enum("part", "exact", ["exact", "speed"], "What to show.")
-_CONTEXT = flags.DEFINE_integer("context", 2048, "Tokens of the prefill whose time is measured.")
+_PART = flags.DEFINE_enum("part", "exact", ["exact", "rounding", "speed"], "What to show.")
+_CONTEXT = flags.DEFINE_integer("context", 2048, "Tokens of `speed` and `rounding`.")
 _RUNS = flags.DEFINE_integer("runs", 5, "Measurements of each method.")
 
 
@@ -152,6 +157,37 @@ def exact(directory: str, engine: Engine, prompts: list[list[int]], new_tokens: 
   }
 
 
+def rounding(directory: str, tokens_BxT: torch.Tensor) -> dict:
+  """Relative error (root mean square) of single operations in fp32, on the inputs that they get in the fp64 model."""
+  base, base64 = transformers.AutoModelForCausalLM.from_pretrained(directory), in_fp64(directory)
+  product = jax.jit(lambda x, kernel: x @ kernel)
+  halves = jax.jit(lambda x, kernel: sum(a @ b for a, b in zip(jnp.split(x, 2, -1), jnp.split(kernel, 2))))
+  errors = collections.defaultdict(lambda: collections.defaultdict(list))
+
+  def measure(name, module, inputs):
+    x, weight = inputs[0].float(), module.weight.float()
+    exactly, arrays = module.forward(x.double()).numpy(), (x.numpy(), weight.numpy().T.copy())
+    if isinstance(module, torch.nn.Linear):
+      found = {"jax": product(*arrays), "jax_in_halves": halves(*arrays)}
+    else:
+      norm = decoder.RMSNorm(module.variance_epsilon)
+      found = {"jax": norm.apply({"params": {"scale": arrays[1]}}, arrays[0])}
+    found["torch"] = base.get_submodule(name)(x).numpy()
+    for side, y in found.items():
+      error = np.linalg.norm(np.asarray(y, np.float64) - exactly) / np.linalg.norm(exactly)
+      errors[name.rpartition(".")[2]][side].append(error)
+
+  for name, module in base64.named_modules():
+    if isinstance(module, torch.nn.Linear) or type(module).__name__.endswith("RMSNorm"):
+      module.register_forward_pre_hook(functools.partial(measure, name))
+  with torch.inference_mode():
+    base64(tokens_BxT)
+  config = ModelConfig.from_directory(directory)
+  same = np.array_equal(rope_frequencies(config), base.model.rotary_emb.inv_freq.numpy())
+  means = {op: {side: float(np.mean(e)) for side, e in sides.items()} for op, sides in errors.items()}
+  return {"tokens": tokens_BxT.shape[1], "identical_rotary_frequencies": same, "relative_errors": means}
+
+
 class TorchPrefill:
   """Time to the last token's logits and the cache; a `bench.timing.Method`."""
 
@@ -199,9 +235,11 @@ def main(argv) -> None:
     pytorch.export(options.artifact, directory, options.model, with_weights=True)
     tokenizer = load_tokenizer(directory)
     read = lambda count: exactness.read_prompts(options.prompts, tokenizer, count, options.longest)
+    text = lambda: torch.tensor([list(itertools.chain(*read(_CONTEXT.value // 16)))[: _CONTEXT.value]])
     if _PART.value == "speed":
-      text = list(itertools.chain.from_iterable(read(_CONTEXT.value // 16)))[: _CONTEXT.value]
-      figures = speed(directory, torch.tensor([text]), _RUNS.value)
+      figures = speed(directory, text(), _RUNS.value)
+    elif _PART.value == "rounding":
+      figures = rounding(directory, text())
     else:
       engine = Engine.load(directory, directory, fallback="never")
       figures = exact(directory, engine, read(options.count), options.new_tokens)
