@@ -2,17 +2,23 @@
 
   python experiments/parity_torch.py --artifact=runs/NAME/S0.30/seed0/artifact --part=exact --prompts=FILE
   python experiments/parity_torch.py --artifact=runs/NAME/S0.30/seed0/artifact --part=speed --prompts=FILE
+  python experiments/parity_torch.py --artifact=... --part=rounding --context=400 --prompts=FILE
 
 The artifact is exported with its weights and loaded by `export.torch_runtime`. `exact` compares routes, logits of
 prefill and of every decode step, and greedy generations of a left-padded batch; its flags and prompts are those of
-exactness.py. `speed` prefills one row of `--context` tokens, prompts one behind the other: the dense model as
-transformers runs it, and pruned in both kv modes, in turns; the ideal is the ratio of FLOPs.
+exactness.py. So that a difference can be told from rounding, it also says how far JAX and torch, pruned and dense, are
+from the logits in fp64. `speed` prefills one row of `--context` tokens, prompts one behind the other: the dense model
+as transformers runs it, and pruned in both kv modes, in turns; the ideal is the ratio of FLOPs. `rounding` says which
+operations of the dense model make the difference from fp64.
 
-SmolLM2-135M, S = 0.30, fp32, 2 CPU cores (AMD EPYC), torch 2.13; a minute and a half each. `exact`, 32 prompts, 64
-tokens: routes and generations of all 32 identical, largest logit difference 8.1e-5 at prefill and 1.05e-4 at decode
-steps, of logits up to 43. `speed`, 2,048 tokens: evict 1.44 times as fast as dense (ideal 1.40), project 1.34 (1.35).
+SmolLM2-135M, S = 0.30, fp32, 2 CPU cores (AMD EPYC), torch 2.13. `exact`, 32 prompts, 64 tokens, eight minutes of
+processor time: routes and generations of all 32 identical, largest logit difference 8.1e-5 at prefill and 1.05e-4 over
+all steps, of logits up to 43; dense models 1.17e-4, JAX and fp64 1.05e-4. `speed`, 2,048 tokens, a minute and a half:
+evict 1.44 times as fast as dense (ideal 1.40), project 1.34 (1.35).
 """
 
+import collections
+import functools
 import itertools
 import json
 import sys
@@ -21,10 +27,12 @@ import time
 
 import exactness
 import jax
+import jax.numpy as jnp
 import numpy as np
 import torch
 import transformers
 from absl import app, flags
+from torch.nn import functional
 
 from ftp_jax.bench.timing import interleave, speedup
 from ftp_jax.errors import UserError
@@ -35,12 +43,13 @@ from ftp_jax.export.torch_runtime import load_pruned
 from ftp_jax.inference import Engine
 from ftp_jax.models import decoder
 from ftp_jax.models.config import ModelConfig
+from ftp_jax.models.rope import rope_frequencies
 from ftp_jax.models.tokenizer import load_tokenizer
 from ftp_jax.routing import masked
 from ftp_jax.routing.config import KV_MODES
 
-_PART = flags.DEFINE_enum("part", "exact", ["exact", "speed"], "What to show.")
-_CONTEXT = flags.DEFINE_integer("context", 2048, "Tokens of the prefill whose time is measured.")
+_PART = flags.DEFINE_enum("part", "exact", ["exact", "rounding", "speed"], "What to show.")
+_CONTEXT = flags.DEFINE_integer("context", 2048, "Tokens of `speed` and `rounding`.")
 _RUNS = flags.DEFINE_integer("runs", 5, "Measurements of each method.")
 
 
@@ -54,8 +63,33 @@ def left_padded(prompts: list[list[int]]) -> dict[str, torch.Tensor]:
   }
 
 
-def exact(base, model, engine: Engine, prompts: list[list[int]], new_tokens: int) -> dict:
-  """Figures over all prompts; `engine` must not fall back, and `base` is the dense model of `model`."""
+def in_fp64(directory: str):
+  """The dense model in fp64 throughout; transformers computes norms and rotary angles in fp32 whatever the dtype."""
+  base = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float64)
+  for module in base.modules():
+    if type(module).__name__.endswith("RMSNorm"):
+      module.forward = lambda x, m=module: functional.rms_norm(x, m.weight.shape, m.weight, m.variance_epsilon)
+  frequencies = base.model.rotary_emb.inv_freq.float()
+
+  def rotary(x, position_ids):
+    # The angles themselves are defined in fp32 in both frameworks; their sine and cosine are exact here.
+    angle = (position_ids[..., None].float() * frequencies).double().repeat(1, 1, 2)
+    return angle.cos(), angle.sin()
+
+  base.model.rotary_emb.forward = rotary
+  return base
+
+
+def apart(a, b) -> tuple[float, float]:
+  """Largest and mean difference of two arrays."""
+  difference = np.abs(np.asarray(a, np.float64) - np.asarray(b, np.float64))
+  return difference.max(), difference.mean()
+
+
+def exact(directory: str, engine: Engine, prompts: list[list[int]], new_tokens: int) -> dict:
+  """Figures over all prompts; `engine` must not fall back."""
+  base, base64 = transformers.AutoModelForCausalLM.from_pretrained(directory), in_fp64(directory)
+  model, model64 = load_pruned(base, directory), load_pruned(base64, directory)
   prefix = engine.prefill(prompts)
   (group,) = prefix.groups
   expected = [list(generation.tokens) for generation in engine.generate(prefix, new_tokens, stop_tokens=())]
@@ -65,49 +99,93 @@ def exact(base, model, engine: Engine, prompts: list[list[int]], new_tokens: int
   )  # fmt: skip
   found = out.sequences[:, -new_tokens:].tolist()
   logits = torch.stack(out.logits, dim=1).numpy()
-  keep = np.asarray(group.prefilled.cache.keep_LxBxT)
-  routes = out.past_key_values.keep_LxBxT.numpy()
-  same_routes = [np.array_equal(keep[:, b, : len(p)], routes[:, b, : len(p)]) for b, p in enumerate(prompts)]
-  first = np.abs(np.asarray(group.prefilled.logits_BxV) - logits[:, 0]).max(axis=1)
-  # Decode steps against the masked reference on the same tokens, a few rows at a time: all their logits are held.
-  length = np.array([len(p) + new_tokens for p in prompts], np.int32)
+  keep, routes = np.asarray(group.prefilled.cache.keep_LxBxT), out.past_key_values.keep_LxBxT.numpy()
+  context = np.array([len(p) for p in prompts], np.int32)
+  length = context + new_tokens
   tokens = np.zeros((len(prompts), length.max()), np.int32)
   for row, prompt, new in zip(tokens, prompts, found):
     row[: len(prompt) + new_tokens] = prompt + new
   spec, weights = group.spec, group.weights
 
   @jax.jit
-  def reference(tokens, context, length):
+  def reference(params, router, tokens, context, length, schedule_L):
     """Logits of the pruned and of the dense model."""
-    pruned = masked.forward(
-        spec.model, spec.routing, weights.params, weights.router, tokens, context, length, weights.schedule_L
-    ).hidden_BxTxD
-    dense = decoder.forward(spec.model, weights.params, tokens, length)
-    return tuple(decoder.unembed(spec.model, weights.params, hidden) for hidden in (pruned, dense))
+    pruned = masked.forward(spec.model, spec.routing, params, router, tokens, context, length, schedule_L).hidden_BxTxD
+    dense = decoder.forward(spec.model, params, tokens, length)
+    return tuple(decoder.unembed(spec.model, params, hidden) for hidden in (pruned, dense))
 
-  steps, dense_steps = [], []
-  for at in range(0, len(prompts), 8):
-    rows = slice(at, at + 8)
-    pruned, dense = map(np.asarray, reference(tokens[rows], length[rows] - new_tokens, length[rows]))
+  # Every step, from the prompt's last token on, of the masked reference, of torch and of torch in fp64, on the same
+  # tokens; a few rows at a time, as all their logits are held.
+  differences, same_routes64 = collections.defaultdict(list), 0
+  for at in range(0, len(prompts), 4):
+    rows = slice(at, at + 4)
+    inputs = tokens[rows], context[rows], length[rows]
+    pruned, dense = map(np.asarray, reference(weights.params, weights.router, *inputs, weights.schedule_L))
     with torch.inference_mode():
-      dense_torch = base(torch.from_numpy(tokens[rows]).long()).logits.numpy()
-    for b, m in enumerate(length[rows] - new_tokens):
+      ids, contexts, lengths = map(torch.from_numpy, inputs)
+      present = torch.arange(ids.shape[1])[None] < lengths[:, None]
+      out64 = model64(ids, attention_mask=present, context_length=contexts)
+      dense_torch, dense64 = base(ids).logits, base64(ids).logits
+    routes64 = out64.past_key_values.keep_LxBxT.numpy()
+    for b, m in enumerate(context[rows]):
+      same_routes64 += np.array_equal(routes64[:, b, :m], keep[:, at + b, :m])
       scored = slice(m - 1, m - 1 + new_tokens)
-      steps.append(float(np.abs(pruned[b, scored] - logits[at + b]).max()))
-      dense_steps.append(float(np.abs(dense[b, scored] - dense_torch[b, scored]).max()))
+      for name, ours, theirs, exactly in (
+          ("pruned", pruned[b, scored], logits[at + b], out64.logits[b, scored]),
+          ("dense", dense[b, scored], dense_torch[b, scored], dense64[b, scored]),
+      ):
+        differences[name, "jax_torch"].append(apart(ours, theirs))
+        differences[name, "jax_fp64"].append(apart(ours, exactly))
+        differences[name, "torch_fp64"].append(apart(theirs, exactly))
+  figures = collections.defaultdict(dict)
+  for (name, between), found_of_rows in differences.items():
+    largest, mean = zip(*found_of_rows)
+    figures[name][between] = {"largest": float(max(largest)), "mean": float(np.mean(mean))}
+  same_routes = [np.array_equal(keep[:, b, :m], routes[:, b, :m]) for b, m in enumerate(context)]
+  kept = sum(keep[:, b, :m].sum() for b, m in enumerate(context))
   return {
       "prompts": len(prompts),
       "new_tokens": new_tokens,
       "identical_routes": sum(same_routes),
+      "identical_routes_of_fp64": int(same_routes64),
       "identical_generations": sum(a == b for a, b in zip(expected, found)),
-      "largest_prefill_logit_difference": float(first.max()),
-      "largest_step_logit_difference": max(steps),
-      "largest_logit_difference_of_dense_models": max(dense_steps),
+      "largest_prefill_logit_difference": float(np.abs(np.asarray(group.prefilled.logits_BxV) - logits[:, 0]).max()),
+      "logit_differences_of_all_steps": figures,
       "largest_logit": float(np.abs(logits).max()),
-      "skipped": float(1 - sum(keep[:, b, : len(p)].sum() for b, p in enumerate(prompts)) / (
-          len(keep) * sum(map(len, prompts)))),
+      "skipped": float(1 - kept / (len(keep) * context.sum())),
       "kv_mode": spec.routing.kv_mode,
-  }  # fmt: skip
+  }
+
+
+def rounding(directory: str, tokens_BxT: torch.Tensor) -> dict:
+  """Relative error (root mean square) of single operations in fp32, on the inputs that they get in the fp64 model."""
+  base, base64 = transformers.AutoModelForCausalLM.from_pretrained(directory), in_fp64(directory)
+  product = jax.jit(lambda x, kernel: x @ kernel)
+  halves = jax.jit(lambda x, kernel: sum(a @ b for a, b in zip(jnp.split(x, 2, -1), jnp.split(kernel, 2))))
+  errors = collections.defaultdict(lambda: collections.defaultdict(list))
+
+  def measure(name, module, inputs):
+    x, weight = inputs[0].float(), module.weight.float()
+    exactly, arrays = module.forward(x.double()).numpy(), (x.numpy(), weight.numpy().T.copy())
+    if isinstance(module, torch.nn.Linear):
+      found = {"jax": product(*arrays), "jax_in_halves": halves(*arrays)}
+    else:
+      norm = decoder.RMSNorm(module.variance_epsilon)
+      found = {"jax": norm.apply({"params": {"scale": arrays[1]}}, arrays[0])}
+    found["torch"] = base.get_submodule(name)(x).numpy()
+    for side, y in found.items():
+      error = np.linalg.norm(np.asarray(y, np.float64) - exactly) / np.linalg.norm(exactly)
+      errors[name.rpartition(".")[2]][side].append(error)
+
+  for name, module in base64.named_modules():
+    if isinstance(module, torch.nn.Linear) or type(module).__name__.endswith("RMSNorm"):
+      module.register_forward_pre_hook(functools.partial(measure, name))
+  with torch.inference_mode():
+    base64(tokens_BxT)
+  config = ModelConfig.from_directory(directory)
+  same = np.array_equal(rope_frequencies(config), base.model.rotary_emb.inv_freq.numpy())
+  means = {op: {side: float(np.mean(e)) for side, e in sides.items()} for op, sides in errors.items()}
+  return {"tokens": tokens_BxT.shape[1], "identical_rotary_frequencies": same, "relative_errors": means}
 
 
 class TorchPrefill:
@@ -157,13 +235,14 @@ def main(argv) -> None:
     pytorch.export(options.artifact, directory, options.model, with_weights=True)
     tokenizer = load_tokenizer(directory)
     read = lambda count: exactness.read_prompts(options.prompts, tokenizer, count, options.longest)
+    text = lambda: torch.tensor([list(itertools.chain(*read(_CONTEXT.value // 16)))[: _CONTEXT.value]])
     if _PART.value == "speed":
-      text = list(itertools.chain.from_iterable(read(_CONTEXT.value // 16)))[: _CONTEXT.value]
-      figures = speed(directory, torch.tensor([text]), _RUNS.value)
+      figures = speed(directory, text(), _RUNS.value)
+    elif _PART.value == "rounding":
+      figures = rounding(directory, text())
     else:
       engine = Engine.load(directory, directory, fallback="never")
-      base = transformers.AutoModelForCausalLM.from_pretrained(directory)
-      figures = exact(base, load_pruned(base, directory), engine, read(options.count), options.new_tokens)
+      figures = exact(directory, engine, read(options.count), options.new_tokens)
   figures = {"artifact": options.artifact, "part": _PART.value, **figures}
   print(json.dumps(figures, indent=2))
   if options.json:

@@ -210,6 +210,28 @@ def test_capacity_and_ties_are_those_of_jax():
   assert keep == [[1, 0, 0, 0, 0, 1], [1, 1, 0, 1, 0, 0]]
 
 
+@pytest.mark.parametrize("window", [0, 6])
+def test_queries_masked_in_chunks_see_all_their_keys_whatever_the_other_rows_are(window, monkeypatch):
+  # The shorter row stands later than the longer one in the last chunk, which it fills in part.
+  positions = [[0, 1, 2, 3, 4, 5], [0, 7, 9, 20, 29]]
+  row, position = (torch.tensor(a) for a in ([0] * 6 + [1] * 5, sum(positions, [])))
+  queries, draw = torch_runtime.Packed(row, position, [6, 5]), torch.Generator().manual_seed(0)
+  q, k, v = (torch.randn(*shape, generator=draw) for shape in ((11, 4, 8), (2, 2, 30, 8), (2, 2, 30, 8)))
+  where = torch.arange(30).expand(2, 30).clone()
+  where[0, 6:] = torch_runtime.EMPTY
+  slots = torch_runtime.Slots(k, v, where, where < 30)
+  found = []
+  for chunk in (512, 3):
+    monkeypatch.setattr(torch_runtime, "_CHUNK", chunk)
+    found.append(torch_runtime.attend(queries, q, slots, window, ordered=True, same=False))
+  for n, (r, p) in enumerate(zip(row.tolist(), position.tolist())):
+    seen = slice(max(0, p + 1 - window) if window else 0, p + 1)
+    keys, values = (a[r, :, seen].repeat_interleave(2, 0) for a in (k, v))
+    weights = (torch.einsum("hn,hsn->hs", q[n], keys) * 8**-0.5).softmax(-1)
+    for out in found:
+      torch.testing.assert_close(out[n], torch.einsum("hs,hsn->hn", weights, values), rtol=0, atol=1e-5)
+
+
 # --- what is saved ---------------------------------------------------------------------------------
 
 
@@ -223,7 +245,7 @@ def test_a_prefill_computes_and_stores_what_it_keeps_alone(kv_mode, tmp_path):
   kept = cache.keep_LxBxT.sum((1, 2)).tolist()
   assert kept == [12 + 7 + 3, 9 + 5 + 2, 7 + 4 + 2]  # ceil((1 - s) m), at least 2
   assert computed == [*kept[:2], 3]  # of the last block the last token of each row alone
-  slots = [slots.parts[0].shape[2] for slots in cache.slots]
+  slots = [slots.k_BxGxSxN.shape[2] for slots in cache.slots]
   assert slots == ([12, 9, 7] if kv_mode == "evict" else [17] * 3)  # of the longest row
   assert cache.nbytes == sum(2 * 3 * 2 * n * 20 * 4 for n in slots)
   computed.clear()
@@ -240,7 +262,7 @@ def test_a_block_that_all_new_tokens_skip_is_not_computed(tmp_path):
     block.mlp.register_forward_hook(lambda _, inputs, __: computed.append(len(inputs[0])))
   logits = model(torch.tensor([[1], [2], [3]]), past_key_values=cache).logits
   assert computed == [] and logits.isfinite().all()
-  assert [slots.parts[0].shape[2] for slots in cache.slots] == [18] * 3  # under `project` it still has keys
+  assert [slots.k_BxGxSxN.shape[2] for slots in cache.slots] == [18] * 3  # under `project` it still has keys
 
 
 def test_the_base_model_stays_dense_and_shares_its_weights(tmp_path):
@@ -325,12 +347,36 @@ def test_bfloat16_routes_in_fp32(tmp_path):
   model, half = (load_pruned(directory_of("llama-gqa"), out, dtype=d) for d in (None, torch.bfloat16))
   inputs = padded(prompts_of(), "left")
   a, b = model(**inputs), half(**inputs)
-  assert b.logits.dtype == b.past_key_values.slots[0].parts[0].dtype == torch.bfloat16
+  assert b.logits.dtype == b.past_key_values.slots[0].k_BxGxSxN.dtype == torch.bfloat16
   assert {w.dtype for w in half.pruning.weights.values()} == {torch.float32}
+  assert torch.equal(half.model.rotary_emb.inv_freq, model.model.rotary_emb.inv_freq)  # bf16 would turn late positions
   assert torch.equal(a.past_key_values.keep_LxBxT.sum(2), b.past_key_values.keep_LxBxT.sum(2))
   torch.testing.assert_close(a.logits.softmax(-1)[:, -1], b.logits.float().softmax(-1)[:, -1], rtol=0, atol=0.1)
+  with pytest.raises(ValueError, match="by its directory to have it cast"):
+    load_pruned(transformers.AutoModelForCausalLM.from_pretrained(directory_of("llama-gqa")), out, dtype=torch.bfloat16)
   with pytest.raises(ValueError, match="by its directory if you cast"):
     load_pruned(transformers.AutoModelForCausalLM.from_pretrained(directory_of("llama-gqa"), dtype=torch.bfloat16), out)
+
+
+@pytest.mark.parametrize("case", ["recurrent_skipping", "rope_linear_multiple", "window_evict_quantile"])
+def test_everything_is_made_on_the_device_of_the_model(case, tmp_path):
+  name, routing, router = CASES[case]
+  model = load_pruned(directory_of(name), exported(tmp_path, name, routing, router))
+  context, more = padded(prompts_of(), "left"), torch.tensor([[5, 6], [7, 8], [9, 10]])
+  scored = padded([prompt + new for prompt, new in zip(prompts_of(), more.tolist())], "right")
+  order = torch.tensor([2, 0, 1])
+
+  def run():
+    cache = model(**context).past_key_values
+    cache.batch_repeat_interleave(2)
+    cache.reorder_cache(order)
+    return model(**scored, context_length=LENGTHS).logits, model(more, past_key_values=cache).logits
+
+  expected = run()
+  with torch.device("meta"):  # where a tensor without a device of its own would land; nothing can be computed from it
+    found = run()
+  for a, b in zip(expected, found):
+    torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(
@@ -527,15 +573,18 @@ def test_the_runtime_refuses_models_that_do_not_fit(tmp_path):
     load_pruned(transformers.GPT2LMHeadModel(small), out)
   with pytest.raises(ValueError, match="as the second argument"):
     load_pruned(transformers.GPT2LMHeadModel(small))
+  with pytest.raises(ValueError, match="org/tiny cannot be read .*; export or download it again") as error:
+    load_pruned("org/tiny", out)  # no network
+  assert "\n" not in str(error.value)
   (tmp_path / "empty").mkdir()
   shutil.copyfile(pathlib.Path(directory_of("qwen2")) / "config.json", tmp_path / "empty/config.json")
-  with pytest.raises(ValueError, match="no readable safetensors"):
+  with pytest.raises(ValueError, match="holds no model; pass the base model first"):
     load_pruned(tmp_path / "empty", out)
   with pytest.raises(ValueError, match="holds no model; pass the base model first"):
     load_pruned(out)
   shutil.copyfile(pathlib.Path(directory_of("qwen2")) / "model.safetensors", tmp_path / "empty/model.safetensors")
   (tmp_path / "empty/config.json").write_text("{")
-  with pytest.raises(ValueError, match="no config.json that transformers reads") as error:
+  with pytest.raises(ValueError, match="cannot be read .*valid JSON") as error:
     load_pruned(tmp_path / "empty", out)
   assert "\n" not in str(error.value)
   spread = transformers.AutoModelForCausalLM.from_pretrained(directory_of("qwen2"))

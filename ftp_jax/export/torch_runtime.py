@@ -5,12 +5,13 @@
   model.generate(**tokenizer(prompts, padding=True, padding_side="left", return_tensors="pt"), max_new_tokens=64)
 
 This file needs torch, transformers and safetensors alone and may be copied beside a program that uses it. It
-computes with the modules of the Hugging Face model and replaces its loop over the blocks. Routes are those of
-ftp_jax, whose docs/method.md has the formulas; inference only, on one device.
+computes with the modules of the Hugging Face model and replaces its loop over the blocks: that is `PrunedModel`, at
+the end. The two `_Gates` decide what a block computes, by the router of the `Artifact`. Routes are those of ftp_jax,
+whose docs/method.md has the formulas; inference only, on one device.
 
-Axes: B rows, T context tokens of the longest row, P tokens of all rows packed one behind the other, K those of them
-that a block computes, S slots of a block's cache, W queries of the score window, D hidden size, H query heads,
-G key heads, N head size, R hidden size of the router.
+Axes: B rows, C columns of the input, T context tokens of the longest row, P tokens of all rows packed one behind the
+other, K some of those, S slots of a block's cache, W late queries of a row, D hidden size, H query heads, G key heads,
+N head size, F factors and R hidden size of the router.
 """
 
 import copy
@@ -18,7 +19,7 @@ import dataclasses
 import hashlib
 import json
 import pathlib
-from typing import Any
+from typing import Any, NamedTuple
 
 import huggingface_hub
 import numpy as np
@@ -36,21 +37,21 @@ EMPTY = 2**30  # position of a cache slot that holds no token
 _STEPS = 40_000  # sparsities count in steps of 1 / _STEPS, so that capacities are integer arithmetic
 _CHUNK = 512  # queries that are masked at once
 _WHOLE = 0.3  # from this share of queries on, causal attention of all tokens is faster than masked of some
-# Fields of the config, and the values that are known of those that choose one.
-_ROUTING = {
-    "kv_mode": ("evict", "project"), "selection": ("topk", "argmax"), "bucket_multiple": None, "score_window": None,
-    "decode_sparsity": None, "decode_rule": ("threshold", "quantile"), "decode_threshold": None, "one_pass_block": None,
+# What an artifact chooses, with the values known here, and its other fields.
+_CHOICES = {
+    "kv_mode": ("evict", "project"), "selection": ("topk", "argmax"), "decode_rule": ("threshold", "quantile"),
+    "kind": ("global", "per_block", "recurrent"),
 }  # fmt: skip
-_ROUTER = {"kind": ("global", "per_block", "recurrent"), "factors": None, "hidden_states": None, "hidden_size": None}
+_VALUES = (
+    "bucket_multiple", "score_window", "decode_sparsity", "decode_threshold", "one_pass_block", "factors",
+    "hidden_states", "hidden_size",
+)  # fmt: skip
 _FACTORS = ("position", "score", "rank", "sparsity")
-
-
-# --- artifact and base model -------------------------------------------------------------------
 
 
 @dataclasses.dataclass
 class Artifact:
-  """What an exported directory says: schedule (L,), routing, router (see ftp_jax/routing/config.py) and its weights."""
+  """What an exported directory says: schedule (L), routing and router (see ftp_jax/routing/config.py), its weights."""
 
   base_model: str
   fingerprint: str
@@ -65,20 +66,17 @@ class Artifact:
 
   def margin(self, block: int, factors_PxF, x_PxD, state_PxR):
     """Compute minus skip logit (P) in fp32 of tokens that enter a block, and the state carried to the next."""
-    weights = self.weights
-    if weights["out.bias"].device != x_PxD.device:
-      weights = self.weights = {name: w.to(x_PxD.device) for name, w in weights.items()}
-    if self.router["kind"] == "per_block":
-      weights = {name: w[block] for name, w in weights.items()}
+    if self.weights["out.bias"].device != x_PxD.device:
+      self.weights = {name: w.to(x_PxD.device) for name, w in self.weights.items()}
+    per_block = self.router["kind"] == "per_block"
+    weights = {name: w[block] if per_block else w for name, w in self.weights.items()}
+    of_factors, of_states = weights["hidden.weight"].tensor_split([factors_PxF.shape[1]], dim=1)
     with torch.autocast(x_PxD.device.type, enabled=False):
-      num_factors = len(self.router["factors"])
-      hidden = weights["hidden.bias"]
-      if num_factors:
-        hidden = hidden + factors_PxF @ weights["hidden.weight"][:, :num_factors].T
+      hidden = factors_PxF @ of_factors.T + weights["hidden.bias"]
       if self.router["hidden_states"]:  # root mean square normed; the norm is applied to the R results
         x = x_PxD.float()
         scale = torch.rsqrt(torch.linalg.vector_norm(x, dim=-1, keepdim=True).square() / x.shape[-1] + 1e-6)
-        hidden = hidden + (x @ weights["hidden.weight"][:, num_factors:].T) * scale
+        hidden = hidden + (x @ of_states.T) * scale
       if self.router["kind"] == "recurrent":
         hidden = hidden + state_PxR @ weights["recurrent.weight"].T
       hidden = F.silu(hidden)
@@ -86,52 +84,36 @@ class Artifact:
     return logits[:, 1] - logits[:, 0], hidden
 
 
+def _read(path, read):
+  """What `read` makes of a file or directory; ValueError in one sentence if it cannot."""
+  try:
+    return read(path)
+  except (OSError, ValueError, TypeError, SafetensorError) as error:
+    reason = " ".join(str(error).split())[:200]
+    raise ValueError(f"{path} cannot be read ({reason}); export or download it again.") from None
+
+
 def read_artifact(directory) -> Artifact:
   """Reads an exported artifact; ValueError in one sentence if it is missing, damaged, foreign or newer."""
-  directory = pathlib.Path(directory)
-  file = directory / CONFIG_FILE
-  try:
-    described = json.loads(file.read_text(encoding="utf-8"))
-    version, layout = described.get("format_version"), described.get("layout", "flax")
-  except FileNotFoundError:
-    raise ValueError(f"{directory} has no {CONFIG_FILE}; point at what `ftp-jax export` wrote.") from None
-  except (OSError, ValueError, AttributeError) as error:
-    raise ValueError(f"{file} cannot be read ({error}); export the artifact again.") from None
+  file = pathlib.Path(directory) / CONFIG_FILE
+  if not file.is_file():
+    raise ValueError(f"{directory} has no {CONFIG_FILE}; point at what `ftp-jax export` wrote.")
+  said = _read(file, lambda path: dict(json.loads(path.read_text(encoding="utf-8"))))
+  version, layout = said.get("format_version"), said.get("layout", "flax")
   if version != FORMAT_VERSION:
     raise ValueError(f"{directory} has format {version!r}, but {FORMAT_VERSION} is read here; update this file.")
   if layout != "torch":
     raise ValueError(f"{directory} has the layout {layout!r}; convert it with `ftp-jax export --artifact={directory}`.")
+  weights = _read(file.with_name(WEIGHTS_FILE), load_file)
   try:
-    weights = load_file(directory / WEIGHTS_FILE)
-  except (OSError, SafetensorError) as error:
-    raise ValueError(f"{directory / WEIGHTS_FILE} cannot be read ({error}); export the artifact again.") from None
-  try:
-    routing, router, schedule = described["routing"], described["router"], described["schedule"]
-    fields = set(routing) ^ set(_ROUTING) or set(router) ^ set(_ROUTER) or set(router["factors"]) - set(_FACTORS)
-    fields |= {name for name, known in (_ROUTING | _ROUTER).items() if known and (routing | router)[name] not in known}
-    if fields or not schedule or not all(0 <= s < 1 for s in schedule):
-      raise ValueError(f"{', '.join(sorted(fields)) or 'its schedule'}")
-    schedule = torch.tensor(schedule, dtype=torch.float32)
-    return Artifact(described["base_model"], described["fingerprint"], schedule, routing, router, weights)
+    schedule, options = torch.tensor(said["schedule"], dtype=torch.float32), said["routing"] | said["router"]
+    unknown = set(options) ^ {*_CHOICES, *_VALUES} | set(options["factors"]) - set(_FACTORS)
+    unknown |= {name for name, known in _CHOICES.items() if options[name] not in known}
+    if unknown or not ((schedule >= 0) & (schedule < 1)).all():
+      raise ValueError(", ".join(sorted(unknown)) or "its schedule")
+    return Artifact(said["base_model"], said["fingerprint"], schedule, said["routing"], said["router"], weights)
   except (KeyError, TypeError, ValueError) as error:
     raise ValueError(f"{file} says what is not known here ({error}); update this file or export again.") from None
-
-
-def _check_weights(artifact: Artifact, config) -> None:
-  """ValueError unless schedule and router fit the model."""
-  router, blocks = artifact.router, config.num_hidden_layers
-  width, lead = router["hidden_size"], (blocks,) if router["kind"] == "per_block" else ()
-  inputs = len(router["factors"]) + bool(router["hidden_states"]) * config.hidden_size
-  want = {"hidden.weight": (width, inputs), "hidden.bias": (width,), "out.weight": (2, width), "out.bias": (2,)}
-  if router["kind"] == "recurrent":
-    want["recurrent.weight"] = (width, width)
-  want = {name: lead + shape for name, shape in want.items()}
-  found = {name: tuple(w.shape) for name, w in artifact.weights.items()}
-  if found != want or len(artifact.schedule) != blocks:
-    raise ValueError(
-        f"The artifact's router {found} and schedule of {len(artifact.schedule)} blocks do not fit this model of "
-        f"{blocks}, which needs {want}; load the base model it belongs to."
-    )
 
 
 def fingerprint(tensors: dict[str, Any], tied: bool) -> str:
@@ -149,19 +131,29 @@ def fingerprint(tensors: dict[str, Any], tied: bool) -> str:
   return digest.hexdigest()[:16]
 
 
-def _stored_tensors(directory: pathlib.Path) -> dict[str, Any]:
-  """{name: open slice} of the safetensors files of a model directory; nothing is read yet."""
-  files = [directory / "model.safetensors"]
-  if not (directory / "config.json").is_file():
-    raise ValueError(f"{directory} holds no model; pass the base model first and the exported artifact second.")
-  try:
-    if not files[0].is_file():
-      index = json.loads((directory / "model.safetensors.index.json").read_text(encoding="utf-8"))
-      files = [directory / name for name in sorted(set(index["weight_map"].values()))]
-    opened = [safe_open(file, framework="pt") for file in files]
-  except (OSError, ValueError, KeyError, SafetensorError) as error:
-    raise ValueError(f"{directory} holds no readable safetensors weights ({error}); get the model again.") from None
-  return {name: file.get_slice(name) for file in opened for name in file.keys()}
+def _check_fit(artifact: Artifact, tensors: dict[str, Any], config) -> None:
+  """ValueError unless the artifact is of this base model, and schedule and router have its size."""
+  if config.model_type not in FAMILIES:
+    raise ValueError(f"model_type={config.model_type!r} is not supported; supported are {', '.join(FAMILIES)}.")
+  found = fingerprint(tensors, config.tie_word_embeddings)
+  if found != artifact.fingerprint:
+    raise ValueError(
+        f"The artifact was made for {artifact.base_model} (fingerprint {artifact.fingerprint}), but this model has "
+        f"{found}; load the base model it belongs to, by its directory if you cast its weights."
+    )
+  router, blocks = artifact.router, config.num_hidden_layers
+  width, inputs = router["hidden_size"], len(router["factors"]) + bool(router["hidden_states"]) * config.hidden_size
+  want = {"hidden.weight": (width, inputs), "hidden.bias": (width,), "out.weight": (2, width), "out.bias": (2,)}
+  if router["kind"] == "recurrent":
+    want["recurrent.weight"] = (width, width)
+  if router["kind"] == "per_block":
+    want = {name: (blocks, *shape) for name, shape in want.items()}
+  shapes = {name: tuple(w.shape) for name, w in artifact.weights.items()}
+  if shapes != want or len(artifact.schedule) != blocks:
+    raise ValueError(
+        f"The artifact's router {shapes} and schedule of {len(artifact.schedule)} blocks do not fit this model of "
+        f"{blocks}, which needs {want}; load the base model it belongs to."
+    )
 
 
 def load_pruned(model, artifact=None, *, dtype=None, device=None) -> "PrunedModel":
@@ -171,108 +163,76 @@ def load_pruned(model, artifact=None, *, dtype=None, device=None) -> "PrunedMode
     model: directory or hub id of the base model, or the model itself, which stays dense and shares its weights with
       what is returned.
     artifact: what `ftp-jax export` wrote; None: the same directory as `model`.
-    dtype: of weights and computation, for instance torch.bfloat16; None: as stored. The router computes in fp32.
+    dtype: of weights and computation of a model that is loaded here; None: as stored. The router computes in fp32.
     device: where to put the model; None: where it is.
 
   Raises:
     ValueError: the artifact is missing, damaged, foreign or newer, or it was made for another base model.
   """
-  if artifact is None and isinstance(model, transformers.PreTrainedModel):
+  given = isinstance(model, transformers.PreTrainedModel)
+  if given and artifact is None:
     raise ValueError("A model without an artifact is dense; pass what `ftp-jax export` wrote as the second argument.")
+  if given and dtype is not None:
+    raise ValueError("dtype is of a model that is loaded here; name the base model by its directory to have it cast.")
   pruning = read_artifact(model if artifact is None else artifact)
-  if isinstance(model, transformers.PreTrainedModel):
-    config, tensors = model.config, model.state_dict()
+  if given:
+    tensors = model.state_dict()
   else:
     directory = pathlib.Path(model)
     if not directory.is_dir():
       patterns = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja"]
-      directory = pathlib.Path(huggingface_hub.snapshot_download(str(model), allow_patterns=patterns))
-    tensors = _stored_tensors(directory)
-    try:
-      config = transformers.AutoConfig.from_pretrained(directory, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-      reason = " ".join(str(error).split())[:160]
-      raise ValueError(f"{directory} has no config.json that transformers reads ({reason}); get it again.") from None
-  if config.model_type not in FAMILIES:
-    raise ValueError(f"model_type={config.model_type!r} is not supported; supported are {', '.join(FAMILIES)}.")
-  found = fingerprint(tensors, config.tie_word_embeddings)
-  if found != pruning.fingerprint:
-    raise ValueError(
-        f"The artifact was made for {pruning.base_model} (fingerprint {pruning.fingerprint}), but this model has "
-        f"{found}; load the base model it belongs to, by its directory if you cast its weights."
-    )
-  _check_weights(pruning, config)
-  if not isinstance(model, transformers.PreTrainedModel):
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        directory, dtype=dtype or "auto", use_safetensors=True, trust_remote_code=False
-    )
+      download = lambda name: huggingface_hub.snapshot_download(str(name), allow_patterns=patterns)
+      directory = pathlib.Path(_read(model, download))
+    files = [_read(file, lambda path: safe_open(path, "pt")) for file in sorted(directory.glob("model*.safetensors"))]
+    if not files:
+      raise ValueError(f"{directory} holds no model; pass the base model first and the exported artifact second.")
+    tensors = {name: file.get_slice(name) for file in files for name in file.keys()}
+    options = dict(dtype=dtype or "auto", use_safetensors=True, trust_remote_code=False)
+    model = _read(directory, lambda path: transformers.AutoModelForCausalLM.from_pretrained(path, **options))
+  _check_fit(pruning, tensors, model.config)
   if len(set(getattr(model, "hf_device_map", {None: 0}).values())) > 1:
     raise ValueError("The model is spread over several devices, which is not supported; load it on one.")
-  changes = {name: value for name, value in (("dtype", dtype), ("device", device)) if value is not None}
-  pruned = copy.copy(model.to(**changes) if changes else model).eval()
+  pruned = copy.copy(model if device is None else model.to(device)).eval()
   base = type(model).__mro__[2] if isinstance(model, PrunedModel) else type(model)
   pruned.__class__ = type(f"Pruned{base.__name__}", (PrunedModel, base), {})
   pruned.pruning = pruning
   return pruned
 
 
-# --- selection -----------------------------------------------------------------------------------
-
-
-def capacity(sparsity: float, context: list[int], bucket_multiple: int = 1) -> list[int]:
-  """Tokens that a block of which `sparsity`, a number in fp32, is asked computes of each context."""
-  steps = int(torch.round(torch.tensor(sparsity) * _STEPS))
-  wanted = (max(m - steps * m // _STEPS, 2) for m in context)
-  return [min(-(-n // bucket_multiple) * bucket_multiple, m) for n, m in zip(wanted, context)]
-
-
-def _descending(values_BxT: torch.Tensor) -> torch.Tensor:
-  """Positions from the largest value to the smallest, among equal ones the later first."""
-  order = torch.sort(values_BxT.flip(1), dim=1, descending=True, stable=True).indices
-  return values_BxT.shape[1] - 1 - order
-
-
-def _nth_largest(values_BxT: torch.Tensor, count: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-  """Position and value (B,1) of the last of the `count` largest values of each row."""
-  nth = torch.tensor(count, device=values_BxT.device)[:, None] - 1
-  at_Bx1 = _descending(values_BxT).gather(1, nth)
-  return at_Bx1, values_BxT.gather(1, at_Bx1)
-
-
-def select(margin_BxT: torch.Tensor, count: list[int], context: list[int], selection: str) -> torch.Tensor:
-  """Which context tokens (B,T) are computed: the `count` largest margins; the first and the last token always."""
-  t, m = torch.arange(margin_BxT.shape[1], device=margin_BxT.device)[None], margin_BxT.new_tensor(context)[:, None]
-  valid, forced = t < m, (t == 0) | (t == m - 1)
-  value = torch.where(forced, torch.inf, margin_BxT).masked_fill(~valid, -torch.inf)
-  last, least = _nth_largest(value, count)
-  keep = valid & ((value > least) | ((value == least) & (t >= last)))
-  return keep & ((margin_BxT > 0) | forced) if selection == "argmax" else keep
-
-
-# --- packed tokens, attention, cache --------------------------------------------------------------
-
-
 class Packed:
-  """Tokens of several rows, one row behind the other, in order. counts: of each row; position_P: in its sequence."""
+  """Tokens of several rows, one row behind the other, in order.
 
-  def __init__(self, row_P: torch.Tensor, position_P: torch.Tensor, counts: list[int]):
-    self.row_P, self.position_P, self.counts = row_P, position_P, counts
+  counts: tokens of each row. position_P: in its sequence. index: where they stand among the packed tokens they were
+  taken from; None: they are all of those.
+  """
+
+  def __init__(self, row_P: torch.Tensor, position_P: torch.Tensor, counts: list[int], index=None):
+    self.row_P, self.position_P, self.counts, self.index = row_P, position_P, counts, index
     self.even = len(set(counts)) == 1
     if not self.even:
       starts = torch.tensor([0, *counts[:-1]], device=row_P.device).cumsum(0)
       self.slot_P = torch.arange(len(row_P), device=row_P.device) - starts[row_P]
 
-  def take(self, index_K: torch.Tensor) -> "Packed":
-    row_K = self.row_P[index_K]
+  def take(self, chosen_P: torch.Tensor) -> "Packed":
+    index = chosen_P.nonzero()[:, 0]
+    row_K = self.row_P[index]
     counts = [len(row_K)] if len(self.counts) == 1 else torch.bincount(row_K, minlength=len(self.counts)).tolist()
-    return Packed(row_K, self.position_P[index_K], counts)
+    return Packed(row_K, self.position_P[index], counts, index)
+
+  def of(self, a: torch.Tensor) -> torch.Tensor:
+    """Their part of an array over the tokens that they were taken from."""
+    return a if self.index is None else a[self.index]
+
+  def put(self, into: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
+    """An array over the tokens that they were taken from, with their part replaced in place."""
+    return a if self.index is None else into.index_copy_(0, self.index, a)
 
   def pad(self, a: torch.Tensor, fill=0) -> torch.Tensor:
     """(P,...) as (B, longest row, ...)."""
-    shape = (len(self.counts), max(self.counts))
+    shape = (len(self.counts), max(self.counts), *a.shape[1:])
     if self.even:
-      return a.reshape(shape + a.shape[1:])
-    out = a.new_full(shape + a.shape[1:], fill)
+      return a.reshape(shape)
+    out = a.new_full(shape, fill)
     out[self.row_P, self.slot_P] = a
     return out
 
@@ -280,54 +240,45 @@ class Packed:
     return a.flatten(0, 1) if self.even else a[self.row_P, self.slot_P]
 
 
-def visible(query_BxK, key_BxS, window: int) -> torch.Tensor:
-  """(B,K,S): the key stands at or before the query, and within its window."""
-  mask = key_BxS[:, None] <= query_BxK[:, :, None]
-  return mask & (query_BxK[:, :, None] - key_BxS[:, None] < window) if window else mask
-
-
-def attend(q_BxHxKxN, query_BxK, k_BxGxSxN, v_BxGxSxN, key_BxS, window: int, first: bool, same: bool) -> torch.Tensor:
-  """Attended values (B,H,K,N). first: the keys stand in order; same: they are those of the queries."""
-  if first and same and not window:
-    return F.scaled_dot_product_attention(q_BxHxKxN, k_BxGxSxN, v_BxGxSxN, is_causal=True, enable_gqa=True)
-  batch, heads, num_queries, dim = q_BxHxKxN.shape
-  groups, starts, parts = k_BxGxSxN.shape[1], range(0, num_queries, _CHUNK), []
-  ends = [key_BxS.shape[1]] * len(starts)
-  if first and num_queries > _CHUNK:  # early queries see a part of the keys
-    last = [min(start + _CHUNK, num_queries) - 1 for start in starts]
-    ends = torch.searchsorted(key_BxS, query_BxK[:, last].contiguous(), right=True).amax(0).tolist()
-  for start, end in zip(starts, ends):
-    mask = visible(query_BxK[:, start : start + _CHUNK], key_BxS[:, :end], window)[:, None, None]
-    q = q_BxHxKxN[:, :, start : start + _CHUNK]
-    size = q.shape[2]
-    # The heads of a group become queries of one head: keys and values need no copies.
-    q = q.reshape(batch, groups, -1, dim)
-    mask = mask.expand(-1, -1, heads // groups, -1, -1).flatten(2, 3)
-    out = F.scaled_dot_product_attention(q, k_BxGxSxN[:, :, :end], v_BxGxSxN[:, :, :end], attn_mask=mask)
-    parts.append(out.reshape(batch, heads, size, dim))
-  return torch.cat(parts, dim=2)
-
-
-def attention_rows(q_BxHxKxN, k_BxGxSxN, mask_BxKxS) -> torch.Tensor:
-  """Attention probabilities (B,K,S) of a few queries, mean over heads, in fp32."""
-  batch, heads, num_queries, dim = q_BxHxKxN.shape
-  q = q_BxHxKxN.float().reshape(batch, k_BxGxSxN.shape[1], -1, dim)
-  scores = (q @ k_BxGxSxN.float().transpose(2, 3) * dim**-0.5).reshape(batch, heads, num_queries, -1)
-  return scores.masked_fill(~mask_BxKxS[:, None], -torch.inf).softmax(-1).mean(1)
-
-
-class Slots:
+class Slots(NamedTuple):
   """Keys and values of one block. kept: the token was computed there, and not only given a key and a value."""
 
-  def __init__(self, k_BxGxSxN, v_BxGxSxN, position_BxS, kept_BxS):
-    self.parts = [k_BxGxSxN, v_BxGxSxN, position_BxS, kept_BxS]
+  k_BxGxSxN: torch.Tensor
+  v_BxGxSxN: torch.Tensor
+  position_BxS: torch.Tensor
+  kept_BxS: torch.Tensor
 
-  def append(self, other: "Slots") -> "Slots":
-    return Slots(*(torch.cat(pair, dim=axis) for *pair, axis in zip(self.parts, other.parts, (2, 2, 1, 1))))
+  def visible(self, query_BxK: torch.Tensor, window: int) -> torch.Tensor:
+    """(B,K,S): the key stands at or before the query, and within its window where there is one."""
+    mask = self.position_BxS[:, None] <= query_BxK[:, :, None]
+    return mask & (self.position_BxS[:, None] > query_BxK[:, :, None] - window) if window else mask
 
-  def places(self, none: int) -> torch.Tensor:
-    """Positions (B,S) of the tokens that were computed; `none` in other slots."""
-    return torch.where(self.parts[3], self.parts[2], none)
+
+def attend(queries: Packed, q_KxHxN, slots: Slots, window: int, ordered: bool, same: bool) -> torch.Tensor:
+  """Attended values (K,H,N). ordered: each row's keys stand in order, its last slots empty; same: at the queries."""
+  q_BxHxKxN, query_BxK = queries.pad(q_KxHxN).transpose(1, 2), queries.pad(queries.position_P)
+  if ordered and same and not window:
+    out = F.scaled_dot_product_attention(q_BxHxKxN, *slots[:2], is_causal=True, enable_gqa=True)
+    return queries.unpad(out.transpose(1, 2))
+  parts = []
+  for q, query in zip(q_BxHxKxN.split(_CHUNK, dim=2), query_BxK.split(_CHUNK, dim=1)):
+    end = slots.position_BxS.shape[1]
+    if ordered and query.shape != query_BxK.shape:  # early queries see a part of the keys
+      end = int((slots.position_BxS <= query.amax(1, keepdim=True)).sum(1).amax())
+    # The heads of a group become queries of one head: keys and values need no copies.
+    k, v = slots.k_BxGxSxN[:, :, :end], slots.v_BxGxSxN[:, :, :end]
+    mask = slots.visible(query, window)[:, None, :, :end].repeat(1, 1, q.shape[1] // k.shape[1], 1)
+    grouped = q.reshape(*k.shape[:2], -1, k.shape[3])
+    parts.append(F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask).reshape(q.shape))
+  return queries.unpad(torch.cat(parts, dim=2).transpose(1, 2))
+
+
+def attention_rows(queries: Packed, q_KxHxN, slots: Slots, window: int) -> torch.Tensor:
+  """Attention probabilities (B,K,S) of a few queries, mean over heads, in fp32."""
+  q, k = queries.pad(q_KxHxN).transpose(1, 2).float(), slots.k_BxGxSxN.float()
+  scores = q.reshape(*k.shape[:2], -1, k.shape[3]) @ k.transpose(2, 3) * k.shape[3] ** -0.5
+  hidden = ~slots.visible(queries.pad(queries.position_P), window)
+  return scores.reshape(*q.shape[:3], -1).masked_fill(hidden[:, None], -torch.inf).softmax(-1).mean(1)
 
 
 class PrunedCache(transformers.Cache):
@@ -335,7 +286,7 @@ class PrunedCache(transformers.Cache):
 
   Attributes:
     columns: of the inputs so far, padding included. length_B: tokens of each row. longest: at least their maximum.
-    keep_LxBxT: routes of the context tokens.
+    keep_LxBxT: routes of the context tokens. least_LxB: the margin from which new tokens are computed (`quantile`).
   """
 
   is_compileable = is_croppable = False
@@ -343,9 +294,17 @@ class PrunedCache(transformers.Cache):
   def __init__(self, batch: int, device):
     super().__init__(layers=[])
     self.columns, self.longest, self.length_B = 0, 0, torch.zeros(batch, dtype=torch.long, device=device)
-    self.slots: list[Slots | None] = []
-    self.least_LxB: list[torch.Tensor | None] = []
-    self.keep_LxBxT = None
+    self.slots: list[Slots] = []
+    self.keep_LxBxT, self.least_LxB = None, {}
+
+  def append(self, block: int, new: Slots) -> Slots:
+    """Adds slots to a block, and returns all it has."""
+    if block == len(self.slots):
+      self.slots.append(new)
+    else:
+      pairs = zip(self.slots[block], new, (2, 2, 1, 1))
+      self.slots[block] = Slots(*(torch.cat((old, added), dim=axis) for old, added, axis in pairs))
+    return self.slots[block]
 
   def get_seq_length(self, layer_idx: int = 0) -> int:
     return self.columns
@@ -353,13 +312,13 @@ class PrunedCache(transformers.Cache):
   @property
   def nbytes(self) -> int:
     """Bytes of keys and values."""
-    return sum(a.numel() * a.element_size() for slots in self.slots for a in slots.parts[:2])
+    return sum(a.nbytes for slots in self.slots for a in slots[:2])
 
   def batch_select_indices(self, indices: torch.Tensor) -> None:
     """Keeps these rows; a row may come several times."""
     self.length_B, self.keep_LxBxT = self.length_B[indices], self.keep_LxBxT[:, indices]
-    self.slots = [Slots(*(a[indices] for a in slots.parts)) for slots in self.slots]
-    self.least_LxB = [least if least is None else least[indices] for least in self.least_LxB]
+    self.slots = [Slots(*(a[indices] for a in slots)) for slots in self.slots]
+    self.least_LxB = {block: least_B[indices] for block, least_B in self.least_LxB.items()}
 
   reorder_cache = batch_select_indices
 
@@ -370,137 +329,134 @@ class PrunedCache(transformers.Cache):
     raise ValueError("The cache of a pruned model cannot be cropped; generate without assistant or prompt lookup.")
 
 
-# --- who is computed --------------------------------------------------------------------------------
+def capacity(sparsity: float, context: list[int], bucket_multiple: int = 1) -> list[int]:
+  """Tokens that a block of which `sparsity`, a number in fp32, is asked computes of each context."""
+  steps = int(np.rint(np.float32(sparsity) * np.float32(_STEPS)))
+  wanted = (max(m - steps * m // _STEPS, 2) for m in context)
+  return [min(-(-n // bucket_multiple) * bucket_multiple, m) for n, m in zip(wanted, context)]
 
 
-class _View:
-  """Gates of packed tokens, block by block, and the attention scores that they are decided from."""
+def _descending(values_BxT: torch.Tensor) -> torch.Tensor:
+  """Positions from the largest value to the smallest, among equal ones the later first."""
+  order = torch.sort(values_BxT.flip(1), dim=1, descending=True, stable=True).indices
+  return values_BxT.shape[1] - 1 - order
 
-  def __init__(self, pruning: Artifact, tokens: Packed, schedule: torch.Tensor):
-    self.pruning, self.tokens, self.schedule = pruning, tokens, schedule.tolist()
+
+def select(margin_BxT: torch.Tensor, count: list[int], context: list[int], selection: str) -> torch.Tensor:
+  """Which context tokens (B,T) are computed: the `count` largest margins; the first and the last token always."""
+  t, m = torch.arange(margin_BxT.shape[1], device=margin_BxT.device)[None], margin_BxT.new_tensor(context)[:, None]
+  valid, forced = t < m, (t == 0) | (t == m - 1)
+  value = torch.where(forced, torch.inf, margin_BxT).masked_fill(~valid, -torch.inf)
+  chosen = t < margin_BxT.new_tensor(count)[:, None]
+  keep = valid & torch.zeros_like(valid).scatter(1, _descending(value), chosen.expand_as(valid))
+  return keep & ((margin_BxT > 0) | forced) if selection == "argmax" else keep
+
+
+class _Gates:
+  """Decides block by block which of the packed tokens are computed, and keeps the scores that this depends on.
+
+  There are two views. Each says how many tokens a token knows (`known_P`), its score and its rank among them, which
+  tokens its margins choose, and what it takes over from the attention of a block.
+  """
+
+  def __init__(self, pruning: Artifact, tokens: Packed, cache: PrunedCache, schedule: torch.Tensor, known_P):
+    self.routing, self.router, self.pruning = pruning.routing, pruning.router, pruning
+    self.tokens, self.cache, self.schedule, self.known_P = tokens, cache, schedule.tolist(), known_P.float()
     self.last_routed = max((i for i, s in enumerate(self.schedule) if s > 0), default=-1)
-    size = pruning.router["hidden_size"] if pruning.router["kind"] == "recurrent" else 0
-    self.state = torch.zeros(len(tokens.row_P), size, device=tokens.row_P.device)
-    self.frozen = None  # one-pass routing: what the gates of all later blocks are decided from
-    self.scored = bool({"score", "rank"} & set(pruning.router["factors"]))
-
-  def margin(self, block: int, x_PxD):
-    """Margins (P) in a block; None where nothing needs them."""
-    routed = self.schedule[block] > 0
-    if block == self.pruning.routing["one_pass_block"]:
-      self.frozen = x_PxD.clone()
-    if not routed and (self.pruning.router["kind"] != "recurrent" or block > self.last_routed):
-      return None
-    margin, self.state = self.pruning.margin(
-        block, self.factors(self.schedule[block]), x_PxD if self.frozen is None else self.frozen, self.state
-    )
-    return margin if routed else None
-
-  def stack(self, known_P, own_P, rank_P, position_P, sparsity) -> torch.Tensor | None:
-    """The named factors (P,F). known: tokens known to each; own: its score."""
-    make = {
-        "position": lambda: position_P / (known_P - 1).clamp(min=1),
-        "score": lambda: own_P * known_P / (1 + own_P * known_P),
-        "rank": lambda: rank_P / (known_P - 1).clamp(min=1),
-        "sparsity": lambda: torch.full_like(known_P, sparsity),
-    }
-    names = self.pruning.router["factors"]
-    return torch.stack([make[name]() for name in names], dim=-1) if names else None
+    self.scored = self.last_routed >= 0 and bool({"score", "rank"} & set(self.router["factors"]))
+    self.state_PxR = self.known_P.new_zeros(len(known_P), self.router["hidden_size"])
+    self.frozen_PxD = None  # one-pass routing: what the gates of all later blocks are decided from
 
   def observes(self, block: int) -> bool:
     """Whether a later decision reads the scores of this block."""
-    return self.scored and self.frozen is None and block < self.last_routed
-
-
-class _ContextView(_View):
-  """The prefill view: scores paid by the last context queries, ranks among the context tokens."""
-
-  def __init__(self, pruning: Artifact, tokens: Packed):
-    super().__init__(pruning, tokens, pruning.schedule)
-    self.score_BxT1 = torch.zeros(len(tokens.counts), max(tokens.counts) + 1, device=tokens.row_P.device)
-    self.least_LxB, self.keep_LxP = [], []
-
-  def factors(self, sparsity):
-    tokens, score_BxT = self.tokens, self.score_BxT1[:, :-1]
-    known_B = score_BxT.new_tensor(tokens.counts)
-    rank_P = None
-    if "rank" in self.pruning.router["factors"]:
-      past = torch.arange(score_BxT.shape[1], device=score_BxT.device)[None] >= known_B[:, None]
-      order = _descending(score_BxT.masked_fill(past, -torch.inf))
-      rank_P = tokens.unpad(order.argsort(dim=1)).float()
-    return self.stack(known_B[tokens.row_P], tokens.unpad(score_BxT), rank_P, tokens.position_P.float(), sparsity)
+    return self.scored and self.frozen_PxD is None and block < self.last_routed
 
   def decide(self, block: int, x_PxD) -> torch.Tensor | None:
     """Which tokens (P) are computed in a block; None: all."""
-    routing, context = self.pruning.routing, self.tokens.counts
-    margin_P, keep = self.margin(block, x_PxD), None
-    self.least_LxB.append(None)
-    if margin_P is not None:
-      margin_BxT = self.tokens.pad(margin_P, -torch.inf)
-      count = capacity(self.schedule[block], context, routing["bucket_multiple"])
-      keep = self.tokens.unpad(select(margin_BxT, count, context, routing["selection"]))
-      if routing["decode_sparsity"] and routing["decode_rule"] == "quantile":
-        count = capacity(float(self.pruning.decode_schedule[block]), context)
-        self.least_LxB[-1] = _nth_largest(margin_BxT, count)[1][:, 0]
-    self.keep_LxP.append(torch.ones_like(self.tokens.row_P, dtype=torch.bool) if keep is None else keep)
-    return keep
+    sparsity = self.schedule[block]
+    if block == self.routing["one_pass_block"]:
+      self.frozen_PxD = x_PxD.clone()
+    if not sparsity and (self.router["kind"] != "recurrent" or block > self.last_routed):
+      return None
+    x_PxD = x_PxD if self.frozen_PxD is None else self.frozen_PxD
+    margin_P, self.state_PxR = self.pruning.margin(block, self.factors(sparsity), x_PxD, self.state_PxR)
+    return self.choose(block, margin_P) if sparsity else None
 
-  def observe(self, index_K, some: Packed, q_BxHxKxN, query_BxK, slots: Slots, window: int) -> None:
-    """Writes the scores of a block that computed `some` tokens, which index_K chooses; None: all."""
-    size, counts, m = self.pruning.routing["score_window"], query_BxK.new_tensor(some.counts), self.tokens.counts
-    at_BxW = counts[:, None] - size + torch.arange(size, device=counts.device)[None]
-    exists_BxW, at_BxW = at_BxW >= 0, at_BxW.clamp(min=0)
-    query_BxW = query_BxK.gather(1, at_BxW)
-    weight_BxW = (exists_BxW & (query_BxW >= query_BxW.new_tensor(m)[:, None] - size)).float()
-    q = q_BxHxKxN.take_along_dim(at_BxW[:, None, :, None], dim=2)
-    k, _, key_BxS, _ = slots.parts
-    rows_BxWxS = attention_rows(q, k, visible(query_BxW, key_BxS, window))
-    score_BxS = (rows_BxWxS * weight_BxW[:, :, None]).sum(1) / weight_BxW.sum(1, keepdim=True).clamp(min=1)
-    self.score_BxT1.scatter_(1, slots.places(self.score_BxT1.shape[1] - 1), score_BxS)
+  def factors(self, sparsity: float) -> torch.Tensor:
+    """The router's factors (P,F)."""
+    known, others, names = self.known_P, (self.known_P - 1).clamp(min=1), self.router["factors"]
+    found = {"position": self.tokens.position_P / others, "sparsity": torch.full_like(known, sparsity)}
+    if self.scored:
+      score, rank = self.score_and_rank()
+      found |= {"score": score * known / (1 + score * known), "rank": rank / others}
+    return torch.stack([found[name] for name in names], dim=-1) if names else known.new_zeros(len(known), 0)
+
+  @staticmethod
+  def latest(table, slots: Slots, values, rows=slice(None)):
+    """A table of scores with new ones of those tokens that were computed in the block."""
+    places = torch.where(slots.kept_BxS, slots.position_BxS, table.shape[1])[rows]
+    return F.pad(table, (0, 1)).scatter(1, places, values)[:, :-1]
 
 
-class _NewestView(_View):
+class _ContextGates(_Gates):
+  """The prefill view: scores paid by the last context queries, ranks among the context tokens."""
+
+  def __init__(self, pruning: Artifact, tokens: Packed, cache: PrunedCache):
+    counts = torch.tensor(tokens.counts, device=tokens.row_P.device)
+    super().__init__(pruning, tokens, cache, pruning.schedule, counts[tokens.row_P])
+    self.score_BxT = tokens.pad(torch.zeros_like(self.known_P), -torch.inf)
+
+  def score_and_rank(self):
+    rank_BxT = _descending(self.score_BxT).argsort(dim=1)
+    return self.tokens.unpad(self.score_BxT), self.tokens.unpad(rank_BxT)
+
+  def choose(self, block: int, margin_P) -> torch.Tensor:
+    margin_BxT, context = self.tokens.pad(margin_P, -torch.inf), self.tokens.counts
+    if self.routing["decode_sparsity"] and self.routing["decode_rule"] == "quantile":
+      count = capacity(float(self.pruning.decode_schedule[block]), context)
+      last_B = torch.tensor(count, device=margin_P.device) - 1
+      self.cache.least_LxB[block] = margin_BxT.sort(descending=True).values.gather(1, last_B[:, None])[:, 0]
+    count = capacity(self.schedule[block], context, self.routing["bucket_multiple"])
+    return self.tokens.unpad(select(margin_BxT, count, context, self.routing["selection"]))
+
+  def observe(self, computed: Packed, q_KxHxN, slots: Slots, window: int) -> None:
+    late = computed.take(computed.of(self.tokens.position_P >= self.known_P - self.routing["score_window"]))
+    rows_BxWxS = attention_rows(late, late.of(q_KxHxN), slots, window)
+    counted_BxWx1 = late.pad(torch.ones_like(late.row_P))[:, :, None]
+    score_BxS = (rows_BxWxS * counted_BxWx1).sum(1) / counted_BxWx1.sum(1)
+    self.score_BxT = self.latest(self.score_BxT, slots, score_BxS)
+
+
+class _NewestGates(_Gates):
   """The causal view of continuation tokens: everything as it stands when the token is the newest."""
 
-  def __init__(self, pruning: Artifact, tokens: Packed, least_LxB: list, longest: int):
-    super().__init__(pruning, tokens, pruning.decode_schedule)
-    self.least_LxB = least_LxB
-    self.scored &= bool(pruning.routing["decode_sparsity"])
-    width = longest + 1 if self.scored else 0
-    self.seen_PxS1 = torch.zeros(len(tokens.row_P), width, device=tokens.row_P.device)
+  def __init__(self, pruning: Artifact, tokens: Packed, cache: PrunedCache):
+    super().__init__(pruning, tokens, cache, pruning.decode_schedule, tokens.position_P + 1)
+    self.seen_PxS = self.known_P.new_zeros(len(self.known_P), cache.longest if self.scored else 0)
 
-  def factors(self, sparsity):
-    position_P = self.tokens.position_P
-    own_P = rank_P = None
-    if self.scored:
-      own_P = self.seen_PxS1.gather(1, position_P[:, None])[:, 0]
-      before = torch.arange(self.seen_PxS1.shape[1], device=own_P.device)[None] < position_P[:, None]
-      rank_P = ((self.seen_PxS1 > own_P[:, None]) & before).sum(1).float()
-    return self.stack(position_P.float() + 1, own_P, rank_P, position_P.float(), sparsity)
+  def score_and_rank(self):
+    own_Px1 = self.seen_PxS.gather(1, self.tokens.position_P[:, None])
+    before_PxS = torch.arange(self.seen_PxS.shape[1], device=own_Px1.device) < self.tokens.position_P[:, None]
+    return own_Px1[:, 0], ((self.seen_PxS > own_Px1) & before_PxS).sum(1)
 
-  def decide(self, block: int, x_PxD) -> torch.Tensor | None:
-    routing = self.pruning.routing
-    margin_P = self.margin(block, x_PxD)
-    if margin_P is None:
-      return None
-    if routing["decode_rule"] == "quantile":
-      return margin_P >= self.least_LxB[block][self.tokens.row_P]
-    return torch.sigmoid(-margin_P) <= routing["decode_threshold"]
+  def choose(self, block: int, margin_P) -> torch.Tensor:
+    if self.routing["decode_rule"] == "quantile":
+      return margin_P >= self.cache.least_LxB[block][self.tokens.row_P]
+    return torch.sigmoid(-margin_P) <= self.routing["decode_threshold"]
 
-  def observe(self, index_K, some: Packed, q_BxHxKxN, query_BxK, slots: Slots, window: int) -> None:
-    k, _, key_BxS, _ = slots.parts
-    rows_KxS = some.unpad(attention_rows(q_BxHxKxN, k, visible(query_BxK, key_BxS, window)))
-    places_KxS = slots.places(self.seen_PxS1.shape[1] - 1)[some.row_P]
-    index = slice(None) if index_K is None else index_K
-    self.seen_PxS1[index] = self.seen_PxS1[index].scatter(1, places_KxS, rows_KxS)
+  def observe(self, computed: Packed, q_KxHxN, slots: Slots, window: int) -> None:
+    rows_KxS = computed.unpad(attention_rows(computed, q_KxHxN, slots, window))
+    seen_KxS = self.latest(computed.of(self.seen_PxS), slots, rows_KxS, computed.row_P)
+    self.seen_PxS = computed.put(self.seen_PxS, seen_KxS)
 
 
-# --- the model ------------------------------------------------------------------------------------------
-
-
-def _rope(x_PxHxN, cos_PxN, sin_PxN) -> torch.Tensor:
-  first, second = x_PxHxN.chunk(2, dim=-1)
-  return x_PxHxN * cos_PxN[:, None] + torch.cat((-second, first), dim=-1) * sin_PxN[:, None]
+def _rotated(attention, name: str, y_KxD, cos_KxN, sin_KxN) -> torch.Tensor:
+  """Queries (name q) or keys (k) of normed states, (K, heads, N), rope applied."""
+  x = getattr(attention, f"{name}_proj")(y_KxD).unflatten(-1, (-1, attention.head_dim))
+  if hasattr(attention, f"{name}_norm"):  # Qwen3
+    x = getattr(attention, f"{name}_norm")(x)
+  first, second = x.chunk(2, dim=-1)
+  return x * cos_KxN[:, None] + torch.cat((-second, first), dim=-1) * sin_KxN[:, None]
 
 
 class PrunedModel:
@@ -537,103 +493,81 @@ class PrunedModel:
         raise ValueError("A pruned model keeps its own cache; leave out past_key_values and cache_implementation.")
       cache = PrunedCache(batch, embeds.device)
     first = cache.columns == 0
-    mask = torch.ones(batch, columns, dtype=torch.bool, device=embeds.device)
+    present_BxC = torch.ones(batch, columns, dtype=torch.bool, device=embeds.device)
     if attention_mask is not None:
       if attention_mask.shape != (batch, cache.columns + columns):
         raise ValueError(f"attention_mask must have the shape {(batch, cache.columns + columns)}: all columns so far.")
-      mask = attention_mask[:, cache.columns :].to(embeds.device, torch.bool)
-    index_BxC = mask.cumsum(1) - 1
-    if first and position_ids is not None and not ((position_ids == index_BxC) | ~mask).all():
+      present_BxC = attention_mask[:, cache.columns :].to(embeds.device, torch.bool)
+    index_BxC, size_B = present_BxC.cumsum(1) - 1, present_BxC.sum(1)
+    if first and position_ids is not None and not ((position_ids == index_BxC) | ~present_BxC).all():
       raise ValueError("position_ids must count the tokens of each row; leave them out.")
-    size_B = mask.sum(1)
-    context_B = size_B if context_length is None else torch.as_tensor(context_length, device=mask.device).expand(batch)
-    if context_length is not None and not first:
+    if not first and context_length is not None:
       raise ValueError("context_length belongs to the first call; what follows a filled cache is continuation.")
+    context_B = size_B if context_length is None else torch.as_tensor(context_length, device=size_B.device)
     if first and not ((context_B >= 1) & (context_B <= size_B)).all():
       raise ValueError("Every row needs a context of at least one token and at most its length.")
-    wanted = torch.zeros(columns, dtype=torch.bool, device=mask.device)
+    context_BxC = present_BxC & (index_BxC < context_B.expand(batch)[:, None]) & first
+    wanted_C = torch.zeros(columns, dtype=torch.bool, device=embeds.device)
     kept_logits = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-    wanted[kept_logits] = True
+    wanted_C[kept_logits] = True
 
-    in_context = mask & (index_BxC < context_B[:, None]) if first else torch.zeros_like(mask)
-    hidden = embeds.clone()
-    for view, piece in (("context", in_context), ("newest", mask & ~in_context)):
-      counts = piece.sum(1).tolist()
-      if not any(counts):
-        continue
-      row_P, column_P = piece.nonzero(as_tuple=True)
-      start_B = cache.length_B - (index_BxC.masked_fill(~piece, columns).amin(1))
-      tokens = Packed(row_P, (start_B[:, None] + index_BxC)[row_P, column_P], counts)
-      cache.length_B = cache.length_B + piece.sum(1)
-      cache.longest += max(counts)
-      if view == "context":
-        view = _ContextView(self.pruning, tokens)
-      else:
-        view = _NewestView(self.pruning, tokens, cache.least_LxB, cache.longest)
-      hidden[row_P, column_P] = self._run(embeds[row_P, column_P], tokens, view, cache, wanted[column_P])
-      if isinstance(view, _ContextView):
-        cache.least_LxB = view.least_LxB
-        cache.keep_LxBxT = torch.stack([tokens.pad(keep_P, False) for keep_P in view.keep_LxP])
+    hidden, position_BxC = embeds.clone(), cache.length_B[:, None] + index_BxC
+    for piece_BxC, view in ((context_BxC, _ContextGates), (present_BxC & ~context_BxC, _NewestGates)):
+      counts = piece_BxC.sum(1).tolist()
+      if any(counts):
+        row_P, column_P = piece_BxC.nonzero(as_tuple=True)
+        tokens = Packed(row_P, position_BxC[row_P, column_P], counts)
+        cache.longest += max(counts)
+        gates = view(self.pruning, tokens, cache)
+        hidden[row_P, column_P] = self._run(embeds[row_P, column_P], tokens, gates, cache, wanted_C[column_P])
+    cache.length_B = cache.length_B + size_B
     cache.columns += columns
-    logits = self.lm_head(self.model.norm(hidden[:, kept_logits]))
-    loss = None
+    logits, loss = self.lm_head(self.model.norm(hidden[:, kept_logits])), None
     if labels is not None:
       loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size)
     use_cache = self.config.use_cache if use_cache is None else use_cache
     out = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache if use_cache else None)
     return out.to_tuple() if return_dict is False else out
 
-  def _run(self, x_PxD, tokens: Packed, view: _View, cache: PrunedCache, wanted_P) -> torch.Tensor:
+  def _run(self, x_PxD, tokens: Packed, gates: _Gates, cache: PrunedCache, wanted_P) -> torch.Tensor:
     """States that leave the last block, right where they are wanted; appends to the cache."""
     window = self.config.sliding_window if self.config.model_type == "mistral" else None
     window = window if window and cache.longest > window else 0
     evict = self.pruning.routing["kv_mode"] == "evict"
     cos, sin = (a[0] for a in self.model.rotary_emb(x_PxD[None], tokens.position_P[None]))
-    blocks = self.model.layers
+    first, blocks, routes = not cache.slots, self.model.layers, []
     for i, block in enumerate(blocks):
-      keep_P = view.decide(i, x_PxD)
-      index = None if keep_P is None else keep_P.nonzero()[:, 0]
-      attention = block.self_attn
-      heads = lambda y, norm: getattr(attention, norm, torch.nn.Identity())(y.unflatten(-1, (-1, attention.head_dim)))
+      attention, keep_P = block.self_attn, gates.decide(i, x_PxD)
+      computed = tokens if keep_P is None else tokens.take(keep_P)
+      keep_P = torch.ones_like(tokens.row_P, dtype=torch.bool) if keep_P is None else keep_P
+      routes.append(keep_P)
 
-      # Keys and values: of all tokens, or under `evict` of those kept.
-      keyed = index if evict else None
-      keyed_tokens = tokens if keyed is None else tokens.take(keyed)
-      at = lambda a: a if keyed is None else a[keyed]
-      y = block.input_layernorm(at(x_PxD))
-      k = _rope(heads(attention.k_proj(y), "k_norm"), at(cos), at(sin))
+      # Keys and values: of all tokens, or under `evict` of those computed.
+      keyed = computed if evict else tokens
+      y = block.input_layernorm(keyed.of(x_PxD))
+      k = _rotated(attention, "k", y, keyed.of(cos), keyed.of(sin))
       v = attention.v_proj(y).unflatten(-1, (-1, attention.head_dim))
-      swapped = lambda a: keyed_tokens.pad(a).transpose(1, 2)
-      kept = torch.ones_like(tokens.row_P, dtype=torch.bool) if keep_P is None else keep_P
-      new = Slots(
-          swapped(k), swapped(v), keyed_tokens.pad(keyed_tokens.position_P, EMPTY), keyed_tokens.pad(at(kept), False)
-      )
-      first = len(cache.slots) <= i
-      if first:
-        cache.slots.append(new)
-      else:
-        cache.slots[i] = cache.slots[i].append(new)
+      places = keyed.pad(keyed.position_P, EMPTY), keyed.pad(keyed.of(keep_P), False)
+      slots = cache.append(i, Slots(*(keyed.pad(a).transpose(1, 2) for a in (k, v)), *places))
 
-      # What is computed: the tokens kept; in the last block only where somebody reads the result.
+      # The last block is computed only where somebody reads the result.
       if i == len(blocks) - 1 and not wanted_P.all():
-        index = (kept & wanted_P).nonzero()[:, 0]
-      if index is not None and not len(index):
+        computed = tokens.take(keep_P & wanted_P)
+      if not len(computed.row_P):
         continue
-      whole = first and not window and index is not None and keyed is None and len(index) > _WHOLE * len(x_PxD)
-      asked = None if whole else index  # whose queries are computed
-      same = asked is keyed
-      some = keyed_tokens if same else tokens.take(asked)
-      pick = lambda a, chosen: a if chosen is None else a[chosen]
-      if not same:
-        y = y[asked] if keyed is None else block.input_layernorm(x_PxD[asked])
-      q_PxHxN = _rope(heads(attention.q_proj(y), "q_norm"), pick(cos, asked), pick(sin, asked))
-      padded = lambda: (some.pad(q_PxHxN).transpose(1, 2), some.pad(some.position_P))
-      attended = some.unpad(attend(*padded(), *cache.slots[i].parts[:3], window, first, same).transpose(1, 2))
+      share = len(computed.row_P) / len(x_PxD)
+      whole = first and not window and keyed is tokens and _WHOLE < share < 1
+      asked = tokens if whole else computed  # whose queries attend
+      if asked is not keyed:
+        y = asked.of(y) if keyed is tokens else block.input_layernorm(asked.of(x_PxD))
+      q = _rotated(attention, "q", y, asked.of(cos), asked.of(sin))
+      attended = attend(asked, q, slots, window, ordered=first, same=asked is keyed)
       if whole:
-        attended, some, q_PxHxN = attended[index], tokens.take(index), q_PxHxN[index]
-      if view.observes(i):
-        view.observe(index, some, *padded(), cache.slots[i], window)
-      y = pick(x_PxD, index) + attention.o_proj(attended.flatten(1))
-      y = y + block.mlp(block.post_attention_layernorm(y))
-      x_PxD = y if index is None else x_PxD.index_copy_(0, index, y)
+        attended, q = computed.of(attended), computed.of(q)
+      if gates.observes(i):
+        gates.observe(computed, q, slots, window)
+      y = computed.of(x_PxD) + attention.o_proj(attended.flatten(1))
+      x_PxD = computed.put(x_PxD, y + block.mlp(block.post_attention_layernorm(y)))
+    if first:
+      cache.keep_LxBxT = torch.stack([tokens.pad(keep_P, False) for keep_P in routes])
     return x_PxD
