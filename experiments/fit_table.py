@@ -2,6 +2,7 @@
 
   JAX_OPTIMIZATION_LEVEL=O0 python experiments/fit_table.py --out=docs/scaling   # compiles what is not there yet
   python experiments/fit_table.py --out=docs/scaling --print                     # the table of what is there
+  python experiments/fit_table.py --cost                                         # the cost model's table
 
 Needs libtpu (`pip install 'ftp-jax[tpu-check]'`) and no TPU. On two CPU cores a program takes about a minute.
 """
@@ -24,6 +25,10 @@ RUNS = (
     ("llama2-13b", "v6e:1x1", 1), ("llama2-13b", "v5e:8x8", 1), ("llama2-13b", "v5p:1x1x1", 8),
     ("llama2-13b", "v5e:2x2", 2), ("llama2-13b", "v5e:4x4", 4), ("llama2-13b", "v5p:2x2x1", 16),
     ("llama2-13b", "v6e:2x2", 4),
+)  # fmt: skip
+# Slice and mesh of the cost model's table, by the names they are rented under.
+SLICES = (
+    ("v5e-16", "v5e", (1, 16, 1)), ("v5e-16", "v5e", (4, 4, 1)), ("v5p-8", "v5p", (1, 4, 1)), ("v5p-8", "v5p", (4, 1, 1)),
 )  # fmt: skip
 MODELS = ("llama2-7b", "llama2-13b", "llama3-8b", "qwen1.5-7b")
 
@@ -77,11 +82,46 @@ def table(out: pathlib.Path) -> str:
   return "\n".join(lines)
 
 
+def cost_table() -> str:
+  """Markdown: a training step at T = 2048, and the run of `config.large_preset`, by `ftp_jax.fit.cost`."""
+  from ftp_jax.config import get_config, large_preset
+  from ftp_jax.fit import cost, topologies
+  from ftp_jax.models.architectures import architecture
+
+  run = cost.of_config(large_preset(get_config()))
+  lines = [
+      "| model | slice | mesh | step, T 2048: compute, memory, links | s a step | share of peak | run: scores | search "
+      "| training | minutes in all |",
+      "|---|---|---|---|---|---|---|---|---|---|",
+  ]
+  span = lambda terms, unit: f"{terms.overlapped / unit:.2f} to {terms.serial / unit:.2f}"
+  for model in MODELS:
+    for name, kind, sizes in SLICES:
+      slice_, config = cost.Slice(topologies.CHIPS[kind], *sizes), architecture(model)
+      if cost.parameters(config) * 2 / math.prod(sizes[1:]) > 0.8 * slice_.chip.hbm:
+        continue  # the weights alone leave too little room
+      step = cost.train_step(config, slice_, 8 * slice_.chips, 2048, 64)
+      parts = cost.run_terms(run, config, slice_, slice_.chips)
+      total = sum(parts.values(), cost.Terms())
+      cells = (
+          model, name, ",".join(map(str, sizes)),
+          f"{step.compute:.2f}, {step.memory:.2f}, {step.communication:.2f}", span(step, 1),
+          f"{step.compute / step.serial:.0%} to {step.compute / step.overlapped:.0%}",
+          *(span(terms, 60) for terms in parts.values()), span(total, 60),
+      )  # fmt: skip
+      lines.append("| " + " | ".join(cells) + " |")
+  return "\n".join(lines)
+
+
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument("--out", type=pathlib.Path, required=True)
+  parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("docs/scaling"))
   parser.add_argument("--print", action="store_true", dest="only_print")
+  parser.add_argument("--cost", action="store_true")
   arguments = parser.parse_args()
+  if arguments.cost:
+    print(cost_table())
+    return
   if not arguments.only_print:
     compile_all(arguments.out)
   print(table(arguments.out))
