@@ -101,7 +101,7 @@ def cost_table() -> str:
       if cost.parameters(config) * 2 / math.prod(sizes[1:]) > 0.8 * slice_.chip.hbm:
         continue  # the weights alone leave too little room
       step = cost.train_step(config, slice_, 8 * slice_.chips, 2048, 64)
-      parts = cost.run_terms(run, config, slice_, slice_.chips)
+      parts = cost.run_terms(run, config, slice_)
       total = sum(parts.values(), cost.Terms())
       cells = (
           model, name, ",".join(map(str, sizes)),

@@ -103,10 +103,7 @@ class Table:
         write_json(self.directory(method, sparsity, seed) / "quality.json", record | {"asked": sparsity, "seed": seed})
 
   def tasks(self) -> None:
-    lengths = tuple(map(int, _LENGTHS.value))
-    jobs = suite.plan(suite.Choice(tuple(_TASKS.value), _DATA.value, _LIMIT.value)) if _TASKS.value else []
-    if _RETRIEVAL.value:
-      jobs += suite.plan(suite.Choice(("retrieval",), limit=_RETRIEVAL.value, lengths=lengths))
+    jobs = jobs_of(_TASKS.value, _DATA.value, _LIMIT.value, _RETRIEVAL.value, list(map(int, _LENGTHS.value)))
     with tqdm.tqdm(self.cells, desc="tasks") as bar:
       for method, sparsity, seed in bar:
         bar.set_postfix_str(f"{method} S={sparsity:.2f} seed {seed}")
@@ -171,6 +168,12 @@ class Table:
         found = {record["method"]: record["speedup"] for record in read_json(path)["records"]}
         row["speedup"][context] = found.get(method)
     return row
+
+
+def jobs_of(tasks: list[str], data: str, limit: int, retrieval: int, lengths: list[int]) -> list[suite.Job]:
+  """What every cell is evaluated on; `retrieval` items of each length and depth, 0: none."""
+  jobs = suite.plan(suite.Suite(tuple(tasks), data, limit)) if tasks else []
+  return jobs + (suite.plan(suite.Suite(("retrieval",), limit=retrieval, lengths=tuple(lengths))) if retrieval else [])
 
 
 def chance(task: str, data: str) -> float:

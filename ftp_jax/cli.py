@@ -10,12 +10,15 @@ import pathlib
 import sys
 from collections.abc import Sequence
 
-from ftp_jax import launch
+from ftp_jax import distributed, launch
 from ftp_jax.errors import UserError
 
 _OVERRIDES = """\
 Every key of the config can be set: --config.train.steps=20 --config.sparsities="(0.3, 0.4)".
-Finished stages are not repeated; delete a stage's folder to have it run again."""
+Finished stages are not repeated; delete a stage's folder to have it run again.
+Several hosts: start the same command on each. SLURM, Open MPI and TPU pods are recognised; elsewhere give
+--coordinator=HOST:PORT --num-processes=N --process-id=I. The run directory must be one that all hosts share.
+Exit status: 0 done, 2 a mistake to mend, 75 another process was lost, 130 Ctrl-C, 143 SIGTERM (saved; go on later)."""
 _BENCHES = """\
 prefill    time to first token: dense, torch_dense (transformers) and ftp, in turns
 decode     tokens a second and size of the KV cache
@@ -37,30 +40,38 @@ tasks:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-  """Runs a command; returns the exit status: 1 for what does not fit, 2 for a user's mistake, 130 for Ctrl-C."""
+  """Runs a command; returns the exit status: 1 for what does not fit, 2 for a user's mistake, 130 for Ctrl-C, 143 for
+  SIGTERM."""
   os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # or it warns that torch, which we do not use, is missing
   parser = _parser()
   arguments, rest = parser.parse_known_args(argv)
+  saves = arguments.command is _stages or (arguments.command is _eval and arguments.json)
   try:
     return arguments.command(arguments, rest) or 0
-  except UserError as error:
-    print(f"ftp-jax: {' '.join(str(error).split())}", file=sys.stderr)
-    return 2
-  except OSError as error:  # a full or read-only disk, a path that is no directory
-    print(f"ftp-jax: {error.filename or 'a file'}: {error.strerror or error}; free space or choose another --workdir.",
-          file=sys.stderr)  # fmt: skip
-    return 2
-  except RuntimeError as error:  # jax reports memory by the text of its error alone
-    if "RESOURCE_EXHAUSTED" not in str(error):
+  except BaseException as error:
+    ending = outcome(error, saves)
+    if ending is None:
       raise
-    print("ftp-jax: the device is out of memory; lower train.batch, search.batch or evaluation.batch, or set "
-          "model.remat=full.", file=sys.stderr)  # fmt: skip
-    return 2
-  except KeyboardInterrupt:
-    saves = arguments.command is _stages or (arguments.command is _eval and arguments.json)
-    saved = "; the same command goes on from the last saved state" if saves else ""
-    print(f"\nftp-jax: stopped{saved}.", file=sys.stderr)
-    return 130
+    print(f"{'' if ending[0] == 2 else chr(10)}ftp-jax: {ending[1]}", file=sys.stderr)
+    return ending[0]
+
+
+def outcome(error: BaseException, saves: bool = True) -> tuple[int, str] | None:
+  """Exit status and sentence for what ended a command; None: a defect. `saves`: the command can go on."""
+  saved = "; the same command goes on from the last saved state" if saves else ""
+  if isinstance(error, UserError):
+    return 2, " ".join(str(error).split())
+  if isinstance(error, OSError):  # a full or read-only disk, a path that is no directory
+    reason = f"{error.filename or 'a file'}: {error.strerror or error}"
+    return 2, f"{reason}; free space or choose another --workdir."
+  if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in str(error):  # jax tells by the text alone
+    return 2, ("the device is out of memory; lower train.batch, search.batch or evaluation.batch, or set "
+               "model.remat=full.")  # fmt: skip
+  if isinstance(error, KeyboardInterrupt):
+    return 130, f"stopped{saved}."
+  if isinstance(error, distributed.Stopped):
+    return distributed.STOPPED, f"stopped by SIGTERM{saved}."
+  return None
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -95,6 +106,8 @@ def _parser() -> argparse.ArgumentParser:
         "(default: the config of the run directory, or else quickstart)",
     )  # fmt: skip
     stage.add_argument("--workdir", metavar="DIR", help="run directory (default: runs/<name of the config>)")
+    if name != "report":
+      launch.add_process_flags(stage)
     if name in ("run", "evaluate"):
       stage.add_argument("--json", metavar="FILE", help="also write machine, config, records and table to this file")
   export = add("export", "write an artifact for PyTorch, alone or with the weights of its base model", _export)
@@ -266,20 +279,26 @@ def _stages(arguments: argparse.Namespace, rest: list[str]) -> None:
   target = pathlib.Path(arguments.json) if "json" in arguments and arguments.json else None
   if target and not target.absolute().parent.is_dir():  # known now, not after an hour
     raise UserError(f"--json={target} lies in no existing directory; create {target.parent} first.")
+  with distributed.together(launch.processes(arguments), outcome):
+    _run_stages(arguments.name, config, workdir, target)
 
+
+def _run_stages(name: str, config, workdir: str, target: pathlib.Path | None) -> None:
   from ftp_jax import pipeline
 
   stages = pipeline.STAGES
-  if arguments.name == "report":
+  if name == "report":
     stages = ("report",)
-  elif arguments.name != "run":
-    stages = stages[: stages.index(arguments.name) + 1]
+  elif name != "run":
+    stages = stages[: stages.index(name) + 1]
   pipeline.run(config, workdir, stages)
 
   from ftp_jax import report
   from ftp_jax.report import tables
 
-  if arguments.name == "evaluate":
+  if not distributed.is_first():
+    return
+  if name == "evaluate":
     print(tables.format_table(report.results(workdir, config)["aggregated"]))
   if target:
     target.write_text(json.dumps(report.results(workdir, config), indent=2), encoding="utf-8")

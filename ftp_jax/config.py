@@ -18,6 +18,12 @@ def get_config() -> config_dict.ConfigDict:
   c.model.dtype = "float32"  # compute dtype of the blocks: float32 or bfloat16
   c.model.remat = "none"  # what backward passes recompute: none, dots or full
 
+  c.mesh = config_dict.ConfigDict()
+  c.mesh.data = 1  # replicas of the weights, over which batches and candidates are split; -1: all devices left
+  c.mesh.fsdp = 1  # parts of the weights, gathered block by block; batches are split over them as well
+  c.mesh.tensor = 1  # parts of heads, MLP and vocabulary
+  c.mesh.replicated_mib = 64  # weights that may lie whole on every device of a mesh, in MiB
+
   c.data = config_dict.ConfigDict()
   c.data.source = "embedded"  # embedded, prompts (JSONL), text (plain or JSONL documents) or hub
   c.data.path = ""  # file of `prompts` and `text`, name or name:subset of `hub`
@@ -114,6 +120,8 @@ def large_preset(config: config_dict.ConfigDict) -> config_dict.ConfigDict:
   config.sparsities = (0.22, 0.30, 0.40)
   config.model.dtype = "bfloat16"
   config.model.remat = "full"
+  config.mesh.fsdp = -1
+  config.train.batch = config.search.batch = config.evaluation.batch = 16  # rows for a slice of 16 chips
   config.data.source = "hub"
   config.data.path = "tatsu-lab/alpaca"
   config.data.max_context = 256

@@ -1,9 +1,10 @@
-"""Which config a command runs with: a run config by name or path, or the run directory's own, with overrides.
+"""How a command starts: its config (by name or path, or the run directory's own, with overrides) and its processes.
 
 The run configs of `experiments/configs` are installed as `ftp_jax/experiments/configs`, so that
 their names work from any directory.
 """
 
+import argparse
 import difflib
 import importlib.util
 import json
@@ -15,9 +16,37 @@ from ml_collections import ConfigDict
 from ml_collections.config_flags import config_flags
 
 from ftp_jax.config import get_config
+from ftp_jax.distributed import Launch
 from ftp_jax.errors import UserError
 
 DEFAULT = "quickstart"
+
+
+def add_process_flags(parser: argparse.ArgumentParser) -> None:
+  """Adds the flags that say how the processes of a run find each other."""
+  group = parser.add_argument_group("several hosts")
+  group.add_argument("--coordinator", metavar="HOST:PORT", help="address of process 0 and a port free there")
+  group.add_argument("--num-processes", type=int, metavar="N", help="how many processes start this command")
+  group.add_argument("--process-id", type=int, metavar="I", help="which of them this is, from 0")
+  group.add_argument(
+      "--distributed", default="auto", metavar="MODE", help="without these: auto (SLURM, Open MPI or TPU pod, if there "
+      "are several processes), on (whatever jax can find) or off (default: auto)",
+  )  # fmt: skip
+  for name, default, what in (
+      ("peer-timeout", Launch.peer_timeout, "of silence after which another process counts as lost and the run ends"),
+      ("start-timeout", Launch.start_timeout, "to wait for all processes at the start"),
+  ):
+    group.add_argument(f"--{name}", type=int, default=default, metavar="S", help=f"seconds {what} (default: {default})")
+
+
+def processes(arguments: argparse.Namespace) -> Launch:
+  """What the flags say; a command without them runs alone. Raises UserError if they contradict each other."""
+  if "distributed" not in arguments:
+    return Launch(mode="off")
+  return Launch(
+      arguments.coordinator, arguments.num_processes, arguments.process_id, arguments.distributed,
+      arguments.peer_timeout, arguments.start_timeout,
+  )
 
 
 def config_names() -> list[str]:

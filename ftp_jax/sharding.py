@@ -69,23 +69,28 @@ RULES = Rules(
 
 
 def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
-  """A mesh of all devices, or of those given; one of the sizes may be -1: what the others leave.
+  """A mesh over the first data * fsdp * tensor devices; one of the sizes may be -1: all that the others leave.
+
+  Args:
+    devices: of which; None: all of the run, and with several processes none may be left out.
 
   Raises:
-    UserError: the sizes do not fit the number of devices.
+    UserError: there are not so many devices.
   """
-  devices = jax.devices() if devices is None else list(devices)
+  found = jax.devices() if devices is None else list(devices)
   sizes = [data, fsdp, tensor]
-  known = math.prod(size for size in sizes if size != -1)
+  asked = f"A mesh of data={data}, fsdp={fsdp}, tensor={tensor}"
   if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
-    raise UserError(f"mesh sizes data={data}, fsdp={fsdp}, tensor={tensor} must be positive, and at most one -1.")
-  sizes = [len(devices) // known if size == -1 else size for size in sizes]
-  if math.prod(sizes) != len(devices):
+    raise UserError(f"{asked} makes no sense; set mesh.data, mesh.fsdp and mesh.tensor to positive numbers, one to -1.")
+  known = math.prod(size for size in sizes if size != -1)
+  sizes = [len(found) // known if size == -1 else size for size in sizes]
+  total = math.prod(sizes)
+  if not 0 < total <= len(found) or (devices is None and jax.process_count() > 1 and total < len(found)):
     raise UserError(
-        f"A mesh of data={data}, fsdp={fsdp}, tensor={tensor} does not use the {len(devices)} devices exactly; "
-        "change mesh.data, mesh.fsdp or mesh.tensor so that their product is that number."
+        f"{asked} does not fit the {len(found)} devices of this run; change mesh.data, mesh.fsdp or mesh.tensor, for "
+        "instance one of them to -1."
     )
-  return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+  return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3, devices=found[:total])
 
 
 def batch_parts(mesh: Mesh | None) -> int:
@@ -128,6 +133,8 @@ def place(params: Any, tree: Any, *logical: str | None) -> Any:
     sharding = named(mesh, names, np.shape(array))
     if logical.count("batch") and batch_parts(mesh) > 1 and not any(sharding.spec):
       raise ValueError(f"{batch_parts(mesh)} parts of the mesh do not divide a batch of shape {np.shape(array)}")
+    if isinstance(array, jax.Array) and jax.dtypes.issubdtype(array.dtype, jax.dtypes.prng_key):
+      return jax.random.wrap_key_data(place(params, np.asarray(jax.random.key_data(array)), *logical))
     if isinstance(array, jax.Array) and not array.is_fully_addressable:
       return jax.device_put(array, sharding)
     host = np.asarray(array)
@@ -214,7 +221,8 @@ def replicated_bytes(tree: Any) -> list[tuple[str, int]]:
   for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
     sharding = leaf.sharding
     if isinstance(sharding, NamedSharding) and sharding.mesh.size > 1 and sharding.is_fully_replicated:
-      found.append((jax.tree_util.keystr(path, simple=True, separator="/"), math.prod(leaf.shape) * leaf.dtype.itemsize))
+      size = math.prod(leaf.shape) * leaf.dtype.itemsize
+      found.append((jax.tree_util.keystr(path, simple=True, separator="/"), size))
   return sorted(found, key=lambda pair: -pair[1])
 
 

@@ -3,28 +3,68 @@
 A stage is a folder. When work begins it gets `settings.json` with every setting that the stage depends on,
 its own and those of the stages before it; when it is through, an empty `done`. So neither a finished nor
 an interrupted stage goes on with other settings.
+
+Of several processes only the first writes, and a stage begins and ends in all of them together.
 """
 
+import contextlib
+import errno
 import json
 import os
 import pathlib
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, BinaryIO
 
 import numpy as np
 
+from ftp_jax import distributed
 from ftp_jax.errors import UserError
 
 SETTINGS, DONE = "settings.json", "done"
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+@contextlib.contextmanager
+def writing(path: str | os.PathLike) -> Iterator[None]:
+  """Turns a full disk into a UserError that names `path`."""
+  try:
+    yield
+  except Exception as error:
+    # TensorStore, below Orbax, raises ValueError and keeps the reason in its text.
+    if getattr(error, "errno", None) not in _FULL and not any(os.strerror(code) in str(error) for code in _FULL):
+      raise
+    raise UserError(
+        f"There is no space left to write to {path}; free some and run again, the same command goes on from the last "
+        "saved state."
+    ) from error
+
+
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike) -> Iterator[BinaryIO]:
+  """A file that becomes `path` when the body ends; until then, and if it fails or is killed, the old one stays.
+
+  Raises UserError if the disk is full; what was written so far is removed then.
+  """
+  path = pathlib.Path(path)
+  temporary = path.with_name(path.name + ".tmp")
+  try:
+    with writing(path):
+      path.parent.mkdir(parents=True, exist_ok=True)
+      with temporary.open("wb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+      os.replace(temporary, path)
+  except BaseException:
+    temporary.unlink(missing_ok=True)
+    raise
 
 
 def write_json(path: str | os.PathLike, value: Any) -> None:
-  """Writes JSON atomically: a killed process leaves the old file or the new one."""
-  path = pathlib.Path(path)
-  path.parent.mkdir(parents=True, exist_ok=True)
-  temporary = path.with_name(path.name + ".tmp")
-  temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-  os.replace(temporary, path)
+  """Writes JSON atomically, in the first process: a killed process leaves the old file or the new one."""
+  if distributed.is_first():
+    with replacing(path) as file:
+      file.write((json.dumps(value, indent=1) + "\n").encode())
 
 
 def read_json(path: str | os.PathLike) -> Any:
@@ -36,13 +76,10 @@ def read_json(path: str | os.PathLike) -> Any:
 
 
 def save_arrays(path: str | os.PathLike, **arrays: np.ndarray) -> None:
-  """Writes named arrays to an .npz file, atomically and without pickle."""
-  path = pathlib.Path(path)
-  path.parent.mkdir(parents=True, exist_ok=True)
-  temporary = path.with_name(path.name + ".tmp")
-  with temporary.open("wb") as file:
-    np.savez(file, **arrays)
-  os.replace(temporary, path)
+  """Writes named arrays to an .npz file, in the first process, atomically and without pickle."""
+  if distributed.is_first():
+    with replacing(path) as file:
+      np.savez(file, **arrays)
 
 
 def load_arrays(path: str | os.PathLike) -> dict[str, np.ndarray]:
@@ -84,10 +121,25 @@ def check_stage(directory: pathlib.Path, settings: dict[str, Any]) -> None:
 
 
 def run_stage(directory: pathlib.Path, settings: dict[str, Any], work: Callable[[pathlib.Path], None]) -> None:
-  """Runs `work(directory)` unless the stage is done. Raises as `check_stage`."""
-  check_stage(directory, settings)
-  if (directory / DONE).exists():
+  """Runs `work(directory)` unless the stage is done. Raises as `check_stage`.
+
+  With several processes the first decides whether there is anything to do, and none goes on to what reads the
+  stage before all have finished it.
+  """
+
+  def begin() -> bytes:
+    check_stage(directory, settings)
+    if (directory / DONE).exists():
+      return b"done"
+    write_json(directory / SETTINGS, settings)
+    return b""
+
+  def end() -> None:
+    with writing(directory):
+      (directory / DONE).touch()
+
+  if distributed.from_first(begin):
     return
-  write_json(directory / SETTINGS, settings)
   work(directory)
-  (directory / DONE).touch()
+  distributed.barrier()
+  distributed.on_first(end)

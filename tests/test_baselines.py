@@ -270,6 +270,27 @@ def test_skipgpt_is_what_its_validation_saw(yardstick, trained, windows):
   assert record["cache_ratio"] == pytest.approx(1, abs=0.04) and record["perplexity"] > 1
 
 
+def test_an_interrupted_skipgpt_training_goes_on_to_the_same_router(model, calibration, trained, tmp_path, monkeypatch):
+  calibration = dataclasses.replace(calibration, steps=4, directory=tmp_path)
+  begun, indices_at = [], skipgpt.indices_at
+
+  def killed_at_the_last_step(size, batch, number, seed):
+    begun.append(number)
+    if begun == [0, 1, 2, 3]:
+      raise KeyboardInterrupt
+    return indices_at(size, batch, number, seed)
+
+  monkeypatch.setattr(skipgpt, "indices_at", killed_at_the_last_step)
+  with pytest.raises(KeyboardInterrupt):
+    baselines.build("skipgpt", model, 0.2, calibration)
+  done = baselines.build("skipgpt", model, 0.2, calibration)
+  assert begun == [0, 1, 2, 3, 3]  # the first three are not repeated
+  assert done.facts == trained["skipgpt"].facts
+  jax.tree.map(np.testing.assert_array_equal, done.arrays, trained["skipgpt"].arrays)
+  with pytest.raises(UserError, match="the batch was 2 when the training"):
+    baselines.build("skipgpt", model, 0.2, dataclasses.replace(calibration, batch=1))
+
+
 def test_skipgpt_gives_the_sparsity_to_the_smallest_margins(model, prompts):
   bias = np.full((BLOCKS, 2), 3.0)
   bias[2, 1], bias[4, 0], bias[1, 0] = -1.0, -0.5, 0.0

@@ -449,10 +449,12 @@ def test_the_numbers_of_a_run():
   assert run.searched == 40 + 24 * 20 + 40 + 16 * 20
   assert run.validated == 4 * 25 + 4 * 17
   slice_ = cost.Slice(CHIP, fsdp=4)
-  terms = cost.run_terms(run, TOY, slice_, 8)
-  assert terms["training"].compute == pytest.approx(
-      3 * (400 * cost.train_step(TOY, slice_, 8, 320, 64).compute + 16 * cost.forward(TOY, slice_, 64, 320, 64).compute)
-  )
-  row = cost.forward(TOY, slice_, 4, 320, 64).compute
-  assert terms["teacher and gate scores"].compute == pytest.approx(row * (16 + 16 + 256 * 5 + 16))
-  assert terms["search and fine-tuning"].compute == pytest.approx(3 * row * 16 * (run.searched + run.validated))
+  assert (run.search_batch, run.train_batch) == (16, 16)
+  terms = cost.run_terms(run, TOY, slice_)
+  once, one = cost.forward(TOY, slice_, 16, 320, 64), cost.train_step(TOY, slice_, 16, 320, 64)
+  # Sets of 64, 64, 1024 and 64 prompts are 4, 4, 64 and 4 batches; two draws are five passes.
+  for name in ("compute", "memory", "communication"):
+    of = lambda terms, name=name: getattr(terms, name)
+    assert of(terms["training"]) == pytest.approx(3 * (400 * of(one) + 16 * 4 * of(once)))
+    assert of(terms["teacher and gate scores"]) == pytest.approx(of(once) * (4 + 4 + 64 * 5 + 4))
+    assert of(terms["search and fine-tuning"]) == pytest.approx(3 * 4 * of(once) * (run.searched + run.validated))

@@ -21,9 +21,9 @@ from lm_eval.tasks._yaml_loader import load_yaml
 from ftp_jax import cli
 from ftp_jax.errors import UserError
 from ftp_jax.evaluation.harness import command, files, results, retrieval, suite, tasks
-from ftp_jax.evaluation.harness.adapter import EngineLM
+from ftp_jax.evaluation.harness.adapter import EngineLM, padding_for
 from ftp_jax.evaluation.harness.generation import read_options
-from ftp_jax.inference import Sampling
+from ftp_jax.inference import Sampling, programs
 from ftp_jax.routing.config import RoutingConfig
 from tests.test_data import byte_tokenizer
 from tests.test_inference import PLAIN, build, config, masked_logits
@@ -105,9 +105,9 @@ class Counting:
   def __init__(self, engine):
     self.model, self._engine, self.prefilled, self.scored = engine.model, engine, [], []
 
-  def prefill(self, prompts):
+  def prefill(self, prompts, padding):
     self.prefilled.append([len(p) for p in prompts])
-    return self._engine.prefill(prompts)
+    return self._engine.prefill(prompts, padding)
 
   def score(self, prefix, continuations, rows):
     self.scored.append([len(c) for c in continuations])
@@ -119,17 +119,39 @@ def test_contexts_are_prefilled_once_and_batched_by_length(engine):
   contexts = ["of nine__", "short", "also nine"]
   asked = [(context, choice) for choice in (" a", " bcd") for context in contexts]
   answers = ask(EngineLM(counting, batch_size=2, progress=False), "loglikelihood", *asked)
-  assert counting.prefilled == [[9, 9], [5]]
+  assert counting.prefilled == [[9, 9], [5, 5]]  # filled: one shape
   assert counting.scored == [[4, 4], [2, 2], [4, 2]]
   together = ask(EngineLM(engine, progress=False), "loglikelihood", *asked)
   np.testing.assert_allclose([t for t, _ in together], [t for t, _ in answers], atol=1e-4)
 
 
 def test_long_continuations_are_scored_a_few_at_a_time(engine, monkeypatch):
-  monkeypatch.setattr("ftp_jax.evaluation.harness.adapter._POSITIONS", 12)
+  monkeypatch.setattr("ftp_jax.evaluation.harness.adapter._POSITIONS", 20)
   counting = Counting(engine)
-  ask(EngineLM(counting, progress=False), "loglikelihood", *[("Hello", " " + "abcdefghi"[:n]) for n in (8, 5, 5, 3, 2)])
-  assert counting.prefilled == [[5]] and counting.scored == [[9], [6, 6], [4, 3]]
+  sizes = (12, 8, 5, 5, 3, 2)
+  ask(EngineLM(counting, progress=False), "loglikelihood", *[("Hello", " " + "abcdefghijkl"[:n]) for n in sizes])
+  assert counting.prefilled == [[5]] and counting.scored == [[13], [9, 6], [6, 4], [3, 3]]  # as 17, 9, 9, 9 positions
+
+
+def test_few_programs_serve_many_lengths_and_change_no_score(engine):
+  """Contexts of 20 to 64 tokens have two widths, continuations of 1 to 17 three; batches are filled."""
+  rng = np.random.default_rng(0)
+  text = lambda n: "".join(chr(c) for c in rng.integers(97, 123, n))
+  asked = [(text(m), " " + text(n - 1)) for m, n in zip(rng.integers(20, 65, 21), rng.integers(2, 18, 21))]
+  asked += [(context, " "[: 1 + n % 2] + "?" * (n % 2)) for n, (context, _) in enumerate(asked[:9])]
+  counts = lambda: np.array([programs.prefill._cache_size(), programs.score._cache_size()])
+  before = counts()
+  answers = ask(EngineLM(engine, batch_size=4, progress=False), "loglikelihood", *asked)
+  assert (counts() - before <= [2, 6]).all()
+  prefix = engine.prefill([encode(context) for context, _ in asked])
+  for (total, greedy), score in zip(answers, engine.score(prefix, [encode(c) for _, c in asked], range(len(asked)))):
+    np.testing.assert_allclose(total, score.total, atol=1e-5 * len(score.logprobs))
+    assert greedy == score.greedy
+
+
+def test_widths_are_finer_where_there_are_more_contexts_to_pad():
+  widths = lambda contexts: len({padding_for(contexts).context(n, 2048) for n in range(33, 65)})
+  assert [widths(contexts) for contexts in (1, 511, 512, 2048, 8192, 10**6)] == [1, 1, 2, 4, 8, 8]
 
 
 def test_contexts_that_are_too_long_lose_their_beginning(engine):

@@ -23,7 +23,7 @@ from ftp_jax.export import artifact as artifacts
 from ftp_jax.export.artifact import Artifact
 from ftp_jax.inference import Engine, Sampling, command, programs
 from ftp_jax.inference import engine as engine_module
-from ftp_jax.inference.engine import padded_length
+from ftp_jax.inference.padding import FINE, Padding
 from ftp_jax.inference.sampling import nucleus, sample
 from ftp_jax.models import decoder
 from ftp_jax.models.huggingface import fingerprint, save_params
@@ -418,14 +418,80 @@ def test_an_evicting_cache_is_as_small_as_its_plan():
   assert size("evict", (0.0, 0.5, 0.75, 0.99)) == 2 * (18 + 9 + 5 + 2) * a_slot
 
 
-def test_padded_lengths_are_few_and_waste_little():
+# --- padding -------------------------------------------------------------------------------------
+
+
+def test_fine_widths_are_few_and_waste_little():
   lengths = range(1, 5000)
-  padded = [padded_length(n, 4500) for n in lengths]
+  padded = [FINE.context(n, 4500) for n in lengths]
   assert all(n <= p for n, p in zip(lengths, padded)) and padded == sorted(padded)
   assert all(p <= 1.125 * n for n, p in zip(lengths, padded))
   assert all(p <= max(n, 4500) for n, p in zip(lengths, padded)) and padded[4499] == 4500
   for octave in range(12):
     assert len(set(padded[2**octave : 2 ** (octave + 1)])) <= 8  # lengths 2**octave + 1 to 2 * 2**octave
+  assert [FINE.continuation(n) for n in (1, 2, 3, 18, 20)] == [1, 2, 3, 19, 21]  # the last token is not run
+
+
+def test_coarse_widths_by_hand():
+  coarse, halves = Padding(1, 32, 8, 256), Padding(2, 32, 8, 256)
+  widths = lambda padding, most: sorted({padding.context(n, most) for n in range(1, most + 1)})
+  assert widths(coarse, 1100) == [32, 64, 128, 256, 512, 768, 1024, 1100]
+  assert widths(halves, 500) == [32, 48, 64, 96, 128, 192, 256, 384, 500]
+  assert sorted({coarse.continuation(n) for n in range(1, 600)}) == [1, 9, 17, 33, 65, 129, 257, 513, 769]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_neither_routes_nor_scores_depend_on_widths(case):
+  """Capacities follow from a row's own context, whatever the plan of its width reserves."""
+  engine = build(**CASES[case])
+  continuations, rows = prompts_of((5, 1, 12, 2), seed=1), [2, 0, 1, 0]
+  fine, coarse = engine.prefill(PROMPTS), engine.prefill(PROMPTS, Padding(2, 40, 20))
+  assert [prefix.groups[0].plan.num_positions for prefix in (fine, coarse)] == [18, 48]
+  routes, wide = (np.asarray(prefix.groups[0].prefilled.cache.keep_LxBxT) for prefix in (fine, coarse))
+  np.testing.assert_array_equal(wide, np.pad(routes, ((0, 0), (0, 0), (0, 30))))
+  for found, score in zip(engine.score(coarse, continuations, rows), engine.score(fine, continuations, rows)):
+    np.testing.assert_allclose(found.logprobs, score.logprobs, atol=1e-5)
+    assert found.greedy == score.greedy
+
+
+def test_one_width_is_one_program(engine):
+  padding = Padding(1, 32, 8)
+  counts = lambda: (programs.prefill._cache_size(), programs.score._cache_size())
+  engine.score(engine.prefill(prompts_of((33, 5)), padding), prompts_of((4, 2)), [0, 1])
+  before = counts()
+  for lengths, sizes in (((64, 1), (9, 1)), ((40, 40), (3, 8))):
+    engine.score(engine.prefill(prompts_of(lengths), padding), prompts_of(sizes), [1, 0])
+  assert counts() == before
+
+
+def test_continuations_share_programs_where_all_of_them_are_computed():
+  """Dense, pruned with every key and value kept, evicting by one schedule, and letting new tokens skip."""
+  project, evict = RoutingConfig("project"), RoutingConfig("evict")
+
+  def key(routing, **options):
+    """What chooses a compiled program besides shapes."""
+    spec, weights = build(routing=routing, **options).execution
+    spec, plan, weights = spec.continuing(spec.plan(weights, 18), weights)
+    return spec, plan, jax.tree.structure(weights)
+
+  dense, skipping = key(None), dataclasses.replace(project, decode_sparsity=0.4)
+  assert key(project) == key(project, schedule=(0.0, 0.3, 0.6, 0.9)) == dense
+  assert key(project, router=RouterConfig("per_block", hidden_states=True)) == dense
+  assert key(evict) == key(evict, router=RouterConfig("per_block")) != dense
+  assert key(evict, schedule=(0.0, 0.5, 0.75, 0.99)) not in (dense, key(evict))
+  assert key(skipping) != dense and key(skipping) != key(skipping, schedule=(0.0, 0.5, 0.75, 0.99))
+
+
+def test_of_equally_likely_tokens_the_first_is_the_greedy_one(engine):
+  (group,) = engine.prefill([PROMPTS[0]]).groups
+  logits = np.full((1, VOCABULARY), -1.0, np.float32)
+  logits[0, [5, 9]] = 2.0
+  tokens, row = np.array([[5], [9], [7]], np.int32), np.zeros(3, np.int32)
+  arguments = group.prefilled.cache, jnp.asarray(logits), row, tokens, np.ones(3, np.int32)
+  logprob, greedy = programs.score(*group.spec.continuing(group.plan, group.weights), *arguments)
+  assert greedy[:, 0].tolist() == [True, False, False]
+  expected = jax.nn.log_softmax(logits[0].astype(np.float64))[tokens[:, 0]]
+  np.testing.assert_allclose(logprob[:, 0], expected, atol=1e-6)
 
 
 # --- mistakes ----------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """The main table's arithmetic on hand-made cells."""
 
 import importlib.util
+import json
 import pathlib
 
 import pytest
@@ -48,6 +49,16 @@ def test_columns_that_nothing_fills_are_left_out(script):
   assert heading == "| method | S | KL | agreement % | achieved % | FLOPs saved % | KV bytes | speedup at 512 |"
   assert dense == "| dense | 0.00 | 0.000 | 100.0 | 0.0 | 0.0 | 1.00 | 1.00 |"
   assert late == "| late | 0.30 | 2.0e+05 | 100.0 | 30.0 | 30.0 | 1.00 | - |"
+
+
+def test_jobs_are_those_that_were_asked_for(script, tmp_path):
+  item = {"context": "Which is a metal?", "choices": ["wood", "iron"], "label": 1}
+  (tmp_path / "arc_easy.jsonl").write_text(json.dumps(item) + "\n")
+  both = script.jobs_of(["arc_easy"], str(tmp_path), 100, 2, [256, 512])
+  assert [(job.name, job.settings["limit"]) for job in both] == [("arc_easy", 100), ("retrieval", 2)]
+  assert both[1].settings["lengths"] == (256, 512)
+  assert [job.name for job in script.jobs_of([], str(tmp_path), 100, 2, [256])] == ["retrieval"]
+  assert [job.name for job in script.jobs_of(["arc_easy"], str(tmp_path), 100, 0, [])] == ["arc_easy"]
 
 
 def test_the_plot_is_drawn_with_and_without_tasks(script, tmp_path):

@@ -1,13 +1,17 @@
 """Schedules and their repair, the genetic algorithm, and the host loop."""
 
+import errno
 import itertools
 import json
+import os
+import signal
 
 from hypothesis import given, settings as hypothesis_settings, strategies as st
 import jax
 import numpy as np
 import pytest
 
+from ftp_jax import cli, distributed
 from ftp_jax.config import get_config
 from ftp_jax.errors import UserError
 from ftp_jax.search import genetic, loop, schedule
@@ -373,21 +377,85 @@ def test_changed_settings_are_refused(tmp_path, changed, name):
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "empty", "text", "missing array"])
-def test_damaged_state_is_named(tmp_path, damage):
-  search(tmp_path, num_generations=1)
-  path = tmp_path / loop.STATE_FILE
-  data = bytearray(path.read_bytes())
-  if damage == "missing array":
-    with np.load(path) as state:
-      arrays = {name: state[name] for name in state.files if name != "fitness_P"}
-    np.savez(path, **arrays)
-  elif damage == "flipped":
-    data[data.index(b"units_PxL") + 150] ^= 0xFF
-    path.write_bytes(data)
-  else:
-    path.write_bytes({"truncated": data[: len(data) // 2], "empty": b"", "text": b"not a state"}[damage])
-  with pytest.raises(UserError, match=f"{loop.STATE_FILE} is damaged; delete it"):
-    search(tmp_path, num_generations=2)
+def test_a_damaged_state_is_reported_and_the_one_before_it_used(tmp_path, capsys, damage):
+
+  def harm(path):
+    data = bytearray(path.read_bytes())
+    if damage == "missing array":
+      with np.load(path) as state:
+        arrays = {name: state[name] for name in state.files if name != "fitness_P"}
+      with open(path, "wb") as file:
+        np.savez(file, **arrays)
+    elif damage == "flipped":
+      data[data.index(b"units_PxL") + 150] ^= 0xFF
+      path.write_bytes(data)
+    else:
+      path.write_bytes({"truncated": data[: len(data) // 2], "empty": b"", "text": b"not a state"}[damage])
+
+  undisturbed = search(tmp_path / "undisturbed")
+  resumed, calls = tmp_path / "resumed", []
+  search(resumed, num_generations=3)
+  harm(resumed / loop.STATE_FILE)
+  counted = search(resumed, fitness=lambda s: calls.append(1) or cost(s))
+  assert "is damaged; going on from the one before it, of generation 2" in capsys.readouterr().err
+  assert len(calls) == 8 - 2
+  assert counted.units.tolist() == undisturbed.units.tolist() and counted[1:] == undisturbed[1:]
+  assert state_arrays(resumed) == state_arrays(tmp_path / "undisturbed")
+  assert (resumed / loop.METRICS_FILE).read_bytes() == (tmp_path / "undisturbed" / loop.METRICS_FILE).read_bytes()
+  # What was damaged must not have become the one before.
+  harm(resumed / loop.STATE_FILE)
+  assert search(resumed).history == undisturbed.history
+  harm(resumed / loop.STATE_FILE), harm(resumed / (loop.STATE_FILE + loop.state_lib.PREVIOUS))
+  with pytest.raises(UserError, match=f"{loop.STATE_FILE} is damaged; delete it and"):
+    search(resumed)
+
+
+def test_sigterm_stops_after_a_generation(tmp_path):
+  undisturbed = search(tmp_path / "undisturbed")
+  calls = []
+
+  def terminated(sparsity):
+    calls.append(1)
+    if len(calls) == 4:
+      os.kill(os.getpid(), signal.SIGTERM)
+    return cost(sparsity)
+
+  resumed = tmp_path / "resumed"
+  with pytest.raises(distributed.Stopped):
+    with distributed.together(distributed.Launch(mode="off"), cli.outcome):
+      search(resumed, fitness=terminated)
+  assert len(calls) == 4 and len(read_metrics(resumed)) == 3  # generation 0 takes two calls
+  assert search(resumed).history == undisturbed.history
+  assert state_arrays(resumed) == state_arrays(tmp_path / "undisturbed")
+
+
+def test_killed_between_the_two_files_of_a_save(tmp_path):
+  undisturbed = search(tmp_path / "undisturbed")
+  search(tmp_path / "resumed", num_generations=3)
+  (tmp_path / "resumed" / loop.STATE_FILE).unlink()
+  assert search(tmp_path / "resumed").history == undisturbed.history
+
+
+@pytest.mark.parametrize("call", [0, 1, 4, 5])
+def test_a_full_disk_is_one_sentence_and_costs_nothing_saved(tmp_path, monkeypatch, call):
+  undisturbed = search(tmp_path / "undisturbed")
+  real, calls = os.fsync, itertools.count()
+
+  def full(descriptor):
+    if next(calls) >= call:
+      raise OSError(errno.ENOSPC, "No space left on device")
+    real(descriptor)
+
+  resumed = tmp_path / "resumed"
+  with monkeypatch.context() as patch:
+    patch.setattr(os, "fsync", full)  # metrics, state 0, its copy, state 1, its copy, state 2
+    with pytest.raises(UserError, match="no space left to write to .*; free some and run again") as caught:
+      search(resumed)
+  assert "\n" not in str(caught.value) and not list(resumed.glob("*.tmp"))
+  calls = []
+  assert search(resumed, fitness=lambda s: calls.append(1) or cost(s)).history == undisturbed.history
+  assert len(calls) == {0: 10, 1: 10, 4: 7, 5: 7}[call]  # generation 0 takes two calls
+  assert state_arrays(resumed) == state_arrays(tmp_path / "undisturbed")
 
 
 def test_nan_is_worst(tmp_path):

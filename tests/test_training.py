@@ -5,6 +5,7 @@ import errno
 import functools
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
+from ftp_jax import cli, distributed
 from ftp_jax.data.prompts import Prompts
 from ftp_jax.errors import UserError
 from ftp_jax.models import decoder, scoring
@@ -367,13 +369,12 @@ t.train({str(tmp_path)!r}, validate=lambda router: time.sleep(600) if next(calls
   try:
     deadline = time.monotonic() + 240
     metrics = tmp_path / "metrics.jsonl"
-    while not (metrics.exists() and '"step": 15' in metrics.read_text()):
+    while not (metrics.exists() and '"step": 15' in metrics.read_text() and saved_steps(tmp_path) == [6, 12]):
       assert process.poll() is None and time.monotonic() < deadline
       time.sleep(0.1)
   finally:
     process.send_signal(signal.SIGKILL)
     process.wait()
-  assert saved_steps(tmp_path) == [6, 12]
   (tmp_path / "checkpoints" / "18.orbax-checkpoint-tmp" / "arrays").mkdir(parents=True)  # a save cut short
   check_equal(tmp_path, train(tmp_path), undisturbed)
 
@@ -461,6 +462,83 @@ def test_a_full_disk_is_one_sentence_and_training_goes_on_with_space(where, tmp_
       train(tmp_path)
     assert "\n" not in str(caught.value)
   check_equal(tmp_path, train(tmp_path), undisturbed)
+
+
+def test_a_disk_that_fills_up_behind_the_training_is_told_and_costs_nothing_saved(tmp_path):
+  """The files of a checkpoint are too large for the limit; those of the metrics are not."""
+  config = RouterConfig(hidden_size=1024)
+  arguments = dict(spec=dataclasses.replace(SPEC, router=config), router_params=new_router(config))
+  soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+  calls = iter(range(99))
+
+  def filling(_):
+    if next(calls) == 1:  # after 8 steps
+      while saved_steps(tmp_path) != [0, 6]:
+        time.sleep(0.01)
+      resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    return 0.0
+
+  try:
+    with pytest.raises(UserError, match="no space left to write to .*checkpoints; free some and run again") as caught:
+      train(tmp_path, validate=filling, **arguments)
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+  assert "\n" not in str(caught.value)
+  assert saved_steps(tmp_path) == [0, 6]
+  train(tmp_path, validate=lambda _: 0.0, **arguments)
+  assert saved_steps(tmp_path) == [18, 24]
+  assert [line["step"] for line in lines(tmp_path) if "loss" in line] == list(range(24))
+
+
+def test_sigterm_saves_and_the_training_goes_on_bit_for_bit(tmp_path, undisturbed):
+  calls = iter(range(99))
+
+  def terminated(router):
+    if next(calls) == 1:  # after 8 steps
+      os.kill(os.getpid(), signal.SIGTERM)
+    return stand_in(router)
+
+  with pytest.raises(distributed.Stopped):
+    with distributed.together(distributed.Launch(mode="off"), cli.outcome):
+      train(tmp_path, validate=terminated)
+  assert saved_steps(tmp_path) == [6, 9]
+  assert [line["step"] for line in lines(tmp_path) if "loss" in line] == list(range(9))
+  check_equal(tmp_path, train(tmp_path), undisturbed)
+
+
+def test_a_checkpoint_is_restored_to_the_bit_on_another_mesh(tmp_path, monkeypatch):
+  mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 3)
+  spread = lambda p: jax.device_put(p, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
+  one, many = frozen_params(CONFIG), jax.tree.map(spread, frozen_params(CONFIG))
+
+  def first_state(directory, params):
+    """The state that a resumed training starts from."""
+    seen = []
+
+    def spy(spec, params, state, *_):
+      seen.append((state, checkpoint.to_host(state)))
+      raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+      patch.setattr(step, "jitted_step", spy)
+      train(directory, params=params)
+    return seen[0]
+
+  def until(directory, params, call):
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+      patch.setattr(step, "jitted_step", killing(step.jitted_step, call))
+      train(directory, params=params)
+    return max(saved_steps(directory))
+
+  assert until(tmp_path, one, 9) == 6
+  _, on_one = first_state(tmp_path, one)
+  placed, on_many = first_state(tmp_path, many)
+  assert {len(leaf.sharding.device_set) for leaf in jax.tree.leaves(placed)} == {8}
+  assert same(on_one, on_many) and on_one.step == 6
+  assert until(tmp_path, many, 8) == 12  # goes on there, is saved, and comes back
+  _, back = first_state(tmp_path, one)
+  _, there = first_state(tmp_path, many)
+  assert same(back, there) and back.step == 12 and not same(back.router, on_one.router)
 
 
 def test_lost_metrics_are_reported_and_training_goes_on(tmp_path, monkeypatch, capsys):

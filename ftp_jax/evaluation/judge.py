@@ -125,7 +125,7 @@ class Judge:
     params = self.model.params
     with sharding.over(params):
       return _quality(
-          self.model.config, self.routing, params, router, sharding.place(params, rows, "batch"), self._teacher[i],
-          np.asarray(schedules_PxL, np.float32), entry,
+          self.model.config, self.routing, params, sharding.place(params, router),
+          sharding.place(params, rows, "batch"), self._teacher[i], np.asarray(schedules_PxL, np.float32), entry,
           num_scored=self.num_scored, start=start, dtype=self.model.dtype,
       )

@@ -71,8 +71,8 @@ def routed_perplexity(
     rows = rows._replace(length=np.where(weight > 0, rows.length, 1).astype(np.int32))
     with sharding.over(model.params):
       nll, kept = _routed(
-          model.config, routing, model.params, router, sharding.place(model.params, rows, "batch"),
-          np.asarray(schedule_L, np.float32), dtype=model.dtype,
+          model.config, routing, model.params, sharding.place(model.params, router),
+          sharding.place(model.params, rows, "batch"), np.asarray(schedule_L, np.float32), dtype=model.dtype,
       )
     total, computed = total + float(nll), computed + int(kept) - int((weight == 0).sum()) * model.config.num_blocks
   return perplexity_of(total, windows), 1 - computed / (model.config.num_blocks * int(np.sum(windows.length)))

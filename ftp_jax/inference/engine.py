@@ -23,6 +23,7 @@ from ftp_jax.errors import UserError
 from ftp_jax.export.artifact import Artifact
 from ftp_jax.export.artifact import load as load_artifact
 from ftp_jax.inference import programs
+from ftp_jax.inference.padding import FINE, Padding, power_of_two, room
 from ftp_jax.inference.programs import Execution, Spec, Stream, Weights
 from ftp_jax.inference.sampling import Sampling
 from ftp_jax.models import kernels
@@ -78,10 +79,11 @@ class Group:
 
 @dataclasses.dataclass(frozen=True)
 class Prefix:
-  """Prefilled prompts; may be continued any number of times."""
+  """Prefilled prompts; may be continued any number of times. padding: also of the continuations that are scored."""
 
   lengths: tuple[int, ...]
   groups: tuple[Group, ...]
+  padding: Padding = FINE
 
   @property
   def cache_bytes(self) -> int:
@@ -203,8 +205,11 @@ class Engine:
       return False
     return self.fallback == "never" or self.crossover is None or length >= self.crossover
 
-  def prefill(self, prompts: Sequence[Sequence[int]]) -> Prefix:
+  def prefill(self, prompts: Sequence[Sequence[int]], padding: Padding = FINE) -> Prefix:
     """Runs prompts through the model: those pruned and those computed densely as one batch each.
+
+    Args:
+      padding: widths that are compiled, see `inference.padding`; results do not depend on it.
 
     Raises:
       UserError: a prompt is empty, or longer than the model's positions, or holds an id that is no token.
@@ -214,11 +219,11 @@ class Engine:
     for pruned, execution in ((True, self.execution), (False, self._dense)):
       index = tuple(i for i, prompt in enumerate(prompts) if self.prunes(len(prompt)) == pruned)
       if index:
-        groups.append(self._prefill(*execution, index, [prompts[i] for i in index]))
-    return Prefix(tuple(map(len, prompts)), tuple(groups))
+        groups.append(self._prefill(*execution, index, [prompts[i] for i in index], padding))
+    return Prefix(tuple(map(len, prompts)), tuple(groups), padding)
 
-  def _prefill(self, spec: Spec, weights: Weights, index, prompts) -> Group:
-    length = padded_length(max(map(len, prompts)), self.model.config.max_positions)
+  def _prefill(self, spec: Spec, weights: Weights, index, prompts, padding: Padding) -> Group:
+    length = padding.context(max(map(len, prompts)), self.model.config.max_positions)
     plan = spec.plan(weights, length, self.max_buckets, None if spec is self._dense.spec else self.buckets)
     tokens = np.zeros((len(prompts), length), np.int32)
     for row, prompt in zip(tokens, prompts):
@@ -273,7 +278,7 @@ class Engine:
     seed_B = jnp.asarray([(seed + i) % 2**32 for i in group.index], jnp.uint32)
     token_B, done_B = programs.first_token(sampling, group.prefilled.logits_BxV, seed_B, stop_K)
     state = Stream(
-        token_B, done_B, empty_recent(spec.model, batch, _room(max_new_tokens), spec.dtype), jnp.ones((), jnp.int32)
+        token_B, done_B, empty_recent(spec.model, batch, room(max_new_tokens), spec.dtype), jnp.ones((), jnp.int32)
     )
     new: list[list[int]] = [[] for _ in range(batch)]
     ended = [False] * batch
@@ -336,18 +341,16 @@ class Engine:
       if not chosen:
         continue
       # Filled up to a power of two: few shapes to compile.
-      filled = chosen + chosen[:1] * (_power_of_two(len(chosen)) - len(chosen))
-      width = padded_length(max(len(continuations[i]) for i in chosen), self.model.config.max_positions)
+      filled = chosen + chosen[:1] * (power_of_two(len(chosen)) - len(chosen))
+      width = context.padding.continuation(max(len(continuations[i]) for i in chosen))
       tokens = np.zeros((len(filled), width), np.int32)
       length = np.array([len(continuations[i]) for i in filled], np.int32)
       for row, i in zip(tokens, filled):
         row[: len(continuations[i])] = continuations[i]
       of_group = np.array([group.index.index(rows[i]) for i in filled], np.int32)
-      spec = group.spec
       logprob, greedy = jax.device_get(programs.score(
-          spec, group.plan, group.weights, group.prefilled.cache.rows(of_group),
-          empty_recent(spec.model, len(filled), max(width - 1, 1), spec.dtype), group.prefilled.logits_BxV[of_group],
-          tokens, length,
+          *group.spec.continuing(group.plan, group.weights), group.prefilled.cache, group.prefilled.logits_BxV,
+          of_group, tokens, length,
       ))  # fmt: skip
       for n, i in enumerate(chosen):
         size = len(continuations[i])
@@ -415,19 +418,3 @@ def _check_options(dtype: str, fallback: str, attention: str) -> None:
     if value not in known:
       raise UserError(f"{name}={value!r} is unknown; choose one of {', '.join(known)}.")
   kernels.check_runs(attention, kernels.backend_name())
-
-
-def padded_length(length: int, most: int) -> int:
-  """`length` rounded up to a sixteenth of the power of two above it: eight shapes an octave to compile, 1/8 waste."""
-  step = max(1, _power_of_two(length) // 16)
-  return max(length, min(-(-length // step) * step, most))
-
-
-def _room(tokens: int) -> int:
-  """Slots for new tokens: powers of two from 16 on, so that few programs are compiled."""
-  return max(16, _power_of_two(tokens))
-
-
-def _power_of_two(n: int) -> int:
-  """The smallest one that is at least n."""
-  return 1 << (n - 1).bit_length()

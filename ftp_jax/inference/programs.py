@@ -17,8 +17,8 @@ import numpy as np
 from ftp_jax.inference.sampling import Sampling, sample
 from ftp_jax.models import decoder
 from ftp_jax.models.config import ModelConfig
-from ftp_jax.routing import bucketed, decode
-from ftp_jax.routing.cache import Cache, Recent
+from ftp_jax.routing import bucketed, decode, routers
+from ftp_jax.routing.cache import Cache, Recent, empty_recent
 from ftp_jax.routing.config import RoutingConfig
 from ftp_jax.routing.plan import MAX_BUCKETS, Plan, make_plan
 from ftp_jax.routing.routers import Router
@@ -57,6 +57,18 @@ class Spec:
     return decode.extend(
         self.model, self.routing, plan, *weights[:2], cache, recent, tokens_BxC, weights.schedule_L, dtype=self.dtype
     )
+
+  def continuing(self, plan: Any, weights: Weights) -> tuple["Spec", Any, Weights]:
+    """Of all (spec, plan, weights) that extend a cache alike, one, so that they share its compiled programs.
+
+    Where every continuation token is computed, its router and KV mode do not matter, and of the plan no more than how
+    many slots the blocks have: under `project` a pruned model continues with the programs of the dense one.
+    """
+    if self.routing.decode_sparsity and weights.router.kind != "static":
+      return self, plan, weights
+    bodies = tuple((slots, False) for slots in sorted(set(plan.cache_slots)))
+    plan = Plan(plan.num_positions, bodies, tuple(bodies.index((n, False)) for n in plan.cache_slots), evict=True)
+    return dataclasses.replace(self, routing=RoutingConfig()), plan, weights._replace(router=routers.STATIC)
 
 
 class Execution(NamedTuple):
@@ -140,18 +152,27 @@ def continuation_logits(
 
 
 @functools.partial(jax.jit, static_argnames=("spec", "plan"))
-def score(spec: Spec, plan: Plan, weights: Weights, cache: Cache, recent: Recent, logits_BxV, tokens_BxC, length_B):
+def score(spec: Spec, plan: Plan, weights: Weights, cache: Cache, logits_BxV, row_R, tokens_RxC, length_R):
   """Log-probabilities of continuations, teacher forced.
 
   Args:
-    logits_BxV: after each row's context.
-    tokens_BxC: right-padded continuations.
-    length_B: their lengths, at least 1.
+    logits_BxV: after each context.
+    row_R: the context, a row of the cache, that each continuation follows.
+    tokens_RxC: right-padded continuations.
+    length_R: their lengths, at least 1.
 
   Returns:
-    (logprob_BxC, greedy_BxC): of each token, and whether it was the most likely; 0 and False at padding.
+    (logprob_RxC, greedy_RxC): of each token, and whether it was the most likely; 0 and False at padding.
   """
-  logits = continuation_logits(spec, plan, weights, cache, recent, logits_BxV, tokens_BxC)
-  valid = jnp.arange(tokens_BxC.shape[1])[None] < length_B[:, None]
-  logprob = jnp.take_along_axis(jax.nn.log_softmax(logits), tokens_BxC[:, :, None], axis=2)[..., 0]
-  return jnp.where(valid, logprob, 0.0), valid & (jnp.argmax(logits, axis=-1) == tokens_BxC)
+  recent = empty_recent(spec.model, len(row_R), max(tokens_RxC.shape[1] - 1, 1), spec.dtype)
+  logits = continuation_logits(
+      spec, plan, weights, cache.rows(row_R), recent, jnp.take(logits_BxV, row_R, axis=0), tokens_RxC
+  )
+  # In sums and comparisons that need no array of the logits' size; argmax and log_softmax take three times as long.
+  own = jnp.take_along_axis(logits, tokens_RxC[:, :, None], axis=2)
+  top = jnp.max(logits, axis=-1, keepdims=True)
+  logprob = (own - top)[..., 0] - jnp.log(jnp.sum(jnp.exp(logits - top), axis=-1))
+  later = jnp.arange(logits.shape[-1])[None, None] >= tokens_RxC[:, :, None]  # of equal logits the first counts
+  greedy = jnp.all((logits < own) | ((logits == own) & later), axis=-1)
+  valid = jnp.arange(tokens_RxC.shape[1])[None] < length_R[:, None]
+  return jnp.where(valid, logprob, 0.0), valid & greedy

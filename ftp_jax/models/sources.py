@@ -5,12 +5,15 @@ import hashlib
 import os
 import pathlib
 import re
+import socket
 from typing import Any
 
 import huggingface_hub
+import jax
 import jax.numpy as jnp
 import transformers
 
+from ftp_jax import distributed
 from ftp_jax.errors import UserError
 from ftp_jax.models.config import ModelConfig
 from ftp_jax.models.fetch import KNOWN, cache_root, fetch
@@ -36,15 +39,35 @@ class Model:
 def resolve(source: str, cache_dir: str | os.PathLike | None = None) -> pathlib.Path:
   """Local Hugging Face directory of a model source; fetches or converts it where needed.
 
+  Of several processes (jax.distributed) only process 0 fetches or converts. The others wait for it, then look in
+  their own file system: it has to be shared between hosts, or each host has to hold the model before the run.
+
   Args:
     source: known name, existing directory, existing `.gguf` file, or hub id `org/name`.
     cache_dir: see `fetch.cache_root`; hub models stay in the hub's own cache.
 
   Raises:
-    UserError: the source is none of these or cannot be had.
+    UserError: the source is none of these or cannot be had; process 0 had that error; or this process does not find
+      what process 0 has.
   """
+  found = []
+  distributed.on_first(lambda: found.append(_resolve(source, cache_dir)))
+  if found:
+    return found[0]
+  try:
+    return _resolve(source, cache_dir, get=False)
+  except UserError as error:
+    raise UserError(
+        f"process {jax.process_index()} ({socket.gethostname()}) does not find {source!r}, which process 0 has; "
+        "let FTP_JAX_CACHE or HF_HOME name a directory that all hosts share, or fetch the model on each host before "
+        "the run."
+    ) from error
+
+
+def _resolve(source: str, cache_dir: str | os.PathLike | None, get: bool = True) -> pathlib.Path:
+  """`resolve` for this process alone. With `get` false nothing is fetched or converted: UserError where it is not."""
   if source in KNOWN:
-    return fetch(source, cache_dir)
+    return fetch(source, cache_dir) if get else _present(cache_root(cache_dir) / source)
   path = pathlib.Path(source).expanduser()
   if source and path.is_dir():
     return path
@@ -52,8 +75,9 @@ def resolve(source: str, cache_dir: str | os.PathLike | None = None) -> pathlib.
     with path.open("rb") as file:
       digest = hashlib.file_digest(file, "sha256").hexdigest()[:16]
     directory = cache_root(cache_dir) / f"gguf-{digest}"
-    convert_gguf(path, directory)
-    return directory
+    if get:
+      convert_gguf(path, directory)
+    return _present(directory)
   if path.exists() or path.suffix == ".gguf" or not _HUB_ID.fullmatch(source):
     raise UserError(
         f"{source!r} is no model source; pass a known name ({', '.join(sorted(KNOWN))}), an existing Hugging Face "
@@ -61,7 +85,9 @@ def resolve(source: str, cache_dir: str | os.PathLike | None = None) -> pathlib.
     )
   try:
     # Subfolders hold other formats of the same weights.
-    found = huggingface_hub.snapshot_download(source, allow_patterns=_HUB_FILES, ignore_patterns="*/*")
+    found = huggingface_hub.snapshot_download(
+        source, allow_patterns=_HUB_FILES, ignore_patterns="*/*", local_files_only=not get
+    )
   except Exception as error:  # the hub client raises its own, httpx's and the system's
     reason = " ".join(str(error).split())[:160]
     raise UserError(
@@ -71,6 +97,12 @@ def resolve(source: str, cache_dir: str | os.PathLike | None = None) -> pathlib.
   return pathlib.Path(found)
 
 
+def _present(directory: pathlib.Path) -> pathlib.Path:
+  if not directory.is_dir():
+    raise UserError(f"{directory} does not exist; fetch the model first.")
+  return directory
+
+
 def load_model(source: str, dtype: str = "float32", shardings: Any = None) -> Model:
   """Loads a model from any source.
 
@@ -78,7 +110,8 @@ def load_model(source: str, dtype: str = "float32", shardings: Any = None) -> Mo
     source: see `resolve`.
     dtype: of the parameters, "float32" or "bfloat16".
     shardings: tree of shardings like the parameters, or a function that makes it from the
-      `ModelConfig`; None: all on the default device.
+      `ModelConfig`; None: all on the default device. Of several processes each reads and holds only the shards of
+      its own devices; without shardings each holds the whole model.
 
   Raises:
     UserError: the source, the weights or the tokenizer are unusable.

@@ -59,6 +59,16 @@ def check_config(config) -> None:
     raise UserError("data.chat=True needs prompts; set data.source='prompts' or 'hub', or data.chat=False.")
 
 
+def check_batches(config, parts: int) -> None:
+  """Raises UserError for a batch that the mesh cannot split into equal parts."""
+  for section, key in (("train", "batch"), ("search", "batch"), ("evaluation", "batch")):
+    if config[section][key] % parts:
+      raise UserError(
+          f"{section}.{key}={config[section][key]} must be a multiple of mesh.data * mesh.fsdp = {parts}; change it or "
+          "the mesh."
+      )
+
+
 def digest(path: str) -> str:
   """Hash (12 hex digits) of a file's content; empty where there is no such file."""
   if not os.path.isfile(path):

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import tqdm
 
+from ftp_jax import distributed, sharding
 from ftp_jax.data.prompts import Prompts, take
 from ftp_jax.data.sources import load_splits
 from ftp_jax.data.windows import perplexity_windows
@@ -27,6 +28,7 @@ from ftp_jax.errors import UserError
 from ftp_jax.evaluation import methods, redundancy
 from ftp_jax.evaluation.judge import Frozen, Judge
 from ftp_jax.export import artifact as artifact_lib
+from ftp_jax.models.decoder import param_shardings
 from ftp_jax.models.huggingface import fingerprint
 from ftp_jax.models.sources import DTYPES, Model, load_model
 from ftp_jax.pipeline import checks
@@ -54,7 +56,8 @@ def run(config: Any, workdir: str, stages: tuple[str, ...] = STAGES) -> None:
   pipeline = _Pipeline(config, pathlib.Path(workdir))
   if stages == ("report",) and not pipeline.workdir.is_dir():
     raise UserError(f"{workdir} does not exist; give the --workdir of an evaluated run.")
-  pipeline.check()
+  checks.check_batches(config, sharding.batch_parts(pipeline.mesh))  # all processes meet where the devices are found
+  distributed.on_first(pipeline.check)
   write_json(pipeline.workdir / "config.json", json.loads(config.to_json()))
   for stage in STAGES:
     if stage in stages:
@@ -134,7 +137,20 @@ class _Pipeline:
 
   @functools.cached_property
   def model(self) -> Model:
-    return load_model(self.config.model.source, self.config.model.dtype)
+    mesh = self.mesh
+    if mesh is None:
+      return load_model(self.config.model.source, self.config.model.dtype)
+    shardings = functools.partial(param_shardings, mesh)
+    model = load_model(self.config.model.source, self.config.model.dtype, shardings)
+    sharding.check_replication(model.params, self.config.mesh.replicated_mib * 2**20)
+    return model
+
+  @functools.cached_property
+  def mesh(self) -> jax.sharding.Mesh | None:
+    """The mesh of this run; None on a single device."""
+    sizes = self.config.mesh
+    mesh = sharding.make_mesh(sizes.data, sizes.fsdp, sizes.tensor)
+    return mesh if mesh.size > 1 else None
 
   @functools.cached_property
   def frozen(self) -> Frozen:
@@ -194,7 +210,7 @@ class _Pipeline:
         num_generations=generations,
     )
     found = schedules.to_sparsity(result.units, self.search_settings.grid)
-    schedules.save(directory / "schedule.json", found)
+    distributed.on_first(lambda: schedules.save(directory / "schedule.json", found))
     return found
 
   def schedule(self, directory: pathlib.Path) -> np.ndarray:
@@ -210,7 +226,11 @@ class _Pipeline:
     c = self.config
 
     def work(directory):
-      positions = self.model.config.max_positions
+      model = self.model  # every process loads its part of it; the first alone reads and writes prompts
+      distributed.on_first(lambda: write_prompts(model, directory))
+
+    def write_prompts(model, directory):
+      positions = model.config.max_positions
       for what, longest in (
           ("data.max_context + data.continuation", c.data.max_context + c.data.continuation),
           ("evaluation.perplexity_length", c.evaluation.perplexity_length),
@@ -218,10 +238,10 @@ class _Pipeline:
         if longest > positions:
           raise UserError(f"{what} = {longest} exceeds the model's {positions} positions; lower it.")
       windows = perplexity_windows(
-          c.evaluation.perplexity_path, self.model.tokenizer, c.evaluation.perplexity_windows,
+          c.evaluation.perplexity_path, model.tokenizer, c.evaluation.perplexity_windows,
           c.evaluation.perplexity_length,
       )
-      for split, prompts in load_splits(c.data, self.model.tokenizer).items():
+      for split, prompts in load_splits(c.data, model.tokenizer).items():
         save_arrays(directory / f"{split}.npz", **prompts._asdict())
       save_arrays(directory / "windows.npz", **windows._asdict())
 
@@ -255,7 +275,8 @@ class _Pipeline:
         _say(f"search: S={sparsity:.2f}, seed {seed}")
         if c.schedule != "ga":
           units = self.named_schedule(c.schedule, sparsity)
-          schedules.save(directory / "schedule.json", schedules.to_sparsity(units, c.grid))
+          found = schedules.to_sparsity(units, c.grid)
+          distributed.on_first(lambda: schedules.save(directory / "schedule.json", found))
           return
         seeds = np.stack([self.named_schedule(name, sparsity) for name in c.seed_schedules])
         self.find_schedule(directory, seeds, routers.STATIC, c.generations, seed)
@@ -272,13 +293,13 @@ class _Pipeline:
         asked = self.training_schedule(self.schedule(cell / "search"), sparsity)
         # Kept, because a resumed training must start from the very same numbers, on any hardware.
         initial = directory / "initial.safetensors"
-        if not initial.exists():
+        if not _exists(initial):
           router = routers.init_router(
               self.router_config, jax.random.key(seed), self.frozen.config.num_blocks, self.frozen.config.hidden_size
           )
           if self.config.train.guide == "fisher" and self.config.train.warmup_guide_steps:
             router = self.warm_up(router, asked, seed)
-          artifact_lib.save_weights(jax.device_get(router), initial)
+          save_weights(router, initial)
         self.fit(directory, artifact_lib.load_weights(initial), asked, seed)
 
       settings = self.settings("train") | {"sparsity": sparsity, "seed": seed}
@@ -320,7 +341,7 @@ class _Pipeline:
         ),
         validate_every=c.train.validate_every, checkpoint_every=c.train.checkpoint_every,
     )
-    artifact_lib.save_weights(jax.device_get(result.router), directory / artifact_lib.WEIGHTS_FILE)
+    save_weights(result.router, directory / artifact_lib.WEIGHTS_FILE)
 
   def finetune(self) -> None:
     c = self.config
@@ -334,18 +355,16 @@ class _Pipeline:
           here = directory / f"round{r}"
           if r:
             trained = here / "train"
-            if not (trained / artifact_lib.WEIGHTS_FILE).exists():
-              trained.mkdir(parents=True, exist_ok=True)
+            if not _exists(trained / artifact_lib.WEIGHTS_FILE):
               before = directory / f"round{r - 1}" / "train" if r > 1 else cell / "train"
               self.fit(trained, self.load_router(before).params, self.training_schedule(found, sparsity), seed + r)
           starts = [self.training_schedule(found, sparsity, share) for share in _FINETUNE_STARTS]
           units = [schedules.to_units(s, sparsity, c.search.grid, c.search.max_sparsity) for s in starts]
           seeds = np.unique(np.stack(units), axis=0)
           found = self.find_schedule(here, seeds, self.load_router(trained), c.finetune.generations, seed)
-        schedules.save(directory / "schedule.json", found)
-        artifact_lib.save_weights(
-            artifact_lib.load_weights(trained / artifact_lib.WEIGHTS_FILE), directory / artifact_lib.WEIGHTS_FILE
-        )
+        distributed.on_first(lambda: schedules.save(directory / "schedule.json", found))
+        final = artifact_lib.load_weights(trained / artifact_lib.WEIGHTS_FILE)
+        save_weights(final, directory / artifact_lib.WEIGHTS_FILE)
 
       settings = self.settings("finetune") | {"sparsity": sparsity, "seed": seed}
       run_stage(cell / "finetune", settings, work)
@@ -400,25 +419,34 @@ class _Pipeline:
     return {"prompts": prompts}
 
   def write_artifact(self, directory, router: routers.Router, schedule: np.ndarray, record: dict[str, Any]) -> None:
-    artifact_lib.save(
-        artifact_lib.Artifact(
-            base_model=self.config.model.source,
-            fingerprint=fingerprint(self.model.directory),
-            family=self.model.config.family,
-            schedule=tuple(float(str(s)) for s in schedule),
-            routing=self.routing,
-            router=self.router_config,
-            params=jax.device_get(router.params),
-            figures=record,
-        ),
-        directory,
+    made = artifact_lib.Artifact(
+        base_model=self.config.model.source,
+        fingerprint=fingerprint(self.model.directory),
+        family=self.model.config.family,
+        schedule=tuple(float(str(s)) for s in schedule),
+        routing=self.routing,
+        router=self.router_config,
+        params=jax.device_get(router.params),
+        figures=record,
     )
+    distributed.on_first(lambda: artifact_lib.save(made, directory))
 
   def report(self) -> None:
     from ftp_jax.report import write_report  # matplotlib loads slowly, and only this stage needs it
 
-    print(write_report(str(self.workdir), self.config))
+    distributed.on_first(lambda: print(write_report(str(self.workdir), self.config)))
+
+
+def save_weights(router: Any, path: pathlib.Path) -> None:
+  """Writes a router's parameters, in the first process; the others wait, as they may read them."""
+  distributed.on_first(lambda: artifact_lib.save_weights(jax.device_get(router), path))
+
+
+def _exists(path: pathlib.Path) -> bool:
+  """Whether the first process sees a file: what all of them act upon."""
+  return distributed.from_first(lambda: b"yes" if path.exists() else b"") == b"yes"
 
 
 def _say(text: str) -> None:
-  print(text, file=sys.stderr, flush=True)
+  if distributed.is_first():
+    print(text, file=sys.stderr, flush=True)

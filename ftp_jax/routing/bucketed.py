@@ -137,7 +137,8 @@ def prefill(
 
     def undecided(x, score, state, inputs):
       del x, score, inputs
-      none = Slots(jnp.zeros((batch, most), int), jnp.zeros((batch, most), bool), jnp.zeros((batch, num_positions), int))
+      whole = lambda width: jnp.zeros((batch, width), int)
+      none = Slots(whole(most), whole(most) > 0, whole(num_positions))
       return in_context, none if most else None, jnp.zeros(batch), state
 
     if router.recurrent or all(routed):

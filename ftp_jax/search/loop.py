@@ -4,6 +4,9 @@ Generation 0 judges the starting pool; every further one judges C = population -
 the elite, which survives unchanged and is not judged again. A small search overfits its prompts
 (method section 7), so the best candidates of each generation are validated on held-out prompts, and
 the result is the best by validation, never the best by fitness.
+
+SIGTERM stops the search after a generation, when it is saved (`distributed.Stopped`). Figures are those of
+process 0 in all processes, so that they cannot drift apart.
 """
 
 import dataclasses
@@ -17,9 +20,11 @@ import jax
 import numpy as np
 import tqdm
 
+from ftp_jax import distributed
 from ftp_jax.errors import UserError
 from ftp_jax.search import genetic, schedule
 from ftp_jax.search import state as state_lib
+from ftp_jax.stages import replacing, writing
 
 STATE_FILE = "search_state.npz"
 METRICS_FILE = "metrics.jsonl"
@@ -43,7 +48,7 @@ def run_search(*, directory: str, seeds_units: Sequence[np.ndarray], settings: g
   """Searches schedules of the sum that the seeds have; continues exactly where an earlier call was stopped.
 
   A finished search goes on if called with more generations. With several processes all call this with
-  the same arguments and a directory all can read; only the first writes.
+  the same arguments; only the first reads and writes the directory.
 
   Args:
     directory: where the state (search_state.npz) and metrics.jsonl are kept; created if missing.
@@ -58,25 +63,30 @@ def run_search(*, directory: str, seeds_units: Sequence[np.ndarray], settings: g
     progress: show a progress bar.
 
   Raises:
-    UserError: every candidate's figure is NaN; the saved state is damaged or of other settings.
+    UserError: every candidate's figure is NaN; the disk is full; the saved states are damaged or of other settings.
   """
   seeds_KxL = np.asarray(seeds_units, np.int32)
   if seeds_KxL.ndim != 2 or np.ptp(seeds_KxL.sum(axis=1)) or seeds_KxL.min() < 0 or seeds_KxL.max() > settings.u_max:
     raise ValueError("seeds must be one or more schedules in units, alike in length and sum, within [0, u_max]")
-  os.makedirs(directory, exist_ok=True)
   path = os.path.join(directory, STATE_FILE)
-  is_writer = jax.process_index() == 0
   identity = _identity(seeds_KxL, settings, key_seed)
-  state = state_lib.load(path, identity)
-  if state is not None and state.generation > num_generations:
-    raise UserError(f"The search in {path} already has {state.generation} generations and {num_generations} are asked; "
-                    "ask at least as many, or delete that file to start anew.")
-  if is_writer:
+
+  def begin() -> bytes:
+    with writing(directory):
+      os.makedirs(directory, exist_ok=True)
+    state = state_lib.load(path, identity)
+    if state is not None and state.generation > num_generations:
+      raise UserError(f"The search in {path} already has {state.generation} generations and {num_generations} are "
+                      "asked; ask at least as many, or delete that file to start anew.")
     # What the state does not know of is done again, and a line lost with the process comes back.
     _write_metrics(directory, [] if state is None else _history(state))
+    return state_lib.pack(state)
+
+  state = state_lib.unpack(distributed.from_first(begin))
+  is_writer = distributed.is_first()
   bar = tqdm.tqdm(total=num_generations + 1, initial=0 if state is None else state.generation + 1, desc="search",
                   disable=not (progress and is_writer))
-  with bar:
+  with bar, distributed.stoppable() as votes:
     while state is None or state.generation < num_generations:
       if state is None:
         state = _first_generation(seeds_KxL, settings, key_seed, fitness, validate)
@@ -87,6 +97,8 @@ def run_search(*, directory: str, seeds_units: Sequence[np.ndarray], settings: g
         _append_metrics(directory, _history(state)[-1])
       bar.set_postfix(best=f"{state.fitness_P.min():.4g}", refresh=False)
       bar.update()
+      if state.generation < num_generations and votes.cast()():
+        raise distributed.Stopped
   best = int(np.argmin(state.validation_V))
   return SearchResult(state.validated_units_VxL[best], float(state.validated_fitness_V[best]),
                       float(state.validation_V[best]), _history(state))
@@ -148,7 +160,7 @@ def _judge(function, units_KxL, settings):
   figures = np.asarray(function(schedule.to_sparsity(units_KxL, settings.grid)), np.float64)
   if figures.shape != units_KxL.shape[:1]:
     raise ValueError(f"{len(units_KxL)} schedules must get as many figures, not shape {figures.shape}")
-  return np.where(np.isnan(figures), np.inf, figures)
+  return distributed.of_first(np.where(np.isnan(figures), np.inf, figures))
 
 
 def _identity(seeds_KxL, settings, key_seed):
@@ -164,12 +176,11 @@ def _history(state):
 
 
 def _write_metrics(directory, history):
-  path = os.path.join(directory, METRICS_FILE)
-  with open(f"{path}.tmp", "w", encoding="utf-8") as f:
-    f.writelines(json.dumps(line) + "\n" for line in history)
-  os.replace(f"{path}.tmp", path)
+  with replacing(os.path.join(directory, METRICS_FILE)) as file:
+    file.writelines((json.dumps(line) + "\n").encode() for line in history)
 
 
 def _append_metrics(directory, line):
-  with open(os.path.join(directory, METRICS_FILE), "a", encoding="utf-8") as f:
-    f.write(json.dumps(line) + "\n")
+  path = os.path.join(directory, METRICS_FILE)
+  with writing(path), open(path, "a", encoding="utf-8") as file:
+    file.write(json.dumps(line) + "\n")

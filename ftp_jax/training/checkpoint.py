@@ -1,22 +1,23 @@
-"""Checkpoints of router training: Orbax, small (the router only), the newest two are kept.
+"""Checkpoints of router training: Orbax, in the background, small (the router only), the newest two are kept.
 
-Arrays go through the host as numpy, so that a checkpoint knows nothing of the devices or the mesh
-it was written on. The frozen model is never in one.
+Arrays go through the host as numpy, so that a checkpoint knows nothing of the devices or the mesh it was written
+on, nor of the number of processes: the first one reads and writes, the others get what it read. The frozen model is
+never in one.
 """
 
-import contextlib
-import errno
+import io
 import json
 import os
 import sys
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from ftp_jax import distributed
 from ftp_jax.errors import UserError
+from ftp_jax.stages import writing
 
 
 class Progress(NamedTuple):
@@ -41,49 +42,57 @@ def to_host(tree: Any) -> Any:
   return jax.tree.map(lambda a: np.array(a, copy=True), tree)
 
 
-@contextlib.contextmanager
-def writing(directory: str) -> Iterator[None]:
-  """Turns a full disk into a UserError that names `directory`."""
-  try:
-    yield
-  except Exception as error:
-    if not _out_of_space(error):
-      raise
-    raise UserError(
-        f"There is no space left to write to {directory}; free some and run again, training goes on from the last "
-        "checkpoint."
-    ) from error
-
-
-def _out_of_space(error: BaseException) -> bool:
-  # TensorStore, below Orbax, raises ValueError and keeps the reason in its text.
-  named = ("No space left on device", "Disk quota exceeded")
-  return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or any(name in str(error) for name in named)
-
-
 class Checkpoints:
   """The checkpoints of one training, a context manager.
 
   Args:
-    directory: where they lie; created if missing.
+    directory: where they lie; created if missing. Only the first process touches it.
     identity: JSON values by name (settings, seed, schedule, data) that make this training what it is.
   """
 
   def __init__(self, directory: str, identity: dict):
     self.directory = os.path.abspath(directory)
     self._identity = json.loads(json.dumps(identity))
-    options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
-    with writing(self.directory):
-      self._manager = ocp.CheckpointManager(self.directory, options=options, item_names=("arrays", "facts"))
+    self._manager = None
+    name = distributed.unique_name()
+    if distributed.is_first():
+      # Orbax by itself would have all processes meet for every save.
+      alone = ocp.options.MultiprocessingOptions(
+          primary_host=0, active_processes={0}, barrier_sync_key_prefix=name
+      )
+      options = ocp.CheckpointManagerOptions(
+          max_to_keep=2, enable_async_checkpointing=True, create=False, multiprocessing_options=alone
+      )
+      handlers = {
+          "arrays": ocp.StandardCheckpointHandler(multiprocessing_options=alone),
+          "facts": ocp.JsonCheckpointHandler(multiprocessing_options=alone),
+      }
+      with writing(self.directory):
+        os.makedirs(self.directory, exist_ok=True)
+        self._manager = ocp.CheckpointManager(self.directory, options=options, item_handlers=handlers)
 
   def __enter__(self) -> "Checkpoints":
     return self
 
-  def __exit__(self, *_) -> None:
-    self._manager.close()
+  def __exit__(self, kind, *_) -> None:
+    if self._manager is None:
+      return
+    try:
+      with writing(self.directory):
+        self._manager.wait_until_finished()
+        self._manager.close()
+    except Exception:
+      if kind is None or issubclass(kind, distributed.Stopped):  # any other error under way says more
+        raise
 
   def save(self, progress: Progress) -> None:
-    """Writes a checkpoint, atomically. Raises UserError if the disk is full."""
+    """Begins to write a checkpoint in the background; it appears when it is complete, and is there on leaving.
+
+    Raises:
+      UserError: the disk is full, also if that ended the save before this one.
+    """
+    if self._manager is None:
+      return
     arrays = to_host({"state": progress.state, "best_router": progress.best_router})
     facts = {
         "step": progress.step,
@@ -96,8 +105,14 @@ class Checkpoints:
           progress.step, args=ocp.args.Composite(arrays=ocp.args.StandardSave(arrays), facts=ocp.args.JsonSave(facts))
       )
 
+  def wait(self) -> None:
+    """Returns when what was begun is written. Raises as `save`."""
+    if self._manager is not None:
+      with writing(self.directory):
+        self._manager.wait_until_finished()
+
   def restore(self, state: Any) -> Progress | None:
-    """The newest readable checkpoint, on the host, or None if there is none at all.
+    """The newest readable checkpoint, on the host and the same in all processes, or None if there is none at all.
 
     A damaged one is reported on stderr and removed, and the one before it is taken.
 
@@ -107,6 +122,12 @@ class Checkpoints:
     Raises:
       UserError: no checkpoint can be read, or they belong to another training (names what differs).
     """
+    if distributed.num_processes() == 1:
+      return self._restore(state)
+    data = distributed.from_first(lambda: _pack(self._restore(state)))
+    return _unpack(data, {"state": state, "best_router": state.router})
+
+  def _restore(self, state: Any) -> Progress | None:
     steps = sorted(self._manager.all_steps(), reverse=True)
     target = to_host({"state": state, "best_router": state.router})
     for step in steps:
@@ -136,3 +157,23 @@ class Checkpoints:
     if steps:
       raise UserError(f"No checkpoint in {self.directory} can be read; delete that directory to train anew.")
     return None
+
+
+def _pack(progress: Progress | None) -> bytes:
+  file = io.BytesIO()
+  if progress is not None:
+    leaves = jax.tree.leaves({"state": progress.state, "best_router": progress.best_router})
+    facts = json.dumps([progress.step, progress.best_step, progress.best_validation])
+    np.savez(file, *leaves, facts=np.array(facts))
+  return file.getvalue()
+
+
+def _unpack(data: bytes, target: Any) -> Progress | None:
+  """What was packed, in the structure of `target`."""
+  if not data:
+    return None
+  with np.load(io.BytesIO(data), allow_pickle=False) as file:
+    leaves = [file[f"arr_{i}"] for i in range(len(file.files) - 1)]
+    step, best_step, best_validation = json.loads(str(file["facts"]))
+  arrays = jax.tree.unflatten(jax.tree.structure(target), leaves)
+  return Progress(step, arrays["state"], arrays["best_router"], best_step, best_validation)

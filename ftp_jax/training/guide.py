@@ -62,12 +62,10 @@ def collect_inputs(
 ) -> tuple[np.ndarray, np.ndarray | None]:
   """(score_LxNxT, hidden_LxNxTxD or None) of a dense pass over all prompts."""
   with sharding.over(params):
-    parts = [
-        jax.device_get(
-            _inputs(config, routing, params, *sharding.place(params, rows, "batch"), with_hidden=with_hidden, dtype=dtype)
-        )
-        for rows, _ in batches(prompts, batch)
-    ]
+    parts = []
+    for rows, _ in batches(prompts, batch):
+      placed = sharding.place(params, rows, "batch")
+      parts.append(jax.device_get(_inputs(config, routing, params, *placed, with_hidden=with_hidden, dtype=dtype)))
   join = lambda arrays: np.concatenate(arrays, axis=1)[:, : len(prompts.tokens)]
   return join([p[0] for p in parts]), join([p[1] for p in parts]) if with_hidden else None
 

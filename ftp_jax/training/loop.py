@@ -5,9 +5,12 @@ the weight of the guide, the learning rate. So a checkpoint holds the state and 
 training that was killed repeats the steps since, down to the bytes of its metrics file.
 
 Step n is dispatched before the metrics of step n - 1 are fetched. States are validated and saved only
-when the metrics of all steps before them are known to be finite.
+when the metrics of all steps before them are known to be finite. Saves go on in the background.
+
+SIGTERM makes the training save after the step that runs or the one behind it and stop (`distributed.Stopped`).
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -21,10 +24,12 @@ import jax.numpy as jnp
 import numpy as np
 import tqdm
 
+from ftp_jax import distributed
 from ftp_jax.data.prompts import Prompts, indices_at, take
 from ftp_jax.errors import UserError
+from ftp_jax.stages import replacing, writing
 from ftp_jax.training import step as step_lib
-from ftp_jax.training.checkpoint import Checkpoints, Progress, to_host, writing
+from ftp_jax.training.checkpoint import Checkpoints, Progress, to_host
 
 CHECKPOINTS = "checkpoints"
 METRICS_FILE = "metrics.jsonl"
@@ -58,7 +63,7 @@ def train_router(
 
   A line of metrics.jsonl is either a step (its losses before the update, and the sparsity asked of and
   achieved by every block on its batch) or a validation of the router after so many steps. With several
-  processes all call this with the same arguments and a directory all can write; only the first writes metrics.
+  processes all call this with the same arguments; only the first reads and writes the directory.
 
   Args:
     directory: where `checkpoints/` and metrics.jsonl are kept; created if missing.
@@ -91,24 +96,20 @@ def train_router(
       "train.validate_every": validate_every,
   }
   num_steps = spec.train.steps
-  is_writer = jax.process_index() == 0
-  with writing(directory):
-    os.makedirs(directory, exist_ok=True)
   path = os.path.join(directory, METRICS_FILE)
   initial = step_lib.init_state(spec.train, jax.tree.map(jnp.asarray, router_params))
 
-  with Checkpoints(os.path.join(directory, CHECKPOINTS), identity) as checkpoints:
+  with distributed.stoppable() as votes, Checkpoints(os.path.join(directory, CHECKPOINTS), identity) as checkpoints:
     at = checkpoints.restore(initial)
     state = _placed(initial if at is None else at.state, params)
-    lines = [] if at is None or not is_writer else _lines_before(path, at.step)
-    with _Metrics(directory, path, lines, is_writer) as metrics:
+    with _Metrics(directory, path, None if at is None else at.step) as metrics:
 
-      def settle(done: int, state: Any, at: Progress | None) -> Progress:
-        """Validates and saves the state after `done` steps, where that is due."""
+      def settle(done: int, state: Any, at: Progress | None, stop: bool = False) -> Progress:
+        """Validates and saves the state after `done` steps, where that is due; saves it if training stops here."""
         best = at
         if done % validate_every == 0 or done == num_steps:
           router = to_host(state.router)
-          validation = float(validate(jax.tree.map(jnp.asarray, router)))
+          validation = float(distributed.of_first(float(validate(jax.tree.map(jnp.asarray, router)))))
           if not np.isfinite(validation):
             raise UserError(
                 f"The validation KL after {done} training steps is {validation}; lower train.learning_rate or check "
@@ -118,7 +119,7 @@ def train_router(
           if at is None or validation < at.best_validation:
             best = Progress(done, state, router, done, validation)
         at = best._replace(step=done, state=to_host(state))
-        if done % checkpoint_every == 0 or done == num_steps:
+        if done % checkpoint_every == 0 or done == num_steps or stop:
           metrics.sync()  # or a lost machine could leave a checkpoint ahead of its metrics
           checkpoints.save(at)
           metrics.saved = done
@@ -127,48 +128,55 @@ def train_router(
       if at is None:
         at = settle(0, state, None)
       metrics.saved = at.step
-      bar = tqdm.tqdm(
-          total=num_steps, initial=at.step, desc="training", disable=not (progress and is_writer), mininterval=0.5
-      )
+      silent = not (progress and distributed.is_first())
+      bar = tqdm.tqdm(total=num_steps, initial=at.step, desc="training", disable=silent, mininterval=0.5)
       with bar:
-        pending = None
+        pending = ballot = None
         for step in range(at.step, num_steps):
           rows = indices_at(len(prompts.tokens), batch_size, step, seed)
           batch = step_lib.Batch(*take(prompts, rows), fisher_LxNxT[:, rows] if guided else None)
           state, outputs = step_lib.jitted_step(spec, params, state, batch, schedule_L)
+          # Like its metrics, the vote cast during a step is read during the next one: nobody waits for it.
+          stop, ballot = ballot is not None and ballot(), votes.cast()
           if pending is not None:
             metrics.record(bar, *pending)
           pending = (step, outputs)
           done = step + 1
-          if done % validate_every == 0 or done % checkpoint_every == 0 or done == num_steps:
+          if done % validate_every == 0 or done % checkpoint_every == 0 or done == num_steps or stop:
             metrics.record(bar, *pending)
             pending = None
-            at = settle(done, state, at)
+            at = settle(done, state, at, stop)
+          if stop and done < num_steps:
+            raise distributed.Stopped
   return TrainResult(at.best_router, at.best_step, at.best_validation)
 
 
 def _placed(state: Any, params: Any) -> Any:
   """A copy of the state, which the step may take over, on every device of the model's mesh if it has one."""
-  state = jax.tree.map(lambda a: jnp.array(a, copy=True), state)
   sharding = getattr(jax.tree.leaves(params)[0], "sharding", None)
-  if isinstance(sharding, jax.sharding.NamedSharding):
-    # As the step returns it; anything else would compile the step a second time.
-    return jax.device_put(state, jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec()))
-  return state
+  if not isinstance(sharding, jax.sharding.NamedSharding):
+    return jax.tree.map(lambda a: jnp.array(a, copy=True), state)
+  # As the step returns it; anything else would compile the step a second time.
+  whole = jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
+  place = lambda a: jax.make_array_from_callback(a.shape, whole, lambda _: a.copy())  # every process has all of it
+  return jax.tree.map(place, to_host(state))
 
 
 class _Metrics:
-  """The metrics file: starts as `lines`, grows by a line a step. `saved`: step of the last checkpoint."""
+  """The metrics file, of the first process: as a checkpoint of `step` knows it, then growing by a line a step.
 
-  def __init__(self, directory: str, path: str, lines: list[str], is_writer: bool):
+  saved: step of the last checkpoint.
+  """
+
+  def __init__(self, directory: str, path: str, step: int | None):
     self.saved = 0
     self._directory = directory
     self._file = None
-    if is_writer:
+    if distributed.is_first():
+      lines = [] if step is None else _lines_before(path, step)
+      with replacing(path) as file:
+        file.writelines(line.encode() for line in lines)
       with writing(directory):
-        with open(f"{path}.tmp", "w", encoding="utf-8") as file:
-          file.writelines(lines)
-        os.replace(f"{path}.tmp", path)
         self._file = open(path, "a", encoding="utf-8")
 
   def __enter__(self) -> "_Metrics":
@@ -176,7 +184,8 @@ class _Metrics:
 
   def __exit__(self, *_) -> None:
     if self._file:
-      self._file.close()
+      with contextlib.suppress(OSError):  # what it holds back for want of space was reported by `write`
+        self._file.close()
 
   def write(self, line: dict) -> None:
     if self._file:

@@ -1,7 +1,11 @@
 """What methods may look at before they are tested: calibration prompts, never a benchmark item or a test prompt."""
 
+import contextlib
 import dataclasses
 import os
+import pathlib
+import tempfile
+from collections.abc import Iterator
 
 from ftp_jax.data.prompts import Prompts
 
@@ -28,3 +32,12 @@ class Calibration:
   def num_scored(self) -> int:
     """Longest continuation."""
     return int(max((p.length - p.context).max() for p in (self.prompts, self.validation)))
+
+  @contextlib.contextmanager
+  def working_directory(self, name: str) -> Iterator[str]:
+    """Where the training `name` keeps its checkpoints; one that vanishes where there is no `directory`."""
+    if self.directory is not None:
+      yield str(pathlib.Path(self.directory) / name)
+      return
+    with tempfile.TemporaryDirectory() as directory:
+      yield directory

@@ -20,6 +20,7 @@ from ftp_jax.evaluation.methods import truncated
 from ftp_jax.evaluation.perplexity import perplexity_of, routed_perplexity, summed_nll, truncated_perplexity
 from ftp_jax.export.artifact import Artifact
 from ftp_jax.inference.engine import Engine, Prefix
+from ftp_jax.inference.padding import FINE, Padding
 from ftp_jax.inference.programs import Execution, Spec, Weights
 from ftp_jax.models.sources import Model
 from ftp_jax.routing import routers
@@ -98,9 +99,9 @@ class TruncatingEngine(Engine):
     super().__init__(model, **options)
     self.sparsity = sparsity
 
-  def prefill(self, prompts: Sequence[Sequence[int]]) -> Prefix:
+  def prefill(self, prompts: Sequence[Sequence[int]], padding: Padding = FINE) -> Prefix:
     self.check(prompts)
-    return super().prefill([[prompt[t] for t in truncated(len(prompt), self.sparsity)] for prompt in prompts])
+    return super().prefill([[prompt[t] for t in truncated(len(prompt), self.sparsity)] for prompt in prompts], padding)
 
 
 class Truncation(Baseline):

@@ -9,11 +9,7 @@ S (0.875 in the paper). Instead of an auxiliary loss, a two-sided sparsity loss 
 token, so that a token can decide alone; generated tokens are computed, as by FTP.
 """
 
-import contextlib
 import dataclasses
-import pathlib
-import tempfile
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -53,7 +49,7 @@ def calibrate(model: Frozen, sparsity: float, calibration: Calibration, seed: in
   schedule_L = every_other(model.config.num_blocks, sparsity).astype(np.float32)
   judge = Judge(model, ROUTING, calibration.validation, calibration.batch, calibration.num_scored)
   every = max(1, calibration.steps // 4)
-  with _directory(calibration, f"mod-S{sparsity:.2f}-seed{seed}") as directory:
+  with calibration.working_directory(f"mod-S{sparsity:.2f}-seed{seed}") as directory:
     result = train_router(
         directory=directory,
         spec=StepSpec(
@@ -75,13 +71,3 @@ def calibrate(model: Frozen, sparsity: float, calibration: Calibration, seed: in
       "validation_kl": result.validation,
       "step": result.step,
   }, result.router
-
-
-@contextlib.contextmanager
-def _directory(calibration: Calibration, name: str) -> Iterator[str]:
-  """Where checkpoints go; one that vanishes where the calibration names none."""
-  if calibration.directory is not None:
-    yield str(pathlib.Path(calibration.directory) / name)
-    return
-  with tempfile.TemporaryDirectory() as directory:
-    yield directory

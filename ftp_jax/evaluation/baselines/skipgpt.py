@@ -10,8 +10,11 @@ that S is met on the calibration prompts, and a static capacity for each sub-blo
 the K tokens of largest margin. Generated tokens are computed, as by FTP; all-position perplexity uses the threshold.
 """
 
+import dataclasses
 import functools
-from typing import Any
+import hashlib
+import math
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +30,7 @@ from ftp_jax.evaluation.judge import Frozen
 from ftp_jax.models import decoder, scoring
 from ftp_jax.routing.selection import forced_tokens
 from ftp_jax.training import losses
+from ftp_jax.training.checkpoint import Checkpoints, Progress, to_host
 
 LEARNING_RATE, CLIP = 1e-3, 1.0
 PENALTY = 4.0  # nats for skipping a share of 1 too little or too much
@@ -35,37 +39,66 @@ _MOST = 0.999  # sparsity of a sub-block: the forced tokens stay
 _ROUNDS = 2  # of setting the threshold; margins move when routes do
 
 
+class TrainState(NamedTuple):
+  """The router's parameters and the state of their optimizer."""
+
+  router: Any
+  optimizer: Any
+
+
 def calibrate(model: Frozen, sparsity: float, calibration: Calibration, seed: int) -> tuple[dict[str, Any], Any]:
-  """Facts of a `Subblocks` and the router's parameters: those of the best of two validations."""
-  shape = (model.config.num_blocks, 2)
+  """Facts of a `Subblocks` and the router's parameters: those of the best of two validations.
+
+  An interrupted training goes on from its last checkpoint.
+  """
+  shape, steps = (model.config.num_blocks, 2), calibration.steps
   router = {"kernel": jnp.zeros(shape + (model.config.hidden_size,)), "bias": jnp.full(shape, _FIRST_BIAS)}
   optimizer = optax.chain(
-      optax.clip_by_global_norm(CLIP), optax.adam(optax.cosine_decay_schedule(LEARNING_RATE, calibration.steps, 0.1))
+      optax.clip_by_global_norm(CLIP), optax.adam(optax.cosine_decay_schedule(LEARNING_RATE, steps, 0.1))
   )
-  state, best, every = optimizer.init(router), None, max(1, calibration.steps // 2)
+  state = TrainState(router, optimizer.init(router))
   prompts, num_scored = calibration.prompts, calibration.num_scored
   step = jax.jit(functools.partial(_step, model.config, optimizer, num_scored, model.dtype))
-  bar = tqdm.tqdm(range(calibration.steps + 1), desc="SkipGPT: training", mininterval=0.5)
-  for number in bar:
-    if number and number % every == 0 or number == calibration.steps:
-      schedule, threshold = capacities(model, router, sparsity, prompts, calibration.batch)
-      kl = _validation_kl(model, router, schedule, calibration)
-      if best is None or kl < best[0]:
-        best = kl, number, jax.device_get(router), schedule, threshold
-    if number == calibration.steps:
-      break
-    rows = take(prompts, indices_at(len(prompts.tokens), calibration.batch, number, seed))
-    key = jax.random.fold_in(jax.random.key(seed), number)
-    router, state, distill, skipped = step(model.params, router, state, rows, sparsity, key)
-    bar.set_postfix(kl=f"{float(distill):.3f}", skipped=f"{float(skipped):.1%}", refresh=False)
-    if not np.isfinite(float(distill)):
-      raise UserError(f"SkipGPT's loss is not finite at step {number}; check the calibration prompts.")
-  kl, number, router, schedule, threshold = best
+  validate_every, save_every = max(1, steps // 2), max(1, steps // 8)
+  with (
+      calibration.working_directory(f"skipgpt-S{sparsity:.2f}-seed{seed}") as directory,
+      Checkpoints(directory, _identity(model, sparsity, calibration, seed)) as checkpoints,
+  ):
+    at = checkpoints.restore(state) or Progress(0, state, to_host(router), 0, math.inf)
+    bar = tqdm.tqdm(range(at.step, steps), "SkipGPT: training", initial=at.step, total=steps, mininterval=0.5)
+    for number in bar:
+      rows = take(prompts, indices_at(len(prompts.tokens), calibration.batch, number, seed))
+      key = jax.random.fold_in(jax.random.key(seed), number)
+      router, optimizer_state, distill, skipped = step(model.params, *at.state, rows, sparsity, key)
+      at = at._replace(step=number + 1, state=TrainState(router, optimizer_state))
+      bar.set_postfix(kl=f"{float(distill):.3f}", skipped=f"{float(skipped):.1%}", refresh=False)
+      if not np.isfinite(float(distill)):
+        raise UserError(f"SkipGPT's loss is not finite at step {number}; check the calibration prompts.")
+      if at.step % validate_every == 0 or at.step == steps:
+        schedule, _ = capacities(model, router, sparsity, prompts, calibration.batch)
+        kl = _validation_kl(model, router, schedule, calibration)
+        if kl < at.best_validation:
+          at = at._replace(best_router=to_host(router), best_step=at.step, best_validation=kl)
+      if at.step % save_every == 0 or at.step == steps:
+        checkpoints.save(at)
+  schedule, threshold = capacities(model, at.best_router, sparsity, prompts, calibration.batch)
   removed = np.zeros(shape, bool).tolist()
   return {
-      "removed": removed, "schedule": schedule.tolist(), "threshold": threshold.tolist(), "validation_kl": kl,
-      "step": number,
-  }, router  # fmt: skip
+      "removed": removed, "schedule": schedule.tolist(), "threshold": threshold.tolist(),
+      "validation_kl": at.best_validation, "step": at.best_step,
+  }, at.best_router  # fmt: skip
+
+
+def _identity(model: Frozen, sparsity: float, calibration: Calibration, seed: int) -> dict[str, Any]:
+  """What makes a training what it is."""
+  digest = hashlib.sha256()
+  for array in (*calibration.prompts, *calibration.validation):
+    digest.update(f"{array.shape}".encode() + np.ascontiguousarray(array).tobytes())
+  return {
+      "the model": dataclasses.asdict(model.config), "model.dtype": jnp.dtype(model.dtype).name, "S": sparsity,
+      "the seed": seed, "the number of steps": calibration.steps, "the batch": calibration.batch,
+      "the fingerprint of the prompts": digest.hexdigest()[:16], "the learning rate": LEARNING_RATE,
+  }  # fmt: skip
 
 
 def _step(config, optimizer, num_scored, dtype, params, router, state, rows: Prompts, sparsity, key):

@@ -77,6 +77,9 @@ class SubSpec(Spec):
   def extend(self, plan, weights, cache, recent, tokens_BxC) -> Extended:
     return extend(self.model, self.removed, weights.params, cache, recent, tokens_BxC, dtype=self.dtype)
 
+  def continuing(self, plan, weights):
+    return self, None, weights._replace(router=None)  # every continuation token is computed, whatever the plan
+
 
 def spec(config: ModelConfig, removed: np.ndarray) -> SubSpec:
   """For (L,2) boolean `removed`."""

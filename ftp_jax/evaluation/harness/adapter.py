@@ -20,6 +20,7 @@ from tqdm import tqdm
 from ftp_jax.errors import UserError
 from ftp_jax.evaluation.harness.generation import read_options
 from ftp_jax.inference import Engine, Score
+from ftp_jax.inference.padding import Padding
 
 DEFAULT_BATCH = 8
 _POSITIONS = 2048  # continuation positions whose logits exist at once, unless one row alone has more
@@ -157,22 +158,29 @@ class EngineLM(TemplateLM):
     return totals
 
   def _scores(self, pairs: Sequence[Pair], bar: tqdm) -> list[Score]:
-    """Scores of pairs. Each distinct context is prefilled once; the longest go first, those of one length together."""
+    """Scores of pairs. Each distinct context is prefilled once; the longest go first, those of one length together.
+
+    A batch that is not full is filled with its first row: of every width there is one program.
+    """
     pairs_of: dict[tuple[int, ...], list[int]] = {}
     for index, (context, _) in enumerate(pairs):
       pairs_of.setdefault(tuple(context), []).append(index)
     contexts = sorted(pairs_of, key=len, reverse=True)
+    padding = padding_for(len(contexts))
     results: list[Score | None] = [None] * len(pairs)
     for at in range(0, len(contexts), self.batch_size):
       batch = contexts[at : at + self.batch_size]
-      prefix = self.engine.prefill([list(context) for context in batch])
+      filled = _fill(batch, min(self.batch_size, len(contexts)))
+      prefix = self.engine.prefill([list(context) for context in filled], padding)
       waiting = [(index, row) for row, context in enumerate(batch) for index in pairs_of[context]]
       waiting.sort(key=lambda entry: -len(pairs[entry[0]][1]))
       while waiting:
-        width = len(pairs[waiting[0][0]][1])
-        count = min(self.batch_size, max(1, _POSITIONS // width))
+        width = padding.continuation(len(pairs[waiting[0][0]][1]))
+        # A power of two: an engine fills others up to one.
+        count = min(self.batch_size, 1 << max(_POSITIONS // max(width - 1, 1), 1).bit_length() - 1)
         chunk, waiting = waiting[:count], waiting[count:]
-        scores = self.engine.score(prefix, [pairs[index][1] for index, _ in chunk], [row for _, row in chunk])
+        filled = _fill(chunk, min(count, len(pairs)))
+        scores = self.engine.score(prefix, [pairs[index][1] for index, _ in filled], [row for _, row in filled])
         for (index, _), score in zip(chunk, scores):
           results[index] = score
         bar.update(len(chunk))
@@ -201,11 +209,12 @@ class EngineLM(TemplateLM):
         contexts = {i: (self.tok_encode(requests[i].args[0]) or [self.prefix_token_id])[-room:] for i in members}
         if not options.sampling.temperature:  # the draws of a sampled request follow from its place
           members.sort(key=lambda i: -len(contexts[i]))
+        padding = padding_for(len(members))
         for at in range(0, len(members), self.batch_size):
           chunk = members[at : at + self.batch_size]
           done = self.engine.generate(
-              [contexts[i] for i in chunk], options.max_new_tokens, options.sampling, stop_strings=options.until,
-              seed=self.seed + at,
+              self.engine.prefill([contexts[i] for i in chunk], padding), options.max_new_tokens, options.sampling,
+              stop_strings=options.until, seed=self.seed + at,
           )  # fmt: skip
           for i, generation in zip(chunk, done):
             texts[i] = generation.text
@@ -215,6 +224,20 @@ class EngineLM(TemplateLM):
 
   def _bar(self, total: int, what: str, disabled: bool) -> tqdm:
     return tqdm(total=total, desc=what, disable=disabled or not self._progress)
+
+
+def padding_for(contexts: int) -> Padding:
+  """Widths for this many contexts: one an octave for a sample, where compiling takes longest, up to eight for many.
+
+  No width is more than 256 positions above the next: a batch of longer texts computes that many in less time than it
+  takes to compile.
+  """
+  return Padding(1 << min(max(contexts.bit_length() - 8, 0) // 2, 3), 32, 8, 256)
+
+
+def _fill(rows: Sequence[Any], size: int) -> list[Any]:
+  """The rows, and the first one again until there are `size`."""
+  return [*rows, *[rows[0]] * (size - len(rows))]
 
 
 def _value(name: str, value: Any) -> Any:

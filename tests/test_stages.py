@@ -1,0 +1,59 @@
+"""Stages of a run directory: what they write, and what a full disk leaves."""
+
+import errno
+import os
+
+import numpy as np
+import pytest
+
+from ftp_jax import stages
+from ftp_jax.errors import UserError
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
+@pytest.mark.parametrize("name", ["figures.json", "arrays.npz"])
+def test_a_full_disk_is_one_sentence_and_leaves_the_old_file(tmp_path, monkeypatch, name, code):
+  path = tmp_path / name
+  write = {
+      "figures.json": lambda value: stages.write_json(path, value),
+      "arrays.npz": lambda value: stages.save_arrays(path, value=np.array(value)),
+  }[name]
+  write([1, 2])
+  before = path.read_bytes()
+
+  def full(_):
+    raise OSError(code, os.strerror(code))
+
+  with monkeypatch.context() as patch:
+    patch.setattr(os, "fsync", full)
+    with pytest.raises(UserError, match=f"no space left to write to .*{name}; free some and run again") as caught:
+      write([3, 4])
+  assert "\n" not in str(caught.value)
+  assert path.read_bytes() == before and os.listdir(tmp_path) == [name]
+
+
+def test_dev_full_is_a_full_disk():
+  with pytest.raises(UserError, match="no space left to write to /dev/full"):
+    with stages.writing("/dev/full"), open("/dev/full", "wb") as file:
+      file.write(b"x")
+
+
+def test_other_errors_stay_what_they_are(tmp_path):
+  with pytest.raises(PermissionError), stages.writing(tmp_path):
+    raise PermissionError(errno.EACCES, "Permission denied")
+
+
+def test_a_stage_is_run_until_it_is_done(tmp_path):
+  here, runs = tmp_path / "stage", []
+
+  def interrupted(directory):
+    runs.append(directory)
+    raise KeyboardInterrupt
+
+  with pytest.raises(KeyboardInterrupt):
+    stages.run_stage(here, {"a": 1}, interrupted)
+  with pytest.raises(UserError, match="was made with a=1, now it is 2"):
+    stages.run_stage(here, {"a": 2}, runs.append)
+  stages.run_stage(here, {"a": 1}, runs.append)
+  stages.run_stage(here, {"a": 1}, runs.append)
+  assert runs == [here, here] and (here / stages.DONE).exists()
