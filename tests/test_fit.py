@@ -293,7 +293,7 @@ def test_the_head_is_not_gathered(rows, moved):
   hidden = jax.random.normal(jax.random.key(0), (rows, 1, SMALL.hidden_size))
   run = lambda params, hidden: decoder.unembed(SMALL, params, hidden)
   want = run(params, hidden)
-  mesh = sharding.make_mesh(1, 4, 2)
+  mesh = sharding.make_mesh(1, 2, 4)
   shardings = decoder.param_shardings(mesh, SMALL)
   params = jax.device_put(params, {"embed": shardings["embed"]})
   with sharding.over(params):
@@ -301,7 +301,7 @@ def test_the_head_is_not_gathered(rows, moved):
   np.testing.assert_allclose(compiled(params, hidden), want, rtol=1e-5, atol=1e-5)
   v, d = SMALL.vocab_size, SMALL.hidden_size
   text = compiled.as_text()
-  assert f"f32[{v // 2},{d // 4}]" in text and not any(f"f32[{n},{d}]" in text for n in (v, v // 2))
+  assert f"f32[{v // 4},{d // 2}]" in text and not any(f"f32[{n},{d}]" in text for n in (v, v // 4))
   assert moved in text
 
 
