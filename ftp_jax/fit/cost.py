@@ -126,11 +126,14 @@ class Run:
 
   Attributes:
     cells: sparsities x seeds, each searched and trained.
+    search_batch, train_batch: prompts of one call; the train batch is also that of the gate scores.
     searched, validated: schedules judged in one cell, the search's and fine-tuning's, on the search prompts, and on
       the validation prompts.
   """
 
   cells: int
+  search_batch: int
+  train_batch: int
   positions: int
   scored: int
   search_prompts: int
@@ -151,7 +154,7 @@ def of_config(config: Any) -> Run:
   pool = -(-max(s.population, len(s.seed_schedules)) // children) * children
   rounds = [s.generations] + [config.finetune.generations] * config.finetune.rounds
   return Run(
-      cells=len(config.sparsities) * len(config.seeds),
+      cells=len(config.sparsities) * len(config.seeds), search_batch=s.batch, train_batch=t.batch,
       positions=d.max_context + d.continuation, scored=d.continuation,
       search_prompts=d.num_search, validation_prompts=d.num_validation, train_prompts=d.num_train,
       warmup_prompts=t.warmup_guide_prompts if t.guide == "fisher" and t.warmup_guide_steps else 0,
@@ -162,24 +165,24 @@ def of_config(config: Any) -> Run:
   )  # fmt: skip
 
 
-def run_terms(run: Run, model: ModelConfig, slice_: Slice, rows: int) -> dict[str, Terms]:
-  """Terms of each part of a run.
-
-  Args:
-    rows: prompts in a batch of training; elsewhere all prompts of a set at once, spread over the slice, as
-      results do not depend on it.
-  """
+def run_terms(run: Run, model: ModelConfig, slice_: Slice) -> dict[str, Terms]:
+  """Terms of each part of a run."""
   size = (run.positions, run.scored)
-  over = lambda prompts: forward(model, slice_, prompts, *size)
-  scores = over(run.train_prompts) * (1 + 2 * run.fisher_draws)  # a pass, and for each draw again and its gradient
-  if not run.fisher_draws:
-    scores = Terms()
-  judged = candidates(model, slice_, run.searched, run.search_prompts, *size)
-  judged += candidates(model, slice_, run.validated, run.validation_prompts, *size)
-  steps = train_step(model, slice_, rows, *size) * run.steps + over(run.validation_prompts) * run.validations
-  teachers = over(run.search_prompts) + over(run.validation_prompts)
+
+  def over(prompts, batch):
+    return forward(model, slice_, batch, *size) * math.ceil(prompts / batch)
+
+  def judging(schedules, prompts):
+    return candidates(model, slice_, schedules, run.search_batch, *size) * math.ceil(prompts / run.search_batch)
+
+  # A pass, and for each draw the blocks again and their gradient.
+  scores = over(run.train_prompts, run.train_batch) * (1 + 2 * run.fisher_draws if run.fisher_draws else 0)
+  judged = judging(run.searched, run.search_prompts) + judging(run.validated, run.validation_prompts)
+  steps = train_step(model, slice_, run.train_batch, *size) * run.steps
+  steps += over(run.validation_prompts, run.search_batch) * run.validations
+  teachers = over(run.search_prompts + run.validation_prompts, run.search_batch)
   return {
-      "teacher and gate scores": teachers + scores + over(run.warmup_prompts),
+      "teacher and gate scores": teachers + scores + over(run.warmup_prompts, run.train_batch),
       "search and fine-tuning": judged * run.cells,
       "training": steps * run.cells,
   }

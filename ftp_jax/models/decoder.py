@@ -140,9 +140,10 @@ class Embedding(nn.Module):
     if vocab % (parts * sharding.context().get("tensor", 1)):
       rows, columns = "batch", "vocab"
     else:
-      # Instead of gathering the head: sums over parts of the width change places, or for many rows parts of the head.
+      # Instead of gathering the head: sums over parts of the width change places, or for many rows parts of the head,
+      # once for all that is unembedded.
       rows, columns = "replica", "logits"
-      few = 2 * math.prod(x.shape[:-1]) < width * sharding.context().get("data", 1) // parts
+      few = 8 * math.prod(x.shape[:-1]) < width * sharding.context().get("data", 1) // parts
       y = constrain(y, "replica", *inner, "embed" if few else None)
       head = head if few else constrain(head, "logits", None)
     logits = jnp.einsum("...d,vd->...v", y, head.astype(y.dtype), preferred_element_type=jnp.float32)
