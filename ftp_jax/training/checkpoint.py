@@ -5,6 +5,7 @@ on, nor of the number of processes: the first one reads and writes, the others g
 never in one.
 """
 
+import contextlib
 import io
 import json
 import logging
@@ -78,15 +79,18 @@ class Checkpoints:
 
   def __exit__(self, kind, *_) -> None:
     try:
-      if self._manager is not None:
-        with writing(self.directory):
-          self._manager.wait_until_finished()
-          self._manager.close()
-    except Exception:
-      if kind is None or issubclass(kind, distributed.Stopped):  # any other error under way says more
-        raise
+      if kind is None or issubclass(kind, distributed.Stopped):
+        distributed.on_first(self._finish)  # no process leaves before the last save is whole: it would end the first
+      elif self._manager is not None:
+        with contextlib.suppress(Exception):  # the error under way says more
+          self._finish()
     finally:
       logging.getLogger("absl").removeFilter(_is_news)
+
+  def _finish(self) -> None:
+    with writing(self.directory):
+      self._manager.wait_until_finished()
+      self._manager.close()
 
   def save(self, progress: Progress) -> None:
     """Begins to write a checkpoint in the background; it appears when it is complete, and is there on leaving.
@@ -107,12 +111,6 @@ class Checkpoints:
       self._manager.save(
           progress.step, args=ocp.args.Composite(arrays=ocp.args.StandardSave(arrays), facts=ocp.args.JsonSave(facts))
       )
-
-  def wait(self) -> None:
-    """Returns when what was begun is written. Raises as `save`."""
-    if self._manager is not None:
-      with writing(self.directory):
-        self._manager.wait_until_finished()
 
   def restore(self, state: Any) -> Progress | None:
     """The newest readable checkpoint, on the host and the same in all processes, or None if there is none at all.

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 import tqdm
 
-from ftp_jax import distributed
+from ftp_jax import distributed, sharding
 from ftp_jax.data.prompts import Prompts, indices_at, take
 from ftp_jax.errors import UserError
 from ftp_jax.stages import replacing, writing
@@ -153,13 +153,9 @@ def train_router(
 
 def _placed(state: Any, params: Any) -> Any:
   """A copy of the state, which the step may take over, on every device of the model's mesh if it has one."""
-  sharding = getattr(jax.tree.leaves(params)[0], "sharding", None)
-  if not isinstance(sharding, jax.sharding.NamedSharding):
+  if sharding.mesh_of(params) is None:
     return jax.tree.map(lambda a: jnp.array(a, copy=True), state)
-  # As the step returns it; anything else would compile the step a second time.
-  whole = jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
-  place = lambda a: jax.make_array_from_callback(a.shape, whole, lambda _: a.copy())  # every process has all of it
-  return jax.tree.map(place, to_host(state))
+  return sharding.place(params, to_host(state))  # as the step returns it; anything else would compile it a second time
 
 
 class _Metrics:
