@@ -16,7 +16,7 @@ import sys
 
 # Model, slice, rows a chip: the smallest slice of each generation, and the slices of the cost model.
 RUNS = (
-    ("llama2-7b", "v5e:1x1", 1), ("llama2-7b", "v5e:2x2", 4), ("llama2-7b", "v5e:4x4", 8),
+    ("llama2-7b", "v5e:1x1", 1), ("llama2-7b", "v5e:2x2", 4), ("llama2-7b", "v5e:4x4", 1), ("llama2-7b", "v5e:4x4", 8),
     ("llama2-7b", "v5p:1x1x1", 16), ("llama2-7b", "v5p:2x2x1", 32), ("llama2-7b", "v6e:1x1", 4),
     ("llama3-8b", "v5e:4x4", 8), ("llama3-8b", "v5e:2x2", 1), ("llama3-8b", "v5p:2x2x1", 16),
     ("llama3-8b", "v6e:1x1", 2), ("llama3-8b", "v5p:1x1x1", 8),
@@ -63,7 +63,8 @@ def table(out: pathlib.Path) -> str:
       "| model | slice | chips | batch | GiB a chip | fits | FLOPs of a chip, 10^12 | dense forwards | received, GiB |",
       "|---|---|---|---|---|---|---|---|---|",
   ]
-  for model, topology, rows in sorted(RUNS, key=lambda run: (MODELS.index(run[0]), run[1][:3], chips_of(run[1]))):
+  order = lambda run: (MODELS.index(run[0]), run[1][:3], chips_of(run[1]), run[2])
+  for model, topology, rows in sorted(RUNS, key=order):
     file = path(out, model, topology, rows)
     if not file.exists():
       continue

@@ -117,6 +117,8 @@ def report(record: dict[str, Any]) -> str:
     lines.append("collectives, bytes that a chip receives in a step:")
     for kind, total in sorted(record["collectives"].items(), key=lambda item: -item[1]["bytes"]):
       lines.append(f"  {kind:<20}{gib(total['bytes']):>12} in {total['count']:.0f}")
+    if record["unknown_loops"]:
+      lines.append(f"  ({record['unknown_loops']} loops of unknown length are counted as one trip)")
     lines.append("largest arrays of a chip beside its arguments:")
     for array in record["largest"]:
       lines.append(f"  {array['shape']:<28}{array['bytes'] / 2**20:>10.1f} MiB  {array['origin'][-60:]}")

@@ -1,7 +1,8 @@
 """What the compiled program of one chip does, read from its text: collectives, largest arrays, trips of loops.
 
 The text is XLA's: computations in braces, one instruction a line. Loops count how often they run where their
-condition compares a counter with a constant; `unknown_loops` counts those where it does not.
+condition compares a counter with a constant; `unknown_loops` counts those where it does not. Of a conditional all
+branches count, which for a prefill is more than any chip does.
 """
 
 import collections
