@@ -444,17 +444,17 @@ def test_candidates_are_shared_out_over_data():
 
 def test_the_numbers_of_a_run():
   run = cost.of_config(large_preset(get_config()))
-  assert (run.cells, run.positions, run.scored, run.steps, run.validations) == (3, 320, 64, 400, 16)
-  # 20 children: a pool of 40 and 24 generations, then a pool of 40 and 16 generations of fine-tuning.
-  assert run.searched == 40 + 24 * 20 + 40 + 16 * 20
-  assert run.validated == 4 * 25 + 4 * 17
+  assert (run.cells, run.positions, run.scored, run.steps, run.validations) == (3, 384, 64, 400, 17)
+  # 20 children: a pool of 2 calls and 24 generations, then 2 calls and 16 generations of fine-tuning.
+  assert (run.calls, run.children) == (2 + 24 + 2 + 16, 20)
+  assert run.validated == 5 + 4 * 25 + 5 + 4 * 17
   slice_ = cost.Slice(CHIP, fsdp=4)
   assert (run.search_batch, run.train_batch) == (16, 16)
   terms = cost.run_terms(run, TOY, slice_)
-  once, one = cost.forward(TOY, slice_, 16, 320, 64), cost.train_step(TOY, slice_, 16, 320, 64)
+  once, one = cost.forward(TOY, slice_, 16, 384, 64), cost.train_step(TOY, slice_, 16, 384, 64)
   # Sets of 64, 64, 1024 and 64 prompts are 4, 4, 64 and 4 batches; two draws are five passes.
   for name in ("compute", "memory", "communication"):
     of = lambda terms, name=name: getattr(terms, name)
-    assert of(terms["training"]) == pytest.approx(3 * (400 * of(one) + 16 * 4 * of(once)))
+    assert of(terms["training"]) == pytest.approx(3 * (400 * of(one) + 17 * 4 * of(once)))
     assert of(terms["teacher and gate scores"]) == pytest.approx(of(once) * (4 + 4 + 64 * 5 + 4))
-    assert of(terms["search and fine-tuning"]) == pytest.approx(3 * 4 * of(once) * (run.searched + run.validated))
+    assert of(terms["search and fine-tuning"]) == pytest.approx(3 * 4 * of(once) * (44 * 20 + run.validated))

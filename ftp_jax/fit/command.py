@@ -70,22 +70,32 @@ def _mesh(text: str | None, devices: list[Any]) -> Any:
     data, fsdp, tensor = sizes
   except ValueError:
     raise UserError(f"--mesh={text} must be three numbers data,fsdp,tensor, for instance 1,16,1.") from None
-  return sharding.make_mesh(data, fsdp, tensor, devices=devices)
+  mesh = sharding.make_mesh(data, fsdp, tensor, devices=devices)
+  if mesh.size < len(devices):
+    raise UserError(f"--mesh={text} uses {mesh.size} of {len(devices)} chips; a run of several hosts needs them all.")
+  return mesh
 
 
 def _case(arguments: argparse.Namespace, model: Any) -> Any:
   from ftp_jax.fit import programs
   from ftp_jax.models.decoder import REMAT
   from ftp_jax.models.sources import DTYPES
+  from ftp_jax.routing.masked import ATTENTIONS
 
-  for name, known in (("dtype", DTYPES), ("remat", REMAT), ("kv", ("evict", "project"))):
+  for name, known in (("dtype", DTYPES), ("remat", REMAT), ("kv", ("evict", "project")),
+                      ("attention", (None, *ATTENTIONS[1:]))):  # fmt: skip
     if getattr(arguments, name) not in known:
-      raise UserError(f"--{name}={getattr(arguments, name)} is unknown; choose one of {', '.join(known)}.")
+      raise UserError(f"--{name}={getattr(arguments, name)} is unknown; choose one of {', '.join(filter(None, known))}.")
   return programs.Case(
       model, arguments.program, arguments.batch, arguments.context, dtype=DTYPES[arguments.dtype],
       remat=arguments.remat, kv_mode=arguments.kv, scored=arguments.scored, candidates=arguments.candidates,
-      attention=arguments.attention or ("full" if arguments.kv == "evict" or model.sliding_window else "splash"),
+      attention=arguments.attention or ("full" if _no_splash(arguments, model) else "splash"),
   )  # fmt: skip
+
+
+def _no_splash(arguments: argparse.Namespace, model: Any) -> bool:
+  """What a run on a TPU would find as well: see `masked.choose_attention`."""
+  return arguments.kv == "evict" or bool(model.sliding_window) or arguments.context % 128 != 0
 
 
 def report(record: dict[str, Any]) -> str:
@@ -119,6 +129,8 @@ def report(record: dict[str, Any]) -> str:
       lines.append(f"  {kind:<20}{gib(total['bytes']):>12} in {total['count']:.0f}")
     if record["unknown_loops"]:
       lines.append(f"  ({record['unknown_loops']} loops of unknown length are counted as one trip)")
+    if record["unknown_loops"]:
+      lines.append(f"  not counted: how often {record['unknown_loops']} loops run, each taken once")
     lines.append("largest arrays of a chip beside its arguments:")
     for array in record["largest"]:
       lines.append(f"  {array['shape']:<28}{array['bytes'] / 2**20:>10.1f} MiB  {array['origin'][-60:]}")

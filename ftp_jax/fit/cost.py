@@ -94,7 +94,7 @@ def forward(model: ModelConfig, slice_: Slice, rows: int, positions: int, scored
   tokens = math.ceil(rows / parts) * positions
   flops = math.ceil(rows / parts) * forward_flops(model, positions, scored) / slice_.tensor
   weights = _BYTES * model.num_blocks * block_parameters(model) / slice_.tensor
-  heads, groups, width = (size * model.head_dim for size in (model.num_heads, model.num_kv_heads, 0))
+  heads, groups = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
   # Inputs and outputs of q, k, v, attention, o, gate, up and down.
   width = 4 * model.hidden_size + 4 * heads + 4 * groups + 2 * (model.hidden_size + model.intermediate_size)
   width += model.intermediate_size + model.hidden_size
@@ -115,7 +115,7 @@ def train_step(model: ModelConfig, slice_: Slice, rows: int, positions: int, sco
 
 
 def candidates(model: ModelConfig, slice_: Slice, count: int, rows: int, positions: int, scored: int) -> Terms:
-  """`count` schedules judged on `rows` prompts: each group of the mesh axis data judges its share of schedules."""
+  """One call that judges `count` schedules on `rows` prompts: each group of the mesh axis data judges its share."""
   group = dataclasses.replace(slice_, data=1)
   return forward(model, group, rows, positions, scored) * math.ceil(count / slice_.data)
 
@@ -127,8 +127,8 @@ class Run:
   Attributes:
     cells: sparsities x seeds, each searched and trained.
     search_batch, train_batch: prompts of one call; the train batch is also that of the gate scores.
-    searched, validated: schedules judged in one cell, the search's and fine-tuning's, on the search prompts, and on
-      the validation prompts.
+    calls, children: calls of a cell, the search's and fine-tuning's, that judge that many schedules each.
+    validated: schedules judged one by one on the validation prompts, at most.
   """
 
   cells: int
@@ -141,7 +141,8 @@ class Run:
   train_prompts: int
   warmup_prompts: int
   fisher_draws: int
-  searched: int
+  calls: int
+  children: int
   validated: int
   steps: int
   validations: int
@@ -151,17 +152,18 @@ def of_config(config: Any) -> Run:
   """A `Run` of a config: generation 0 fills whole calls of children, and each round of fine-tuning is a search."""
   s, t, d = config.search, config.train, config.data
   children = s.population - s.elite
-  pool = -(-max(s.population, len(s.seed_schedules)) // children) * children
+  pool = -(-max(s.population, len(s.seed_schedules)) // children)
+  scored = t.guide == "fisher" or s.schedule == "fisher" or "fisher" in s.seed_schedules
   rounds = [s.generations] + [config.finetune.generations] * config.finetune.rounds
   return Run(
       cells=len(config.sparsities) * len(config.seeds), search_batch=s.batch, train_batch=t.batch,
       positions=d.max_context + d.continuation, scored=d.continuation,
       search_prompts=d.num_search, validation_prompts=d.num_validation, train_prompts=d.num_train,
       warmup_prompts=t.warmup_guide_prompts if t.guide == "fisher" and t.warmup_guide_steps else 0,
-      fisher_draws=t.fisher_draws if t.guide == "fisher" else 0,
-      searched=sum(pool + children * generations for generations in rounds),
-      validated=sum(max(1, s.elite) * (generations + 1) for generations in rounds),
-      steps=t.steps, validations=t.steps // t.validate_every,
+      fisher_draws=t.fisher_draws if scored else 0, calls=sum(pool + generations for generations in rounds),
+      children=children,
+      validated=sum(len(s.seed_schedules) + max(1, s.elite) * (generations + 1) for generations in rounds),
+      steps=t.steps, validations=1 + -(-t.steps // t.validate_every),
   )  # fmt: skip
 
 
@@ -172,12 +174,11 @@ def run_terms(run: Run, model: ModelConfig, slice_: Slice) -> dict[str, Terms]:
   def over(prompts, batch):
     return forward(model, slice_, batch, *size) * math.ceil(prompts / batch)
 
-  def judging(schedules, prompts):
-    return candidates(model, slice_, schedules, run.search_batch, *size) * math.ceil(prompts / run.search_batch)
-
   # A pass, and for each draw the blocks again and their gradient.
   scores = over(run.train_prompts, run.train_batch) * (1 + 2 * run.fisher_draws if run.fisher_draws else 0)
-  judged = judging(run.searched, run.search_prompts) + judging(run.validated, run.validation_prompts)
+  call = candidates(model, slice_, run.children, run.search_batch, *size)
+  judged = call * (run.calls * math.ceil(run.search_prompts / run.search_batch))
+  judged += over(run.validation_prompts, run.search_batch) * run.validated
   steps = train_step(model, slice_, run.train_batch, *size) * run.steps
   steps += over(run.validation_prompts, run.search_batch) * run.validations
   teachers = over(run.search_prompts + run.validation_prompts, run.search_batch)

@@ -83,7 +83,9 @@ def default_mesh(devices: Sequence[Any]) -> tuple[int, int, int]:
 
 
 def check(case: Case, mesh: Mesh) -> None:
-  """UserError where batch, positions or mesh cannot be had."""
+  """UserError where batch, positions, candidates or mesh cannot be had."""
+  if case.scored < 1 or case.candidates < 1:
+    raise UserError("--scored and --candidates must be at least 1.")
   parts = sharding.batch_parts(mesh)
   if case.batch < 1 or case.batch % parts:
     raise UserError(
