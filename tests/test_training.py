@@ -425,7 +425,7 @@ def test_another_training_is_refused_naming_what_changed(change, name, undisturb
   assert (directory / "metrics.jsonl").read_bytes() == before
 
 
-# Orbax closes its event loop while the failing read of another thread still reports to it.
+# Orbax closes its event loop while a failing read or write of another thread still reports to it.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("damaged_file", ["arrays/manifest.ocdbt", "facts/metadata"])
 def test_a_damaged_checkpoint_is_reported_and_the_one_before_it_used(
@@ -464,6 +464,7 @@ def test_a_full_disk_is_one_sentence_and_training_goes_on_with_space(where, tmp_
   check_equal(tmp_path, train(tmp_path), undisturbed)
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_disk_that_fills_up_behind_the_training_is_told_and_costs_nothing_saved(tmp_path, caplog):
   """The files of a checkpoint are too large for the limit; those of the metrics are not."""
   config = RouterConfig(hidden_size=1024)
