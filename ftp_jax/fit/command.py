@@ -85,7 +85,8 @@ def _case(arguments: argparse.Namespace, model: Any) -> Any:
   for name, known in (("dtype", DTYPES), ("remat", REMAT), ("kv", ("evict", "project")),
                       ("attention", (None, *ATTENTIONS[1:]))):  # fmt: skip
     if getattr(arguments, name) not in known:
-      raise UserError(f"--{name}={getattr(arguments, name)} is unknown; choose one of {', '.join(filter(None, known))}.")
+      names = ", ".join(filter(None, known))
+      raise UserError(f"--{name}={getattr(arguments, name)} is unknown; choose one of {names}.")
   return programs.Case(
       model, arguments.program, arguments.batch, arguments.context, dtype=DTYPES[arguments.dtype],
       remat=arguments.remat, kv_mode=arguments.kv, scored=arguments.scored, candidates=arguments.candidates,
