@@ -28,7 +28,8 @@ RUNS = (
 )  # fmt: skip
 # Slice and mesh of the cost model's table, by the names they are rented under.
 SLICES = (
-    ("v5e-16", "v5e", (1, 16, 1)), ("v5e-16", "v5e", (4, 4, 1)), ("v5p-8", "v5p", (1, 4, 1)), ("v5p-8", "v5p", (4, 1, 1)),
+    ("v5e-16", "v5e", (1, 16, 1)), ("v5e-16", "v5e", (4, 4, 1)),
+    ("v5p-8", "v5p", (1, 4, 1)), ("v5p-8", "v5p", (4, 1, 1)),
 )  # fmt: skip
 MODELS = ("llama2-7b", "llama2-13b", "llama3-8b", "qwen1.5-7b")
 

@@ -369,7 +369,9 @@ def test_what_a_compiler_says_of_memory(message, want):
     (["--topology=v5e"], "libtpu describes no topology 'v5e'"),
     (["--model=gpt-7"], "--model=gpt-7 is neither a known architecture .*llama2-7b.* nor a directory"),
     (["--program=serve"], "--program=serve is unknown; choose one of train, search, prefill, decode"),
-    (["--mesh=1,3,1"], "does not use the 4 devices exactly"),
+    (["--mesh=1,3,1"], "--mesh=1,3,1 does not use the topology's 4 chips exactly; one size may be -1"),
+    (["--mesh=-1,3,1"], "fsdp=3, tensor=1 does not fit the 4 devices"),
+    (["--mesh=0,-1,1"], "makes no sense"),
     (["--mesh=4"], "--mesh=4 must be three numbers data,fsdp,tensor"),
     (["--batch=6"], "--batch=6 is not a multiple of the 4 parts of a batch .*; choose 8"),
     (["--context=200"], "needs a multiple of 128 positions, not 200; choose 256 or attention=full"),
@@ -444,14 +446,14 @@ def test_candidates_are_shared_out_over_data():
 
 def test_the_numbers_of_a_run():
   run = cost.of_config(large_preset(get_config()))
-  assert (run.cells, run.positions, run.scored, run.steps, run.validations) == (3, 320, 64, 400, 16)
+  assert (run.cells, run.positions, run.scored, run.steps, run.validations) == (3, 384, 64, 400, 16)
   # 20 children: a pool of 40 and 24 generations, then a pool of 40 and 16 generations of fine-tuning.
   assert run.searched == 40 + 24 * 20 + 40 + 16 * 20
   assert run.validated == 4 * 25 + 4 * 17
   slice_ = cost.Slice(CHIP, fsdp=4)
   assert (run.search_batch, run.train_batch) == (16, 16)
   terms = cost.run_terms(run, TOY, slice_)
-  once, one = cost.forward(TOY, slice_, 16, 320, 64), cost.train_step(TOY, slice_, 16, 320, 64)
+  once, one = cost.forward(TOY, slice_, 16, 384, 64), cost.train_step(TOY, slice_, 16, 384, 64)
   # Sets of 64, 64, 1024 and 64 prompts are 4, 4, 64 and 4 batches; two draws are five passes.
   for name in ("compute", "memory", "communication"):
     of = lambda terms, name=name: getattr(terms, name)
