@@ -66,14 +66,14 @@ def _mesh(text: str | None, devices: list[Any]) -> Any:
   from ftp_jax.fit import programs
 
   try:
-    sizes = tuple(map(int, text.split(","))) if text else programs.default_mesh(devices)
-    data, fsdp, tensor = sizes
+    data, fsdp, tensor = map(int, text.split(",")) if text else programs.default_mesh(devices)
   except ValueError:
     raise UserError(f"--mesh={text} must be three numbers data,fsdp,tensor, for instance 1,16,1.") from None
-  mesh = sharding.make_mesh(data, fsdp, tensor, devices=devices)
-  if mesh.size < len(devices):
-    raise UserError(f"--mesh={text} uses {mesh.size} of {len(devices)} chips; a run of several hosts needs them all.")
-  return mesh
+  if -1 not in (data, fsdp, tensor) and data * fsdp * tensor != len(devices):
+    raise UserError(
+        f"--mesh={text} does not use the topology's {len(devices)} chips exactly; one size may be -1 for what is left."
+    )
+  return sharding.make_mesh(data, fsdp, tensor, devices=devices)
 
 
 def _case(arguments: argparse.Namespace, model: Any) -> Any:
