@@ -25,7 +25,7 @@ from ftp_jax.errors import UserError
 from ftp_jax.peers import LOST, Watch, deadline
 
 __all__ = ["LOST", "STOPPED", "Launch", "Stopped", "barrier", "from_first", "is_first", "num_processes", "of_first",
-           "on_first", "stoppable", "together", "unique_name"]  # fmt: skip
+           "on_first", "process_id", "stoppable", "together", "unique_name"]  # fmt: skip
 
 STOPPED = 143  # exit status after SIGTERM, as the shell would say it: saved, but not finished
 _PIECE = 1 << 20  # bytes of one value in the store; a message of gRPC holds four times as much
@@ -100,9 +100,14 @@ def num_processes() -> int:
   return state.num_processes if state.client is not None else 1
 
 
+def process_id() -> int:
+  """Which process this is. Unlike `jax.process_index()` it waits for no other one."""
+  return _jax_state().process_id or 0
+
+
 def is_first() -> bool:
   """Whether this is process 0, the one that prints and writes."""
-  return _jax_state().process_id == 0
+  return process_id() == 0
 
 
 @contextlib.contextmanager

@@ -9,5 +9,13 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 
 import jax  # noqa: E402
+import pytest  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def compiled_programs_of_one_module():
+  """A process may hold 65,530 memory maps, a compiled program holds dozens: beyond that the compiler crashes."""
+  yield
+  jax.clear_caches()

@@ -186,7 +186,7 @@ def test_two_processes_fetch_once_and_load_their_own_shards(tmp_path):
   assert own[1].startswith("UserError: process 1 (") and "FTP_JAX_CACHE" in own[1] and "each host" in own[1]
   assert not (tmp_path / "own1").exists()
   assert broken[0].startswith("UserError: ") and "not a GGUF file" in broken[0]
-  assert broken[1].startswith("UserError: process 0 cannot get") and "not a GGUF file" in broken[1]
+  assert broken[1] == broken[0]
   assert directory == (str(tmp_path / "directory"),) * 2
   for figures in (first, second):
     assert figures["devices"] and figures["global"] and figures["whole"] and figures["equal"]

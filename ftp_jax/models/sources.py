@@ -9,7 +9,6 @@ import socket
 from typing import Any
 
 import huggingface_hub
-import jax
 import jax.numpy as jnp
 import transformers
 
@@ -58,7 +57,7 @@ def resolve(source: str, cache_dir: str | os.PathLike | None = None) -> pathlib.
     return _resolve(source, cache_dir, get=False)
   except UserError as error:
     raise UserError(
-        f"process {jax.process_index()} ({socket.gethostname()}) does not find {source!r}, which process 0 has; "
+        f"process {distributed.process_id()} ({socket.gethostname()}) does not find {source!r}, which process 0 has; "
         "let FTP_JAX_CACHE or HF_HOME name a directory that all hosts share, or fetch the model on each host before "
         "the run."
     ) from error
