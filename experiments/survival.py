@@ -10,8 +10,8 @@ the last bit. In runs of two processes one of them is killed and the other must 
 The model is tiny and random. It lies on a mesh of data=2 and, over what is left of 2 virtual CPU devices a process,
 fsdp: processes do talk to each other in every step.
 
-25 minutes on 2 CPU cores (AMD EPYC) shared with other work, one run: of 10 kills with one process and 10 with two, 7 and
-5 cut a save short, all 20 resumed to the bit, and the other process ended 1.1 to 4.0 s after the kill.
+21 minutes on 2 CPU cores (AMD EPYC, 24 GiB) shared with other work, one run: of 10 kills with one process and 10 with
+two, 7 and 5 cut a save short, all 20 resumed to the bit, and the other process ended 1.1 to 4.0 s after the kill.
 """
 
 import argparse
