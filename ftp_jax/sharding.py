@@ -167,12 +167,12 @@ def _slice(stacked: jax.Array, index: int) -> jax.Array:
   return replicate(jax.lax.dynamic_index_in_dim(stacked, index, keepdims=False))
 
 
-def constrain(x: jax.Array, *logical: str | None, parts: Sequence[int] | None = None) -> jax.Array:
-  """Inside a traced function: lays an array out by the rules; see `Rules.spec` for `parts`, its shape by default."""
+def constrain(x: jax.Array, *logical: str | None) -> jax.Array:
+  """Inside a traced function: lays an array out by the rules."""
   mesh = context()
   if math.prod(mesh.values()) == 1:
     return x
-  return jax.lax.with_sharding_constraint(x, RULES.spec(logical, x.shape if parts is None else parts, mesh))
+  return jax.lax.with_sharding_constraint(x, RULES.spec(logical, x.shape, mesh))
 
 
 def replicate(tree: Any) -> Any:

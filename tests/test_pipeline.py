@@ -7,11 +7,12 @@ import jax
 import numpy as np
 import pytest
 
-from ftp_jax import pipeline
+from ftp_jax import distributed, pipeline
 from ftp_jax.config import get_config, paper_preset
 from ftp_jax.errors import UserError
 from ftp_jax.export import artifact
 from ftp_jax.models.huggingface import fingerprint, save_params
+from ftp_jax.pipeline import checks
 from tests import tiny
 from tests.test_data import byte_tokenizer
 
@@ -206,3 +207,27 @@ def test_damaged_artifacts_are_refused(finished, tmp_path):
       artifact.load(copy)
   with pytest.raises(UserError, match="no ftp_config.json"):
     artifact.load(tmp_path / "nowhere")
+
+
+def test_a_mesh_that_a_batch_does_not_divide_by_is_refused_before_anything_is_written(model_directory, tmp_path):
+  config = tiny_run(model_directory)
+  config.mesh.data = 8
+  with pytest.raises(UserError, match=r"train.batch=4 must be a multiple of mesh.data \* mesh.fsdp = 8"):
+    pipeline.run(config, str(tmp_path / "run"))
+  assert not (tmp_path / "run").exists()
+
+
+def test_processes_that_were_asked_for_different_things_are_named(model_directory, tmp_path, monkeypatch):
+  def first(make):
+    theirs = json.loads(make())
+    return json.dumps(theirs | {"train.steps": 7}).encode()
+
+  monkeypatch.setattr(distributed, "from_first", first)
+  with pytest.raises(UserError, match="train.steps is 7 in process 0 and 4 in process 0; start the very same"):
+    pipeline.run(tiny_run(model_directory), str(tmp_path / "run"))
+  assert not (tmp_path / "run").exists()
+
+
+def test_a_run_directory_that_a_process_does_not_see_is_named(tmp_path):
+  with pytest.raises(UserError, match="does not see .*config.json, which process 0 wrote; give a --workdir that all"):
+    checks.check_shared(tmp_path / "config.json")

@@ -13,7 +13,7 @@ from ftp_jax.errors import UserError
 from ftp_jax.models.decoder import REMAT
 from ftp_jax.models.sources import DTYPES
 from ftp_jax.search import schedule as schedules
-from ftp_jax.stages import describe_changes, flatten
+from ftp_jax.stages import flatten
 
 SCHEDULES = ("ga", "uniform", "middle", "late", "influence", "fisher", "file")
 _AT_LEAST = {
@@ -66,11 +66,14 @@ def check_config(config) -> None:
 
 def check_alike(config, stages: tuple[str, ...]) -> None:
   """Raises UserError in a process that was started to do something else than process 0."""
-  mine = {"the version": __version__, "the stages": list(stages)} | flatten(config)
-  first = json.loads(distributed.from_first(lambda: json.dumps(mine).encode()))
-  changes = describe_changes(first, json.loads(json.dumps(mine)))
-  if changes:
-    raise UserError(f"process 0 has {changes} here; start the very same command, of the same version, on every host.")
+  mine = json.dumps({"the version": __version__, "the stages": list(stages)} | flatten(config)).encode()
+  first, mine = json.loads(distributed.from_first(lambda: mine)), json.loads(mine)
+  for name in first | mine:
+    if first.get(name) != mine.get(name):
+      raise UserError(
+          f"{name} is {first.get(name)!r} in process 0 and {mine.get(name)!r} in process {distributed.process_id()}; "
+          "start the very same command, of the same version, on every host."
+      )
 
 
 def check_shared(path: pathlib.Path) -> None:
