@@ -36,6 +36,8 @@ FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 EMPTY = 2**30  # position of a cache slot that holds no token
 _STEPS = 40_000  # sparsities count in steps of 1 / _STEPS, so that capacities are integer arithmetic
 _CHUNK = 512  # queries that are masked at once
+# What a model's output calls its cache; transformers 5.24 changed the name.
+_CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 _WHOLE = 0.3  # from this share of queries on, causal attention of all tokens is faster than masked of some
 # What an artifact chooses, with the values known here, and its other fields.
 _CHOICES = {
@@ -469,8 +471,8 @@ class PrunedModel:
 
   @torch.no_grad()
   def forward(
-      self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, inputs_embeds=None,
-      labels=None, use_cache=None, logits_to_keep=0, context_length=None, return_dict=None, **kwargs,
+      self, input_ids=None, attention_mask=None, position_ids=None, cache=None, inputs_embeds=None, labels=None,
+      use_cache=None, logits_to_keep=0, context_length=None, return_dict=None, past_key_values=None, **kwargs,
   ):  # fmt: skip
     """As the forward of the base model.
 
@@ -479,6 +481,7 @@ class PrunedModel:
 
     Args:
       attention_mask: (B, columns so far), 0 at padding, on either side. Positions follow from it.
+      cache: the cache of an earlier call; past_key_values is its name before transformers 5.24.
       context_length: how many tokens of each row, an int or (B,), are context; None: all of them.
 
     Raises:
@@ -487,7 +490,8 @@ class PrunedModel:
     if kwargs.get("output_attentions") or kwargs.get("output_hidden_states"):
       raise ValueError("A pruned model gives no attentions and no hidden states; ask the base model.")
     embeds = self.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-    (batch, columns), cache = embeds.shape[:2], past_key_values
+    batch, columns = embeds.shape[:2]
+    cache = past_key_values if cache is None else cache
     if not isinstance(cache, PrunedCache):
       if cache is not None and (cache.get_seq_length() or cache.is_compileable):
         raise ValueError("A pruned model keeps its own cache; leave out past_key_values and cache_implementation.")
@@ -526,7 +530,7 @@ class PrunedModel:
     if labels is not None:
       loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size)
     use_cache = self.config.use_cache if use_cache is None else use_cache
-    out = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache if use_cache else None)
+    out = CausalLMOutputWithPast(loss=loss, logits=logits, **{_CACHE: cache if use_cache else None})
     return out.to_tuple() if return_dict is False else out
 
   def _run(self, x_PxD, tokens: Packed, gates: _Gates, cache: PrunedCache, wanted_P) -> torch.Tensor:
