@@ -17,7 +17,9 @@ from ftp_jax.bench.settings import Settings
 from ftp_jax.bench.timing import interleave
 from ftp_jax.inference import programs
 from ftp_jax.models.sources import Model
-from ftp_jax.routing.plan import MAX_BUCKETS, Plan
+from ftp_jax.routing.plan import Plan
+
+_MOST_BUCKETS = 4
 
 
 class _Compile:
@@ -83,7 +85,7 @@ def _plans(model: Model, cases: Sequence[Case], settings: Settings, context: int
         for case in cases if case.labels["shape"] == settings.shape[0]
     ]  # fmt: skip
   for case in varied:
-    plans = dict.fromkeys(case.plan(context, most) for most in range(1, MAX_BUCKETS + 1))  # distinct ones
+    plans = dict.fromkeys(case.plan(context, most) for most in range(1, _MOST_BUCKETS + 1))  # distinct ones
     found += [(case, plan) for plan in plans]
   return found
 

@@ -53,7 +53,7 @@ def run(config: Any, workdir: str, stages: tuple[str, ...] = STAGES) -> None:
   Raises:
     UserError: anything the user can mend, in one sentence.
   """
-  pipeline = _Pipeline(config, pathlib.Path(workdir))
+  pipeline = Pipeline(config, pathlib.Path(workdir))
   if stages == ("report",):
     if not pipeline.workdir.is_dir():
       raise UserError(f"{workdir} does not exist; give the --workdir of an evaluated run.")
@@ -69,7 +69,7 @@ def run(config: Any, workdir: str, stages: tuple[str, ...] = STAGES) -> None:
       getattr(pipeline, stage)()
 
 
-class _Pipeline:
+class Pipeline:
   """One run directory; what several stages need is made once, on first use."""
 
   def __init__(self, config: Any, workdir: pathlib.Path):
