@@ -1,5 +1,6 @@
 """The whole pipeline on a tiny model: stages, resuming, changed settings, the artifact."""
 
+import importlib
 import json
 import shutil
 
@@ -231,3 +232,33 @@ def test_processes_that_were_asked_for_different_things_are_named(model_director
 def test_a_run_directory_that_a_process_does_not_see_is_named(tmp_path):
   with pytest.raises(UserError, match="does not see .*config.json, which process 0 wrote; give a --workdir that all"):
     checks.check_shared(tmp_path / "config.json")
+
+
+def test_ablations_share_what_a_variant_leaves_alone(finished, tmp_path):
+  ablations = importlib.import_module("experiments.ablations")
+  table = ablations.run_variants(finished, tmp_path, ["as it is", "uniform", "without score"], 0.25, 0)
+  records = json.loads((tmp_path / "ablations.json").read_text())["records"]
+  assert [(r["part"], r["variant"]) for r in records] == [
+      ("", "as it is"), ("schedule", "uniform"), ("inputs", "without score")
+  ]
+  assert table.count("\n") == 4 and "| schedule | uniform |" in table
+  # Unchanged, the stages are those of the run, and so are the figures.
+  of_run = {r["method"]: r for r in json.loads((finished / "results.json").read_text())["records"]}
+  for method, figures in zip(("static_ga", "dynamic_ga", "dynamic_finetuned"), records[0]["figures"]):
+    for name in ("kl", "agreement", "achieved", "flops_saved"):
+      assert figures[name] == pytest.approx(of_run[method][name], rel=1e-6)
+  # A variant of the router keeps the run's prompts and searched schedule, one of the schedule only the prompts.
+  search = "S0.25/seed0/search/schedule.json"
+  assert (tmp_path / "without_score" / search).read_text() == (finished / search).read_text()
+  assert json.loads((tmp_path / "uniform" / search).read_text()) == [0.25] * 4
+  router = artifact.load_weights(tmp_path / "without_score" / "S0.25" / "seed0" / "finetune" / "router.safetensors")
+  full = artifact.load_weights(finished / "S0.25" / "seed0" / "finetune" / "router.safetensors")
+  assert router["hidden"]["kernel"].shape[0] == full["hidden"]["kernel"].shape[0] - 1
+  # Nothing is computed twice.
+  before = (tmp_path / "uniform" / "figures.json").stat().st_mtime_ns
+  assert ablations.run_variants(finished, tmp_path, ["uniform"], 0.25, 0) == table
+  assert (tmp_path / "uniform" / "figures.json").stat().st_mtime_ns == before
+  with pytest.raises(UserError, match="'warmer' is unknown"):
+    ablations.run_variants(finished, tmp_path, ["warmer"], 0.25, 0)
+  with pytest.raises(UserError, match="another sparsity or seed"):
+    ablations.run_variants(finished, tmp_path, ["uniform"], 0.5, 0)
