@@ -1,4 +1,4 @@
-"""Ablations: one part of the method left out or replaced at a time, each trained and fine-tuned anew.
+"""Ablations: variants of the method, each trained and fine-tuned anew.
 
   ftp-jax run --config=smollm2_135m --workdir=runs/smollm2_135m
   python experiments/ablations.py --run=runs/smollm2_135m --out=runs/ablations
@@ -10,11 +10,13 @@ figure is the continuation KL on the test prompts of --run: of the static router
 under the searched schedule, and after schedule fine-tuning.
 """
 
+import gc
 import pathlib
 import shutil
 import sys
 from typing import Any
 
+import jax
 import numpy as np
 from absl import app, flags
 from ml_collections import config_dict
@@ -23,9 +25,10 @@ from ftp_jax.config import get_config
 from ftp_jax.errors import UserError
 from ftp_jax.evaluation import flops
 from ftp_jax.machine import describe_machine
+from ftp_jax.pipeline.checks import digest
 from ftp_jax.pipeline.run import Pipeline, run
 from ftp_jax.routing import routers
-from ftp_jax.stages import DONE, check_stage, read_json, write_json
+from ftp_jax.stages import DONE, check_stage, describe_changes, flatten, read_json, write_json
 
 FACTORS = ("position", "score", "rank", "sparsity")
 STAGES = ("data", "importance", "search", "train", "finetune")
@@ -33,9 +36,12 @@ FIGURES = "figures.json"
 # name: (what it is a variant of, settings that differ from those of --run)
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "as it is": ("", {}),
-    "uniform": ("schedule", {"search.schedule": "uniform"}),
-    "block influence": ("schedule", {"search.schedule": "influence"}),
-    "late blocks": ("schedule", {"search.schedule": "late"}),
+    **{
+        name: ("schedule", {"search.schedule": schedule, "train.fisher_share": 0.0, "finetune.rounds": 0})
+        for name, schedule in (
+            ("uniform", "uniform"), ("block influence", "influence"), ("late blocks", "late"), ("Fisher", "fisher"),
+        )
+    },
     "per block": ("router", {"router.kind": "per_block"}),
     "recurrent": ("router", {"router.kind": "recurrent"}),
     "four factors alone": ("inputs", {"router.hidden_states": False}),
@@ -44,14 +50,17 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         f"without {left}": ("inputs", {"router.factors": tuple(name for name in FACTORS if name != left)})
         for left in FACTORS
     },
-    "without guide": ("losses", {"train.guide_weight": 0.0, "train.warmup_guide_steps": 0}),
+    "warm-up alone": ("losses", {"train.steps": 1, "train.learning_rate": 0.0}),
+    "no warm-up": ("losses", {"train.warmup_guide_steps": 0}),
+    "no warm-up, no guide": ("losses", {"train.guide_weight": 0.0, "train.warmup_guide_steps": 0}),
+    "guide in the warm-up alone": ("losses", {"train.guide_weight": 0.0}),
+    "static guide, no warm-up": ("losses", {"train.guide": "static"}),
     "without distillation": ("losses", {"train.distill_weight": 0.0}),
     "without sparsity loss": ("losses", {"train.sparsity_weight": 0.0}),
-    "static guide": ("losses", {"train.guide": "static"}),
     "argmax": ("selection", {"routing.selection": "argmax"}),
     "evict": ("kv mode", {"routing.kv_mode": "evict"}),
     "two rounds": ("rounds", {"finetune.rounds": 2}),
-    "64 training prompts": ("calibration", {"train.warmup_guide_prompts": 64}),
+    "64 training prompts": ("calibration", {"data.num_train": 64}),
 }
 
 
@@ -84,7 +93,10 @@ def share_stages(pipeline: Pipeline, source: pathlib.Path) -> None:
       check_stage(source / own, settings)
     except UserError:  # made with other settings
       continue
-    shutil.copytree(source / own, pipeline.workdir / own)
+    copy = pipeline.workdir / own.with_name(own.name + ".copying")  # a killed copy must not look finished
+    shutil.rmtree(copy, ignore_errors=True)
+    shutil.copytree(source / own, copy)
+    copy.rename(pipeline.workdir / own)
 
 
 def measure(pipeline: Pipeline) -> list[dict[str, Any]]:
@@ -98,11 +110,14 @@ def measure(pipeline: Pipeline) -> list[dict[str, Any]]:
       ("fine-tuned", pipeline.load_router(cell / "finetune"), pipeline.schedule(cell / "finetune")),
   ):
     quality, context = judge.quality(router, schedule), judge.prompts.context
-    saved = flops.saved_share(judge.model.config, quality.keep_LxNxT, context, judge.routing.kv_mode, router.config)
+    saved = flops.saved_share(
+        judge.model.config, quality.keep_LxNxT, context, judge.routing.kv_mode, router.config,
+        judge.routing.score_window,
+    )
     found.append({
         "stage": stage,
         "kl": float(quality.kl.mean()),
-        "kl_stderr": float(quality.kl.std(ddof=1) / np.sqrt(len(quality.kl))),
+        "kl_of_prompts": quality.kl.tolist(),
         "agreement": float(quality.agreement.mean()),
         "achieved": float(flops.skipped_share(quality.keep_LxNxT, context)),
         "flops_saved": float(saved),
@@ -112,17 +127,25 @@ def measure(pipeline: Pipeline) -> list[dict[str, Any]]:
 
 
 def markdown(records: list[dict[str, Any]]) -> str:
-  """One line a variant: KLs in nats a token, of the fine-tuned router with its standard error over prompts."""
+  """One line a variant: KLs in nats a token, and the difference of the fine-tuned one to the method as it is.
+
+  Behind ± the standard error over prompts of that difference, prompt by prompt; seeds differ by more.
+  """
   lines = [
-      "| part | variant | KL static | KL trained | KL fine-tuned | agreement % | achieved % | FLOPs saved % |",
-      "|" + "---|" * 8,
+      "| part | variant | KL static | trained | fine-tuned | difference | agreement % | achieved % | FLOPs saved % |",
+      "|" + "---|" * 9,
   ]
+  base = next((np.array(r["figures"][2]["kl_of_prompts"]) for r in records if not r["part"]), None)
   for record in records:
     static, trained, tuned = record["figures"]
+    difference = "-"
+    if record["part"] and base is not None:
+      own = np.array(tuned["kl_of_prompts"]) - base
+      difference = f"{own.mean():+.3f} ± {own.std(ddof=1) / np.sqrt(len(own)):.3f}"
     lines.append(
-        f"| {record['part']} | {record['variant']} | {static['kl']:.3f} | {trained['kl']:.3f} "
-        f"| {tuned['kl']:.3f} ± {tuned['kl_stderr']:.3f} | {100 * tuned['agreement']:.1f} "
-        f"| {100 * tuned['achieved']:.1f} | {100 * tuned['flops_saved']:.1f} |"
+        f"| {record['part']} | {record['variant']} | {static['kl']:.3f} | {trained['kl']:.3f} | {tuned['kl']:.3f} "
+        f"| {difference} | {100 * tuned['agreement']:.1f} | {100 * tuned['achieved']:.1f} "
+        f"| {100 * tuned['flops_saved']:.1f} |"
     )
   return "\n".join(lines)
 
@@ -131,27 +154,37 @@ def run_variants(source: pathlib.Path, out: pathlib.Path, names: list[str], spar
   """Computes those variants that are missing; the table of all that are there.
 
   Raises:
-    UserError: a name is unknown, or `out` holds variants of another sparsity or seed.
+    UserError: a name is unknown, or `out` holds a variant that was made otherwise.
   """
   unknown = set(names) - set(VARIANTS)
   if unknown:
     raise UserError(f"The variant {min(unknown)!r} is unknown; variants are {', '.join(VARIANTS)}.")
   base = read_json(source / "config.json")
+  place = {name: out / name.replace(" ", "_") for name in VARIANTS}
+  make = lambda name: Pipeline(config_of(base, sparsity, seed, VARIANTS[name][1]), place[name])
+  settings = lambda pipeline: flatten(
+      pipeline.settings("finetune") | {"sparsity": sparsity, "seed": seed,
+                                       "test": digest(str(source / "data" / "test.npz"))}
+  )
+  for name, here in place.items():
+    if (here / FIGURES).exists():
+      changes = describe_changes(read_json(here / FIGURES)["settings"], settings(make(name)))
+      if changes:
+        raise UserError(f"{here} was made with {changes}; name another directory with --out, or delete that folder.")
   for name in names:
-    here = out / name.replace(" ", "_")
+    here = place[name]
     if (here / FIGURES).exists():
       continue
     print(f"variant: {name}", file=sys.stderr, flush=True)
-    config = config_of(base, sparsity, seed, VARIANTS[name][1])
-    pipeline = Pipeline(config, here)
+    pipeline = make(name)
     share_stages(pipeline, source)
-    run(config, str(here), STAGES)
-    own = {"part": VARIANTS[name][0], "variant": name, "sparsity": sparsity, "seed": seed}
+    run(pipeline.config, str(here), STAGES)
+    own = {"part": VARIANTS[name][0], "variant": name, "settings": settings(pipeline)}
     write_json(here / FIGURES, own | {"figures": measure(pipeline)})
-  paths = [out / name.replace(" ", "_") / FIGURES for name in VARIANTS]
-  records = [read_json(path) for path in paths if path.exists()]
-  if any((record["sparsity"], record["seed"]) != (sparsity, seed) for record in records):
-    raise UserError(f"{out} holds variants of another sparsity or seed; name another directory with --out.")
+    del pipeline  # and with it a model, its states and its programs
+    gc.collect()
+    jax.clear_caches()
+  records = [read_json(here / FIGURES) for here in place.values() if (here / FIGURES).exists()]
   write_json(out / "ablations.json", {"machine": describe_machine(), "records": records})
   text = markdown(records)
   (out / "ablations.md").write_text(text + "\n", encoding="utf-8")

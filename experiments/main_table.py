@@ -5,15 +5,17 @@
 
 `--data` holds arc_easy.jsonl, arc_challenge.jsonl, hellaswag.jsonl, winogrande.jsonl and mmlu.jsonl. Calibration,
 validation and test prompts of all methods are those of --run. Each cell (method, S, seed) is a directory below --out
-and is computed once: its baseline, quality.json (KL, perplexity, FLOPs, cache) and tasks.json (a record an item). A
-run that was interrupted goes on where it was; `--stages=report` makes the table of what is there. Latency is measured
-last, all methods of an S in turn, so that its ratios are of one run.
+and is computed once: its baseline, quality.json (KL, perplexity, FLOPs, cache), tasks.json (a record an item) and
+skipped.json (how much was skipped there). What a cell depends on is kept beside it, and a call with other settings is
+refused. A run that was interrupted goes on where it was; `--stages=report` makes the table of what is there. Latency is
+measured for all cells of an S in turn, so that its ratios are of one run, and again where a cell was added.
 """
 
 import logging
 import pathlib
 import statistics
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import matplotlib
@@ -31,17 +33,25 @@ from ftp_jax.evaluation.baselines.cells import baseline_at
 from ftp_jax.evaluation.harness import suite
 from ftp_jax.evaluation.harness.adapter import EngineLM
 from ftp_jax.evaluation.harness.files import read_items
+from ftp_jax.export.artifact import CONFIG_FILE, WEIGHTS_FILE
 from ftp_jax.export.artifact import load as load_artifact
+from ftp_jax.inference import Prefix
+from ftp_jax.inference.padding import FINE, Padding
 from ftp_jax.machine import describe_machine
 from ftp_jax.models.sources import Model, load_model
-from ftp_jax.stages import load_arrays, read_json, write_json
+from ftp_jax.pipeline.checks import digest
+from ftp_jax.stages import SETTINGS, describe_changes, load_arrays, read_json, write_json
 
 TASKS = ("arc_easy", "arc_challenge", "hellaswag", "winogrande", "mmlu")
 METRIC = dict.fromkeys(TASKS[:3], "acc_norm") | dict.fromkeys(TASKS[3:], "acc")
 METHODS = ("truncation", "late", "static", "random", "shortgpt", "blockpruner", "mod", "skipgpt", "ftp")
-SEEDED = ("random", "mod", "skipgpt", "ftp")  # differ from seed to seed
-_TASK_BUCKETS = 2  # most of the time of short prompts goes into compilation
+TRAINED = ("mod", "skipgpt")
+SEEDED = ("random", "ftp", *TRAINED)  # differ from seed to seed
 STAGES = ("quality", "tasks", "latency", "report")
+_TASK_BUCKETS = 2  # most of the time of short prompts goes into compilation
+_RESAMPLES = 2000  # of the items, for confidence intervals
+
+Cell = tuple[str, float, int]  # method, S, seed
 
 _RUN = flags.DEFINE_string("run", None, "Run directory of `ftp-jax run`.", required=True)
 _DATA = flags.DEFINE_string("data", None, "Directory of the task files.", required=True)
@@ -54,9 +64,10 @@ _LIMIT = flags.DEFINE_integer("limit", 100, "Items of each task, the same for al
 _RETRIEVAL = flags.DEFINE_integer("retrieval", 10, "Retrieval items of each length and depth; 0: none.")
 _LENGTHS = flags.DEFINE_list("lengths", ["256", "512"], "Tokens of retrieval contexts.")
 _CONTEXTS = flags.DEFINE_list("contexts", ["512", "2048"], "Prompt lengths whose latency is measured.")
-_RUNS = flags.DEFINE_integer("runs", 5, "Latency measurements of each method.")
+_RUNS = flags.DEFINE_integer("runs", 5, "Latency measurements of each method.", lower_bound=1)
 _STEPS = flags.DEFINE_integer("steps", 100, "Training steps of the methods `mod` and `skipgpt`.")
-_CALIBRATION = flags.DEFINE_integer("calibration", 64, "Calibration prompts of the baselines.")
+_CALIBRATION = flags.DEFINE_integer("calibration", 192, "Calibration prompts of the baselines, of those FTP trains on.")
+_REMOVAL = flags.DEFINE_integer("removal_prompts", 32, "Of those the ones of blockpruner, slow as it is.")
 _STAGES = flags.DEFINE_list("stages", list(STAGES), "Which stages to run.")
 
 
@@ -65,30 +76,63 @@ class Table:
 
   def __init__(self):
     self.run, self.out = pathlib.Path(_RUN.value), pathlib.Path(_OUT.value)
+    self.contexts = numbers("contexts", _CONTEXTS.value, int)
+    self.sparsities = numbers("sparsities", _SPARSITIES.value, float)
+    if any(round(s, 2) != s for s in self.sparsities):
+      raise UserError("--sparsities must have two decimals: they name the directories of the cells.")
     self.config = read_json(self.run / "config.json")
     self.model: Model = load_model(self.config["model"]["source"], self.config["model"]["dtype"])
     prompts = lambda split: Prompts(**load_arrays(self.run / "data" / f"{split}.npz"))
     self.test, self.windows, train = prompts("test"), prompts("windows"), prompts("train")
-    chosen = take(train, np.arange(min(_CALIBRATION.value, len(train.tokens))))
-    self.calibration = lambda where: baselines.Calibration(
-        chosen, prompts("validation"), steps=_STEPS.value, directory=where / "calibration"
+    self.calibration = lambda method, where: baselines.Calibration(
+        take(train, np.arange(min(calibration_prompts(method), len(train.tokens)))), prompts("validation"),
+        steps=_STEPS.value, directory=where / "calibration",
     )
-    self.cells = [("dense", 0.0, 0)]
-    for sparsity in map(float, _SPARSITIES.value):
+    self.cells: list[Cell] = [("dense", 0.0, 0)]
+    for sparsity in self.sparsities:
       for method in _METHODS.value:
-        seeded = method in SEEDED
-        self.cells += [(method, sparsity, int(seed)) for seed in (_SEEDS.value if seeded else ["0"])]
+        seeds = numbers("seeds", _SEEDS.value, int) if method in SEEDED else [0]
+        self.cells += [(method, sparsity, seed) for seed in seeds]
+    for cell in self.cells:
+      self.claim(cell)
 
   def directory(self, method: str, sparsity: float, seed: int) -> pathlib.Path:
     return self.out / f"S{sparsity:.2f}" / f"{method}-seed{seed}"
 
+  def artifact(self, sparsity: float, seed: int) -> pathlib.Path:
+    return self.run / f"S{sparsity:.2f}" / f"seed{seed}" / "artifact"
+
+  def settings(self, method: str, sparsity: float, seed: int) -> dict[str, Any]:
+    """Everything that the figures of a cell depend on but the task files."""
+    of_split = lambda name: digest(str(self.run / "data" / f"{name}.npz"))
+    found = {
+        "method": method, "sparsity": sparsity, "seed": seed, "model": self.config["model"]["source"],
+        "dtype": self.config["model"]["dtype"], "test prompts": of_split("test"), "windows": of_split("windows"),
+    }  # fmt: skip
+    if method == "ftp":
+      where = self.artifact(sparsity, seed)
+      found["artifact"] = [digest(str(where / name)) for name in (CONFIG_FILE, WEIGHTS_FILE)]
+    elif method != "dense" and baselines.METHODS[method].calibrated:
+      found |= {"calibration prompts": calibration_prompts(method), "training prompts": of_split("train")}
+      found |= {"--steps": _STEPS.value, "validation": of_split("validation")} if method in TRAINED else {}
+    return found
+
+  def claim(self, cell: Cell) -> None:
+    """Writes a cell's settings; UserError where it was made with others."""
+    path, settings = self.directory(*cell) / SETTINGS, self.settings(*cell)
+    if path.exists():
+      changes = describe_changes(read_json(path), settings)
+      if changes:
+        raise UserError(f"{path.parent} was made with {changes}; name another --out, or delete that folder.")
+    else:
+      path.parent.mkdir(parents=True, exist_ok=True)
+      write_json(path, settings)
+
   def baseline(self, method: str, sparsity: float, seed: int) -> baselines.Baseline:
     if method == "ftp":
-      where = self.run / f"S{sparsity:.2f}" / f"seed{seed}" / "artifact"
-      return baselines.from_artifact(self.model, load_artifact(where))
+      return baselines.from_artifact(self.model, load_artifact(self.artifact(sparsity, seed)))
     where = self.directory(method, sparsity, seed)
-    where.mkdir(parents=True, exist_ok=True)
-    return baseline_at(where, method, self.model, sparsity, self.calibration(where), seed)
+    return baseline_at(where, method, self.model, sparsity, self.calibration(method, where), seed)
 
   # --- stages ------------------------------------------------------------------------------------
 
@@ -104,73 +148,120 @@ class Table:
         write_json(self.directory(method, sparsity, seed) / "quality.json", record | {"asked": sparsity, "seed": seed})
 
   def tasks(self) -> None:
-    jobs = jobs_of(_TASKS.value, _DATA.value, _LIMIT.value, _RETRIEVAL.value, list(map(int, _LENGTHS.value)))
+    lengths = numbers("lengths", _LENGTHS.value, int)
+    jobs = jobs_of(_TASKS.value, _DATA.value, _LIMIT.value, _RETRIEVAL.value, lengths)
     with tqdm.tqdm(self.cells, desc="tasks") as bar:
-      for method, sparsity, seed in bar:
-        bar.set_postfix_str(f"{method} S={sparsity:.2f} seed {seed}")
-        path = self.directory(method, sparsity, seed) / "tasks.json"
-        settings = {"method": method, "sparsity": sparsity, "seed": seed, "run": str(self.run)}
-        done = suite.read_results(path, settings, jobs)
-        if any(job.name not in done for job in jobs):
-          engine = self.baseline(method, sparsity, seed).engine
-          engine.max_buckets = _TASK_BUCKETS
-          lm = EngineLM(engine, progress=False)
-          suite.run(lm, jobs, settings, describe_machine(), path)
+      for cell in bar:
+        bar.set_postfix_str(f"{cell[0]} S={cell[1]:.2f} seed {cell[2]}")
+        where, settings = self.directory(*cell), self.settings(*cell)
+        done = suite.read_results(where / "tasks.json", settings, jobs)
+        missing = [job for job in jobs if job.name not in done]
+        if not missing:
+          continue
+        engine = Counted(self.baseline(*cell))
+        lm = EngineLM(engine, progress=False)
+        for job in missing:
+          engine.skipped = engine.pairs = 0.0
+          suite.run(lm, [job], settings, describe_machine(), where / "tasks.json")
+          path = where / "skipped.json"
+          before = read_json(path) if path.exists() else {}
+          write_json(path, before | {job.name: engine.skipped / engine.pairs})
 
   def latency(self) -> None:
-    for sparsity in map(float, _SPARSITIES.value):
-      for context in map(int, _CONTEXTS.value):
+    for sparsity in self.sparsities:
+      for context in self.contexts:
         path = self.out / f"S{sparsity:.2f}" / f"latency{context}.json"
-        if path.exists():
+        wanted = {cell: self.settings(*cell) for cell in self.cells if cell[1] in (0.0, sparsity)}
+        stored = read_json(path) if path.exists() else {"settings": [], "runs": 0}
+        if stored["runs"] == _RUNS.value and all(own in stored["settings"] for own in wanted.values()):
           continue
         tokens = random_tokens(self.model, 1, context)
-        first: dict[str, tuple[str, float, int]] = {}  # of each method the first seed
-        for cell in self.cells:
-          if cell[1] in (0.0, sparsity):
-            first.setdefault(cell[0], cell)
-        methods = [BaselinePrefill(self.baseline(*cell), tokens) for cell in first.values()]
+        methods = [BaselinePrefill(self.baseline(*cell), tokens) for cell in wanted]
         seconds = interleave(methods, _RUNS.value, f"latency S={sparsity:.2f} context {context}")
         write_json(path, {
-            "machine": describe_machine(),
+            "machine": describe_machine(), "runs": _RUNS.value, "settings": list(wanted.values()),
             "records": [
-                {**method.describe(), "seconds": own, "speedup": speedup(own, seconds[0])}
-                for method, own in zip(methods, seconds)
+                {**method.describe(), "seed": cell[2], "seconds": own, "speedup": speedup(own, seconds[0])}
+                for cell, method, own in zip(wanted, methods, seconds)
             ],
         })  # fmt: skip
 
   def report(self) -> None:
-    rows = list(filter(None, (self._row(cell) for cell in self.cells)))
-    table = summarise(rows, {task: chance(task, _DATA.value) for task in _TASKS.value}, _CONTEXTS.value)
+    rows = [self._row(cell) for cell in self.cells]
+    rows = [row for row in rows if any((row["quality"], row["correct"], any(row["speedup"].values())))]
+    table = summarise(rows, {task: chance(task, _DATA.value) for task in _TASKS.value}, self.contexts)
     write_json(self.out / "table.json", {"machine": describe_machine(), "cells": rows, "table": table})
-    text = markdown(table, _CONTEXTS.value)
+    text = markdown(table, self.contexts)
     (self.out / "table.md").write_text(text + "\n", encoding="utf-8")
     print(text)
-    plot(table, _CONTEXTS.value[-1], self.out / "pareto.png")
+    plot(table, self.contexts[-1], self.out / "pareto.png")
     print(f"written {self.out / 'table.json'}, table.md and pareto.png")
 
-  def _row(self, cell: tuple[str, float, int]) -> dict[str, Any] | None:
-    """One cell's figures; None where they are not there yet."""
+  def _row(self, cell: Cell) -> dict[str, Any]:
+    """One cell's figures, as far as they are there: every part may be missing."""
     method, sparsity, seed = cell
-    where = self.directory(*cell)
-    if not (where / "quality.json").exists():
-      return None
-    tasks = read_json(where / "tasks.json")["tasks"] if (where / "tasks.json").exists() else {}
-    if not set(_TASKS.value) <= set(tasks):
-      return None
-    row = {"method": method, "asked": sparsity, "seed": seed, "quality": read_json(where / "quality.json")}
-    row["accuracy"] = {task: tasks[task]["figures"][METRIC[task]]["value"] for task in _TASKS.value}
-    row["items"] = {task: tasks[task]["items"] for task in _TASKS.value}
-    if "retrieval" in tasks:
-      row["retrieval"] = tasks["retrieval"]["figures"]["acc"]["value"]
-    row["speedup"] = {}
-    for context in _CONTEXTS.value:
+    read = lambda name: read_json(self.directory(*cell) / name) if (self.directory(*cell) / name).exists() else {}
+    tasks, skipped = read("tasks.json").get("tasks", {}), read("skipped.json")
+    row = {"method": method, "asked": sparsity, "seed": seed, "quality": read("quality.json"), "speedup": {}}
+    row["correct"] = {
+        task: {str(record["id"]): float(record[METRIC[task]]) for record in tasks[task]["records"]}
+        for task in _TASKS.value if task in tasks
+    }  # fmt: skip
+    known = [skipped[task] for task in _TASKS.value if task in skipped]
+    row["skipped"] = statistics.fmean(known) if known and len(known) == len(_TASKS.value) else None
+    row["retrieval"] = tasks["retrieval"]["figures"]["acc"]["value"] if "retrieval" in tasks else None
+    for context in self.contexts:
       path = self.out / f"S{sparsity:.2f}" / f"latency{context}.json"
       if method == "dense":
         row["speedup"][context] = 1.0
       elif path.exists():
-        found = {record["method"]: record["speedup"] for record in read_json(path)["records"]}
-        row["speedup"][context] = found.get(method)
+        found = {(record["method"], record["seed"]): record["speedup"] for record in read_json(path)["records"]}
+        row["speedup"][context] = found.get((method, seed))
     return row
+
+
+class Counted:
+  """A baseline's engine as the adapter uses it, which counts the (token, block) pairs of all it is asked for.
+
+  Attributes:
+    pairs, skipped: in tokens, each standing for all blocks; contexts and continuations.
+  """
+
+  def __init__(self, baseline: baselines.Baseline):
+    self.baseline, self.engine, self.model = baseline, baseline.engine, baseline.engine.model
+    self.engine.max_buckets = _TASK_BUCKETS
+    self.skipped = self.pairs = 0.0
+
+  def prefill(self, prompts: Sequence[Sequence[int]], padding: Padding = FINE) -> Prefix:
+    prefix = self.engine.prefill(prompts, padding)
+    for group in prefix.groups:
+      keep = np.asarray(self.baseline.routes(group.prefilled.cache))
+      for row, at in enumerate(group.index):
+        length = len(prompts[at])
+        self.pairs += length
+        self.skipped += length * self.baseline.costs(keep[..., row, :], length).skipped
+    return prefix
+
+  def score(self, prefix: Prefix, continuations: Sequence[Sequence[int]], rows: Sequence[int]):
+    tokens = sum(map(len, continuations)) - len(continuations)  # the last one is scored, not run
+    self.pairs += tokens
+    self.skipped += tokens * self.baseline.skipped_after
+    return self.engine.score(prefix, continuations, rows)
+
+
+def calibration_prompts(method: str) -> int:
+  return min(_CALIBRATION.value, _REMOVAL.value) if method == "blockpruner" else _CALIBRATION.value
+
+
+def numbers(flag: str, values: list[str], kind: type) -> list[Any]:
+  """The numbers of a list flag, one or more."""
+  try:
+    found = [kind(value) for value in values]
+  except ValueError:
+    found = []
+  if not found:
+    raise UserError(f"--{flag}={','.join(values)} must be numbers, separated by commas.")
+  return found
 
 
 def jobs_of(tasks: list[str], data: str, limit: int, retrieval: int, lengths: list[int]) -> list[suite.Job]:
@@ -188,54 +279,81 @@ def chance(task: str, data: str) -> float:
   return statistics.fmean(1 / len(item["choices"]) for item in items)
 
 
-def summarise(rows: list[dict[str, Any]], guess: dict[str, float], contexts: list[str]) -> list[dict[str, Any]]:
-  """Means and sample standard deviations over seeds, one entry a method and S; nothing without the dense row.
+def summarise(rows: list[dict[str, Any]], guess: dict[str, float], contexts: list[int]) -> list[dict[str, Any]]:
+  """One entry a method and S: means over the seeds that have a figure, None where none has it, and spreads.
+
+  `<figure>_spread` is the sample standard deviation over seeds. `average_interval` is the 95 % interval of the
+  difference to the dense average, items drawn anew, the same for both (paired bootstrap). What is retained above
+  chance is left out unless the dense average lies three standard errors above chance.
 
   Args:
-    guess: chance of every task of the rows; "retained" figures compare averages over these tasks with the dense one.
+    guess: chance of every task.
   """
-  dense = next((row for row in rows if row["method"] == "dense"), None)
-  if dense is None:
-    return []
-  average = lambda row: statistics.fmean(row["accuracy"].values()) if guess else None
-  base = statistics.fmean(guess.values()) if guess else None
-  share = lambda row, floor: (average(row) - floor) / (average(dense) - floor) if guess else None
+  dense = next((row for row in rows if row["method"] == "dense" and row["asked"] == 0), None)
+  whole = lambda row: bool(guess) and all(row["correct"].get(task) for task in guess)
+  accuracy = lambda row, task: statistics.fmean(row["correct"][task].values()) if row["correct"].get(task) else None
+  average = lambda row: statistics.fmean(accuracy(row, task) for task in guess) if whole(row) else None
+  base, against = statistics.fmean(guess.values()) if guess else None, dense is not None and whole(dense)
+  clear = against and average(dense) - base > 3 * statistics.pstdev(resampled([dense], guess))
   figures = {
-      **{task: lambda row, task=task: row["accuracy"][task] for task in guess},
+      **{task: lambda row, task=task: accuracy(row, task) for task in guess},
       "average": average,
-      "retained": lambda row: share(row, 0.0),
-      "retained_above_chance": lambda row: share(row, base),
-      **{name: lambda row, name=name: row["quality"][name] for name in (
-          "kl", "agreement", "perplexity", "achieved", "flops_saved", "cache_ratio",
+      "retained": lambda row: average(row) / average(dense) if against and whole(row) else None,
+      "retained_above_chance": lambda row: (
+          (average(row) - base) / (average(dense) - base) if clear and whole(row) else None
+      ),
+      **{name: lambda row, name=name: row["quality"].get(name) for name in (
+          "kl", "agreement", "perplexity", "perplexity_achieved", "achieved", "flops_saved", "cache_ratio",
       )},
-      "retrieval": lambda row: row.get("retrieval"),
+      "skipped": lambda row: row["skipped"],
+      "retrieval": lambda row: row["retrieval"],
       **{f"speedup_{context}": lambda row, context=context: row["speedup"].get(context) for context in contexts},
   }  # fmt: skip
   table = []
   for method, asked in dict.fromkeys((row["method"], row["asked"]) for row in rows):
     own = [row for row in rows if (row["method"], row["asked"]) == (method, asked)]
-    entry: dict[str, Any] = {"method": method, "asked": asked, "seeds": len(own)}
+    entry: dict[str, Any] = {"method": method, "asked": asked, "average_interval": None}
     for name, figure in figures.items():
-      values = [figure(row) for row in own]
-      known = not any(value is None for value in values)
-      entry[name] = statistics.fmean(values) if known else None
-      entry[f"{name}_spread"] = statistics.stdev(values) if known and len(values) > 1 else None
+      values = [value for value in map(figure, own) if value is not None]
+      entry[name] = statistics.fmean(values) if values else None
+      entry[f"{name}_spread"] = statistics.stdev(values) if len(values) > 1 else None
+      entry[f"{name}_seeds"] = len(values)
+    entry["items"] = {task: len(row["correct"][task]) for row in own for task in guess if row["correct"].get(task)}
+    done = [row for row in own if whole(row)]
+    if against and done and method != "dense":
+      difference = resampled(done, guess) - resampled([dense], guess)
+      entry["average_interval"] = np.percentile(difference, (2.5, 97.5)).tolist()
     table.append(entry)
   return table
+
+
+def resampled(rows: list[dict[str, Any]], guess: dict[str, float]) -> np.ndarray:
+  """Averages over tasks, items of each drawn with replacement, mean over rows: the same draws for whatever rows."""
+  total, rng = np.zeros(_RESAMPLES), np.random.default_rng(0)
+  for task in guess:
+    ids = sorted(rows[0]["correct"][task])
+    correct = np.mean([[row["correct"][task][i] for i in ids] for row in rows], axis=0)
+    total += correct[rng.integers(0, len(ids), (_RESAMPLES, len(ids)))].mean(axis=1)
+  return total / len(guess)
 
 
 _COLUMNS = (  # heading, key, factor, digits
     ("S", "asked", 1, 2), ("ARC-e", "arc_easy", 100, 1), ("ARC-c", "arc_challenge", 100, 1),
     ("HellaSwag", "hellaswag", 100, 1), ("WinoGrande", "winogrande", 100, 1), ("MMLU", "mmlu", 100, 1),
     ("average", "average", 100, 1), ("retained %", "retained", 100, 1),
-    ("above chance %", "retained_above_chance", 100, 1), ("retrieval", "retrieval", 100, 1), ("KL", "kl", 1, 3),
-    ("agreement %", "agreement", 100, 1), ("perplexity", "perplexity", 1, 1), ("achieved %", "achieved", 100, 1),
+    ("above chance %", "retained_above_chance", 100, 1), ("skipped there %", "skipped", 100, 1),
+    ("retrieval", "retrieval", 100, 1), ("KL", "kl", 1, 3),
+    ("agreement %", "agreement", 100, 1), ("perplexity", "perplexity", 1, 1),
+    ("skipped there %", "perplexity_achieved", 100, 1), ("achieved %", "achieved", 100, 1),
     ("FLOPs saved %", "flops_saved", 100, 1), ("KV bytes", "cache_ratio", 1, 2),
 )  # fmt: skip
 
 
-def markdown(table: list[dict[str, Any]], contexts: list[str]) -> str:
-  """The table without the columns that nothing fills; behind ± the sample standard deviation over seeds."""
+def markdown(table: list[dict[str, Any]], contexts: list[int]) -> str:
+  """The table without the columns that nothing fills.
+
+  Behind ± the sample standard deviation over seeds; in brackets the interval of the average's difference to dense.
+  """
   columns = _COLUMNS + tuple((f"speedup at {context}", f"speedup_{context}", 1, 2) for context in contexts)
   columns = [how for how in columns if any(entry.get(how[1]) is not None for entry in table)]
 
@@ -245,24 +363,28 @@ def markdown(table: list[dict[str, Any]], contexts: list[str]) -> str:
     value = entry[key] * factor
     text = f"{value:.{digits}f}" if abs(value) < 1e5 else f"{value:.1e}"
     spread = entry.get(f"{key}_spread")
-    return text if spread is None else f"{text} ± {spread * factor:.{digits}f}"
+    text = text if spread is None else f"{text} ± {spread * factor:.{digits}f}"
+    if key == "average" and entry["average_interval"]:
+      low, high = entry["average_interval"]
+      text += f" [{100 * low:+.1f}, {100 * high:+.1f}]"
+    return text
 
   lines = [["method", *(heading for heading, *_ in columns)], ["---"] * (len(columns) + 1)]
   lines += [[entry["method"], *(cell(entry, *how) for _, *how in columns)] for entry in table]
   return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def plot(table: list[dict[str, Any]], context: str, path: pathlib.Path) -> None:
+def plot(table: list[dict[str, Any]], context: int, path: pathlib.Path) -> None:
   """Retained accuracy and KL against the measured time of a prefill of `context` tokens, one line a method."""
   matplotlib.use("Agg")
   from matplotlib import pyplot
 
-  known = [entry for entry in table if entry[f"speedup_{context}"]]
-  shown = [("kl", 1, "KL to the dense model (nats a token)")]
-  if any(entry["retained_above_chance"] is not None for entry in known):
-    shown.append(("retained_above_chance", 100, "accuracy retained above chance (%)"))
+  shown = [("kl", 1, "KL to the dense model on short chats (nats a token)")]
+  if any(entry["retained"] is not None for entry in table if entry["method"] != "dense"):
+    shown.append(("retained", 100, "average accuracy retained on short tasks (%)"))
   figure, panels = pyplot.subplots(1, len(shown), figsize=(6 * len(shown), 5), squeeze=False)
   for panel, (key, factor, label) in zip(panels[0], shown):
+    known = [entry for entry in table if entry[f"speedup_{context}"] and entry[key] is not None]
     for method in dict.fromkeys(entry["method"] for entry in known):
       own = sorted((entry for entry in known if entry["method"] == method), key=lambda entry: entry["asked"])
       panel.plot(
@@ -272,7 +394,8 @@ def plot(table: list[dict[str, Any]], context: str, path: pathlib.Path) -> None:
     panel.set_ylabel(label)
     panel.grid(alpha=0.3)
   panels[0, 0].set_yscale("symlog", linthresh=0.1)
-  panels[0, 0].legend()
+  if panels[0, 0].lines:
+    panels[0, 0].legend()
   figure.tight_layout()
   figure.savefig(path, dpi=120)
   pyplot.close(figure)
@@ -281,9 +404,9 @@ def plot(table: list[dict[str, Any]], context: str, path: pathlib.Path) -> None:
 def main(argv) -> None:
   if len(argv) > 1:
     raise app.UsageError(f"The argument {argv[1]!r} is not understood.")
-  unknown = set(_METHODS.value) - set(METHODS) or set(_STAGES.value) - set(STAGES)
+  unknown = set(_METHODS.value) - set(METHODS) or set(_STAGES.value) - set(STAGES) or set(_TASKS.value) - set(TASKS)
   if unknown:
-    known = f"methods are {', '.join(METHODS)}, stages {', '.join(STAGES)}"
+    known = f"methods are {', '.join(METHODS)}, stages {', '.join(STAGES)}, tasks {', '.join(TASKS)}"
     raise UserError(f"{', '.join(sorted(unknown))} is unknown; {known}.")
   logging.getLogger("lm_eval").setLevel(logging.ERROR)
   table = Table()

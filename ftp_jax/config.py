@@ -91,7 +91,7 @@ def get_config() -> config_dict.ConfigDict:
   c.train.checkpoint_every = 25  # steps between two checkpoints
 
   c.finetune = config_dict.ConfigDict()
-  c.finetune.rounds = 1  # rounds of (schedule fine-tuning; training again before every further one)
+  c.finetune.rounds = 1  # of (schedule fine-tuning; training again before every further one); 0: none
   c.finetune.generations = 8  # generations of the fine-tuning search
 
   c.evaluation = config_dict.ConfigDict()

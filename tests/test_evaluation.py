@@ -1,5 +1,7 @@
 """Judging against the dense model, FLOPs, perplexity, redundancy."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -83,8 +85,18 @@ def test_prefill_flops_by_hand():
   evict = head + (2 * linear + 2 * key + (1 + 2) * pair) + last_block
   assert flops.prefill_flops(c, keep, 3, "project") == project
   assert flops.prefill_flops(c, keep, 3, "evict") == evict
-  with_router = flops.prefill_flops(c, keep, 3, "evict", RouterConfig())
-  assert with_router - evict == 3 * 2 * (4 * 64 + 64 * 2)  # only the first block skips
+  cost = lambda mode, router, *window: flops.prefill_flops(c, keep, 3, mode, router, *window)
+  unscored = RouterConfig(factors=("position", "sparsity"))
+  mlp = 3 * 2 * (2 * 64 + 64 * 2)
+  assert cost("evict", unscored) - evict == mlp  # only the first block skips
+  assert cost("evict", dataclasses.replace(unscored, kind="recurrent")) - evict == 2 * (mlp + 3 * 2 * 64 * 64)
+  # Scores of the first block: two late queries, which see 2 and 3 keys, or with the second token gone 1 and 2.
+  scored, query, pair = cost("project", RouterConfig(), 2) - project, 2 * 4 * 4, 2 * 4
+  assert scored - 3 * 2 * (4 * 64 + 64 * 2) == 2 * query + (2 + 3) * pair
+  assert cost("evict", RouterConfig(), 2) - evict == scored - 2 * pair
+  assert flops.prefill_flops(c, np.ones((2, 3)), 3, "project", RouterConfig()) == flops.prefill_flops(
+      c, np.ones((2, 3)), 3, "project"
+  )
 
 
 def test_shares_of_a_hand_made_route():

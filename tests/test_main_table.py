@@ -6,6 +6,8 @@ import pathlib
 
 import pytest
 
+from ftp_jax.errors import UserError
+
 SCRIPT = pathlib.Path(__file__).parent.parent / "experiments" / "main_table.py"
 
 
@@ -18,10 +20,12 @@ def script():
 
 
 def cell(method, asked, seed, easy, hard, kl, speedup):
+  """A row whose tasks have 100 items, of which the first ones are right."""
   quality = {"kl": kl, "agreement": 1.0, "perplexity": None, "achieved": asked, "flops_saved": asked}
+  correct = lambda share: {str(i): float(i < round(100 * share)) for i in range(100)}
   return {
-      "method": method, "asked": asked, "seed": seed, "quality": quality | {"cache_ratio": 1.0},
-      "accuracy": {"arc_easy": easy, "winogrande": hard}, "speedup": {"512": speedup},
+      "method": method, "asked": asked, "seed": seed, "quality": quality | {"cache_ratio": 1.0}, "skipped": None,
+      "retrieval": None, "correct": {"arc_easy": correct(easy), "winogrande": correct(hard)}, "speedup": {512: speedup},
   }  # fmt: skip
 
 
@@ -30,25 +34,62 @@ GUESS = {"arc_easy": 0.25, "winogrande": 0.5}
 
 def test_retention_and_spread_by_hand(script):
   rows = [
-      cell("dense", 0.0, 0, 0.55, 0.60, 0.0, 1.0),  # average 0.575, chance 0.375
-      cell("ftp", 0.3, 0, 0.45, 0.60, 0.1, 1.3),  # average 0.525
-      cell("ftp", 0.3, 1, 0.55, 0.60, 0.3, 1.3),
+      cell("dense", 0.0, 0, 0.85, 0.80, 0.0, 1.0),  # average 0.825, chance 0.375
+      cell("ftp", 0.3, 0, 0.75, 0.80, 0.1, 1.3),  # average 0.775
+      cell("ftp", 0.3, 1, 0.85, 0.80, 0.3, 1.5),
   ]
-  dense, ftp = script.summarise(rows, GUESS, ["512"])
-  assert dense["retained"] == dense["retained_above_chance"] == 1 and dense["seeds"] == 1 and dense["kl_spread"] is None
-  assert ftp["seeds"] == 2 and ftp["average"] == pytest.approx(0.55)
-  assert ftp["retained"] == pytest.approx(0.55 / 0.575)
-  assert ftp["retained_above_chance"] == pytest.approx((0.75 + 1.0) / 2)
+  dense, ftp = script.summarise(rows, GUESS, [512])
+  assert dense["retained"] == dense["retained_above_chance"] == 1 and dense["kl_seeds"] == 1
+  assert dense["kl_spread"] is None and dense["average_interval"] is None
+  assert ftp["average_seeds"] == 2 and ftp["average"] == pytest.approx(0.8)
+  assert ftp["retained"] == pytest.approx(0.8 / 0.825)
+  assert ftp["retained_above_chance"] == pytest.approx((0.40 + 0.45) / 2 / 0.45)
   assert ftp["kl"] == pytest.approx(0.2) and ftp["kl_spread"] == pytest.approx(0.02**0.5)
-  assert script.summarise(rows[1:], GUESS, ["512"]) == []
+  assert ftp["speedup_512"] == pytest.approx(1.4) and ftp["items"] == {"arc_easy": 100, "winogrande": 100}
+
+
+def test_the_interval_is_that_of_paired_items(script):
+  """Ten items of one task turn wrong in one of two seeds: 5 points of that task, whichever items are drawn."""
+  rows = [cell("dense", 0.0, 0, 0.85, 0.80, 0.0, 1.0)]
+  rows += [cell("ftp", 0.3, seed, easy, 0.80, 0.1, 1.3) for seed, easy in ((0, 0.75), (1, 0.85))]
+  low, high = script.summarise(rows, GUESS, [512])[1]["average_interval"]
+  deviation = 0.5 * (0.1 * 0.9 / 100) ** 0.5 / 2  # of the mean of a difference of -0.5 at one item in ten, two tasks
+  assert (low + high) / 2 == pytest.approx(-0.025, abs=0.003)
+  assert high - low == pytest.approx(2 * 1.96 * deviation, rel=0.1)
+  same = script.summarise([rows[0], rows[2]], GUESS, [512])[1]
+  assert same["average_interval"] == [0, 0]
+
+
+def test_what_is_above_chance_needs_a_margin(script):
+  rows = [cell("dense", 0.0, 0, 0.30, 0.55, 0.0, 1.0), cell("ftp", 0.3, 0, 0.30, 0.50, 0.1, 1.3)]
+  dense, ftp = script.summarise(rows, GUESS, [512])  # the dense average is 0.05 above chance, at an error of 0.034
+  assert dense["retained_above_chance"] is ftp["retained_above_chance"] is None
+  assert ftp["retained"] == pytest.approx(0.40 / 0.425)
+
+
+def test_parts_that_are_missing_leave_the_others(script):
+  rows = [cell("dense", 0.0, 0, 0.85, 0.80, 0.0, 1.0)]
+  rows += [cell("ftp", 0.3, seed, 0.75, 0.80, 0.1 * seed, 1.3) for seed in range(3)]
+  rows[1]["quality"], rows[2]["correct"], rows[3]["speedup"] = {}, {}, {512: None}
+  ftp = script.summarise(rows, GUESS, [512])[1]
+  assert (ftp["kl_seeds"], ftp["average_seeds"], ftp["speedup_512_seeds"]) == (2, 2, 2)
+  assert ftp["kl"] == pytest.approx(0.15) and ftp["average"] == pytest.approx(0.775)
+  assert script.summarise(rows[1:], GUESS, [512])[0]["retained"] is None
 
 
 def test_columns_that_nothing_fills_are_left_out(script):
   rows = [cell("dense", 0.0, 0, 0.5, 0.5, 0.0, 1.0), cell("late", 0.3, 0, 0.5, 0.5, 2e5, None)]
-  heading, _, dense, late = script.markdown(script.summarise(rows, {}, ["512"]), ["512"]).splitlines()
+  heading, _, dense, late = script.markdown(script.summarise(rows, {}, [512]), [512]).splitlines()
   assert heading == "| method | S | KL | agreement % | achieved % | FLOPs saved % | KV bytes | speedup at 512 |"
   assert dense == "| dense | 0.00 | 0.000 | 100.0 | 0.0 | 0.0 | 1.00 | 1.00 |"
   assert late == "| late | 0.30 | 2.0e+05 | 100.0 | 30.0 | 30.0 | 1.00 | - |"
+
+
+def test_numbers_of_a_flag(script):
+  assert script.numbers("seeds", ["0", "2"], int) == [0, 2]
+  for values in (["a"], [], ["1.5"]):
+    with pytest.raises(UserError, match="--seeds=.* must be numbers"):
+      script.numbers("seeds", values, int)
 
 
 def test_jobs_are_those_that_were_asked_for(script, tmp_path):

@@ -247,6 +247,9 @@ def test_ablations_share_what_a_variant_leaves_alone(finished, tmp_path):
   for method, figures in zip(("static_ga", "dynamic_ga", "dynamic_finetuned"), records[0]["figures"]):
     for name in ("kl", "agreement", "achieved", "flops_saved"):
       assert figures[name] == pytest.approx(of_run[method][name], rel=1e-6)
+  (line,) = [line for line in table.splitlines() if "| uniform |" in line]
+  difference = records[1]["figures"][2]["kl"] - records[0]["figures"][2]["kl"]
+  assert f"| {difference:+.3f} ± " in line
   # A variant of the router keeps the run's prompts and searched schedule, one of the schedule only the prompts.
   search = "S0.25/seed0/search/schedule.json"
   assert (tmp_path / "without_score" / search).read_text() == (finished / search).read_text()
@@ -260,5 +263,5 @@ def test_ablations_share_what_a_variant_leaves_alone(finished, tmp_path):
   assert (tmp_path / "uniform" / "figures.json").stat().st_mtime_ns == before
   with pytest.raises(UserError, match="'warmer' is unknown"):
     ablations.run_variants(finished, tmp_path, ["warmer"], 0.25, 0)
-  with pytest.raises(UserError, match="another sparsity or seed"):
+  with pytest.raises(UserError, match="was made with sparsity"):
     ablations.run_variants(finished, tmp_path, ["uniform"], 0.5, 0)

@@ -3,13 +3,15 @@
 A multiply-add counts two. Per block and computed token: query and output projections and the MLP; per
 token with a key: key and value projections; per (query, visible key) pair: 4 H N. In the last block only
 the last token's output is used, so dense and pruned prefill alike compute nothing but keys and values
-for the others there. The output head runs for the last token. The router is counted where a block skips.
+for the others there. The output head runs for the last token. The router is counted where a block skips (a recurrent
+one in every block), and where it reads attention scores, those: in every block but the last the queries of the score
+window and their products with the keys.
 """
 
 import numpy as np
 
 from ftp_jax.models.config import ModelConfig
-from ftp_jax.routing.config import RouterConfig
+from ftp_jax.routing.config import RouterConfig, RoutingConfig
 
 
 def computed_flops(config: ModelConfig, query_LxT: np.ndarray, mlp_LxT: np.ndarray, key_LxT: np.ndarray) -> float:
@@ -20,40 +22,62 @@ def computed_flops(config: ModelConfig, query_LxT: np.ndarray, mlp_LxT: np.ndarr
       key and value in each block, boolean.
   """
   width, head = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-  num_positions = np.shape(query_LxT)[1]
   total = 2.0 * config.hidden_size * config.vocab_size
   total += 4 * config.hidden_size * width * np.sum(query_LxT) + 4 * config.hidden_size * head * np.sum(key_LxT)
   total += 6 * config.hidden_size * config.intermediate_size * np.sum(mlp_LxT)
   for query, key in zip(np.asarray(query_LxT, bool), key_LxT):
-    visible = np.cumsum(key)
-    if config.sliding_window:
-      first = np.maximum(np.arange(num_positions) + 1 - config.sliding_window, 0)
-      visible = visible - np.concatenate([[0], visible])[first]
-    total += 4 * width * visible[query].sum()
+    total += 4 * width * _visible(config, key)[query].sum()
   return float(total)
 
 
+def _visible(config: ModelConfig, key_T: np.ndarray) -> np.ndarray:
+  """How many keys (T,) a query at each position sees of those in a block."""
+  visible = np.cumsum(key_T)
+  if config.sliding_window:
+    first = np.maximum(np.arange(len(key_T)) + 1 - config.sliding_window, 0)
+    visible = visible - np.concatenate([[0], visible])[first]
+  return visible
+
+
 def prefill_flops(
-    config: ModelConfig, keep_LxT: np.ndarray, context: int, kv_mode: str, router: RouterConfig | None = None
+    config: ModelConfig,
+    keep_LxT: np.ndarray,
+    context: int,
+    kv_mode: str,
+    router: RouterConfig | None = None,
+    score_window: int = RoutingConfig.score_window,
 ) -> float:
-  """FLOPs to prefill one context of `context` tokens under the routes keep_LxT (boolean)."""
+  """FLOPs to prefill one context of `context` tokens under the routes keep_LxT (boolean).
+
+  Args:
+    router: what decides them, where that costs anything; score_window: of its routing.
+  """
   keep_LxT = np.asarray(keep_LxT, bool)[:, :context]
   computed = keep_LxT.copy()
   computed[-1, : context - 1] = False
-  total = computed_flops(config, computed, computed, keep_LxT if kv_mode == "evict" else np.ones_like(keep_LxT))
-  if router is not None:
-    inputs = len(router.factors) + router.hidden_states * config.hidden_size
-    inputs += router.hidden_size * (router.kind == "recurrent")
-    total += 2.0 * context * router.hidden_size * (inputs + 2) * np.sum(~keep_LxT.all(axis=1))
+  key_LxT = keep_LxT if kv_mode == "evict" else np.ones_like(keep_LxT)
+  total, routed = computed_flops(config, computed, computed, key_LxT), np.sum(~keep_LxT.all(axis=1))
+  if router is None or not routed:
+    return total
+  inputs, asked = len(router.factors) + router.hidden_states * config.hidden_size, routed
+  if router.kind == "recurrent":
+    inputs, asked = inputs + router.hidden_size, len(keep_LxT)
+  total += 2.0 * context * router.hidden_size * (inputs + 2) * asked
+  if {"score", "rank"} & set(router.factors):
+    width, rows = config.num_heads * config.head_dim, min(score_window, context)
+    for key in key_LxT[:-1]:
+      total += 2.0 * width * (config.hidden_size * rows + _visible(config, key)[context - rows :].sum())
   return total
 
 
-def saved_share(config, keep_LxNxT, context_N, kv_mode, router=None) -> float:
-  """Share of dense prefill FLOPs that the routes save, over all prompts."""
+def saved_share(
+    config, keep_LxNxT, context_N, kv_mode, router=None, score_window: int = RoutingConfig.score_window
+) -> float:
+  """Share of dense prefill FLOPs that the routes save, over all prompts; arguments as `prefill_flops`."""
   dense = pruned = 0.0
   for n, context in enumerate(context_N):
     dense += prefill_flops(config, np.ones((config.num_blocks, context), bool), context, kv_mode)
-    pruned += prefill_flops(config, keep_LxNxT[:, n], context, kv_mode, router)
+    pruned += prefill_flops(config, keep_LxNxT[:, n], context, kv_mode, router, score_window)
   return 1 - pruned / dense
 
 

@@ -76,7 +76,8 @@ class Bench:
       )
     context = judge.prompts.context
     saved = flops.saved_share(
-        judge.model.config, quality.keep_LxNxT, context, judge.routing.kv_mode, router.config
+        judge.model.config, quality.keep_LxNxT, context, judge.routing.kv_mode, router.config,
+        judge.routing.score_window,
     )
     achieved = flops.skipped_share(quality.keep_LxNxT, context)
     return self._record(method, sparsity, seed, quality, perplexity, achieved, saved, perplexity_achieved)

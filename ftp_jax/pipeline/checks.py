@@ -19,10 +19,13 @@ SCHEDULES = ("ga", "uniform", "middle", "late", "influence", "fisher", "file")
 _AT_LEAST = {
     1: (
         "data.num_search", "data.num_train", "data.num_validation", "data.num_test", "search.batch", "train.batch",
-        "train.fisher_draws", "train.warmup_guide_prompts", "router.hidden_size", "finetune.rounds", "evaluation.batch",
+        "train.fisher_draws", "train.warmup_guide_prompts", "router.hidden_size", "evaluation.batch",
         "evaluation.redundancy_prompts",
     ),
-    0: ("train.warmup", "train.warmup_guide_steps", "search.generations", "finetune.generations", "data.seed"),
+    0: (
+        "train.warmup", "train.warmup_guide_steps", "search.generations", "finetune.rounds", "finetune.generations",
+        "data.seed",
+    ),
 }  # fmt: skip
 
 

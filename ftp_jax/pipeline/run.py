@@ -74,6 +74,7 @@ class Pipeline:
 
   def __init__(self, config: Any, workdir: pathlib.Path):
     self.config, self.workdir = config, workdir
+    self.prompts, self.judge = functools.cache(self._prompts), functools.cache(self._judge)
     checks.check_config(config)
     self.routing = RoutingConfig(**config.routing)
     self.router_config = RouterConfig(
@@ -166,12 +167,10 @@ class Pipeline:
     self.routing.check_blocks(self.model.config.num_blocks)
     return Frozen(self.model.config, self.model.params, DTYPES[self.config.model.dtype])
 
-  @functools.lru_cache(maxsize=None)
-  def prompts(self, split: str) -> Prompts:
+  def _prompts(self, split: str) -> Prompts:
     return Prompts(**load_arrays(self.workdir / "data" / f"{split}.npz"))
 
-  @functools.lru_cache(maxsize=None)
-  def judge(self, split: str, batch: int) -> Judge:
+  def _judge(self, split: str, batch: int) -> Judge:
     return Judge(self.frozen, self.routing, self.prompts(split), batch, self.num_scored)
 
   @functools.cached_property

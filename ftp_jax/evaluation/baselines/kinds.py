@@ -79,6 +79,11 @@ class Baseline:
     """What was computed in a prefill, (...,B,T) boolean: the leading axes are blocks, or blocks and sub-blocks."""
     return cache.keep_LxBxT
 
+  @property
+  def skipped_after(self) -> float:
+    """Share of (token, block) pairs of the continuation that are not computed."""
+    return 0.0
+
   def costs(self, keep: np.ndarray, context: int) -> Costs:
     """Of a prompt of `context` tokens.
 
@@ -135,14 +140,17 @@ class Smaller(Baseline):
     smaller = dataclasses.replace(config, num_blocks=len(left))
     return Engine(dataclasses.replace(self.model, config=smaller, params=params), **self.options)
 
+  @property
+  def skipped_after(self) -> float:
+    return len(self.facts["removed"]) / self.model.config.num_blocks
+
   def costs(self, keep, context) -> Costs:
     smaller = self.engine.model.config
     done = flops.prefill_flops(smaller, np.ones((smaller.num_blocks, context)), context, "project")
-    return Costs(1 - smaller.num_blocks / self.model.config.num_blocks, done)
+    return Costs(self.skipped_after, done)
 
   def perplexity(self, windows, batch):
-    achieved = len(self.facts["removed"]) / self.model.config.num_blocks
-    return truncated_perplexity(self.frozen, 0.0, windows, batch), achieved
+    return truncated_perplexity(self.frozen, 0.0, windows, batch), self.skipped_after
 
 
 class Routed(Baseline):
@@ -167,8 +175,10 @@ class Routed(Baseline):
 
   def costs(self, keep, context) -> Costs:
     keep = np.asarray(keep)[:, :context]
-    mode, router = self.routing.kv_mode, self.router.config
-    return Costs(float(1 - keep.mean()), flops.prefill_flops(self.model.config, keep, context, mode, router))
+    done = flops.prefill_flops(
+        self.model.config, keep, context, self.routing.kv_mode, self.router.config, self.routing.score_window
+    )
+    return Costs(float(1 - keep.mean()), done)
 
   def perplexity(self, windows, batch):
     if self.router.kind == "static":  # never skips the newest token: the figure would be the dense one
@@ -210,6 +220,10 @@ class Subblocks(Baseline):
 
   def routes(self, cache):
     return cache.keep_Lx2xBxT
+
+  @property
+  def skipped_after(self) -> float:
+    return float((self.removed @ subblocks.shares(self.model.config)).mean())
 
   def costs(self, keep, context) -> Costs:
     config, schedule = self.model.config, np.asarray(self.facts["schedule"], np.float32)
