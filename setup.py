@@ -37,6 +37,7 @@ setup(
         # To compile for TPUs on a machine without one: `ftp-jax compile-check`.
         "tpu-check": ["libtpu==0.0.42.*"],
         "test": [
+            "accelerate>=1.0,<2",  # lm-eval's Hugging Face model class
             "hypothesis>=6.100,<7",
             "libtpu==0.0.42.*",
             "lm-eval==0.4.13",

@@ -33,6 +33,7 @@ BOS = PLAIN.bos_token_id
 SKIPPING = dict(  # continuation tokens skip blocks too
     model_config=config(), routing=RoutingConfig("project", "argmax", decode_sparsity=0.4, decode_threshold=0.15)
 )  # fmt: skip
+ROOT = pathlib.Path(__file__).parent.parent
 LM_EVAL = pathlib.Path(lm_eval.__file__).parent / "tasks"
 
 
@@ -616,6 +617,20 @@ def test_lm_evals_own_command_runs_the_model(directories, tmp_path):
   rows = [line for line in done.stdout.splitlines() if line.startswith("|")]
   assert len(rows) == 3 and rows[2].startswith("|ends |")
   assert list((tmp_path / "out").rglob("results*.json"))
+
+
+def test_lm_evals_hugging_face_class_on_the_export_agrees_item_by_item(directories, data, tmp_path):
+  out = tmp_path / "figures.json"
+  done = subprocess.run(
+      [sys.executable, ROOT / "experiments" / "lm_eval_torch.py", f"--model={directories[0]}",
+       f"--artifact={directories[1]}", f"--task={data / 'arc_easy.jsonl'}", f"--json={out}"],
+      capture_output=True, text=True, cwd=tmp_path,
+  )  # fmt: skip
+  assert done.returncode == 0, done.stderr[-2000:]
+  found = json.loads(out.read_text())
+  assert found["items"] == len(ITEMS["choice"]) and found["items_that_differ"] == []
+  assert found["torch"] == found["jax"] and set(found["jax"]) == {"acc", "acc_norm"}
+  assert found["largest_difference"] < 1e-4 and found["skipped"] > 0.1
 
 
 @pytest.mark.parametrize(
