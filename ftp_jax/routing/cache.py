@@ -88,11 +88,15 @@ def write(buffer: jax.Array, tile: jax.Array, offset: jax.Array, axis: int, fits
     return jax.lax.dynamic_update_slice_in_dim(buffer, tile, offset, axis)
   room = buffer.shape[axis]
   size = min(tile.shape[axis], room)
-  tile = jax.lax.slice_in_dim(tile, 0, size, axis=axis)
   start = jnp.minimum(offset, room - size)
-  shift = offset - start
-  old = jax.lax.dynamic_slice_in_dim(buffer, start, size, axis)
-  doubled = jnp.concatenate([tile, tile], axis=axis)
-  moved = jax.lax.dynamic_slice_in_dim(doubled, size - shift, size, axis)
-  at = jax.lax.broadcasted_iota(jnp.int32, tile.shape, axis)
-  return jax.lax.dynamic_update_slice_in_dim(buffer, jnp.where(at < shift, old, moved), start, axis)
+
+  def moved(tile):
+    shift = offset - start
+    old = jax.lax.dynamic_slice_in_dim(buffer, start, size, axis)
+    doubled = jnp.concatenate([tile, tile], axis=axis)
+    at = jax.lax.broadcasted_iota(jnp.int32, tile.shape, axis)
+    return jnp.where(at < shift, old, jax.lax.dynamic_slice_in_dim(doubled, size - shift, size, axis))
+
+  tile = jax.lax.slice_in_dim(tile, 0, size, axis=axis)
+  tile = jax.lax.cond(offset > start, moved, lambda tile: tile, tile)
+  return jax.lax.dynamic_update_slice_in_dim(buffer, tile, start, axis)
