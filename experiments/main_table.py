@@ -191,7 +191,7 @@ class Table:
     rows = [row for row in rows if any((row["quality"], row["correct"], any(row["speedup"].values())))]
     table = summarise(rows, {task: chance(task, _DATA.value) for task in _TASKS.value}, self.contexts)
     write_json(self.out / "table.json", {"machine": describe_machine(), "cells": rows, "table": table})
-    text = markdown(table, self.contexts)
+    text = "\n\n".join([markdown(table, self.contexts), equal_latency(table, self.contexts[-1])])
     (self.out / "table.md").write_text(text + "\n", encoding="utf-8")
     print(text)
     plot(table, self.contexts[-1], self.out / "pareto.png")
@@ -371,6 +371,34 @@ def markdown(table: list[dict[str, Any]], contexts: list[int]) -> str:
 
   lines = [["method", *(heading for heading, *_ in columns)], ["---"] * (len(columns) + 1)]
   lines += [[entry["method"], *(cell(entry, *how) for _, *how in columns)] for entry in table]
+  return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def equal_latency(table: list[dict[str, Any]], context: int) -> str:
+  """What every method has at the prefill time of each S of `ftp`: KL, and the average accuracy where it is known.
+
+  Between the times of its own S, and 1 (dense), a method is taken to lie on straight lines; "-": it is never so fast.
+  """
+  key = f"speedup_{context}"
+  ours = sorted((e for e in table if e["method"] == "ftp" and e[key]), key=lambda entry: entry[key])
+  lines = [
+      [f"at the time of ftp, {context} tokens", *(f"S = {e['asked']:.2f}, {e[key]:.2f} x" for e in ours)],
+      ["---"] * (len(ours) + 1),
+  ]
+  dense = [entry for entry in table if entry["method"] == "dense"]
+
+  def at(own, name, speedup):
+    known = sorted((1 / e[key], e[name]) for e in own + dense if e[key] and e[name] is not None)
+    if len(known) < 2 or 1 / speedup < known[0][0]:
+      return None
+    return float(np.interp(1 / speedup, *zip(*known)))
+
+  for method in dict.fromkeys(e["method"] for e in table if e["method"] != "dense"):
+    own, line = [e for e in table if e["method"] == method], [method]
+    for e in ours:
+      kl, average = (at(own, name, e[key]) for name in ("kl", "average"))
+      line.append("-" if kl is None else f"{kl:.3f}" + ("" if average is None else f" ({100 * average:.1f} %)"))
+    lines.append(line)
   return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 

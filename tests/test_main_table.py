@@ -85,6 +85,22 @@ def test_columns_that_nothing_fills_are_left_out(script):
   assert late == "| late | 0.30 | 2.0e+05 | 100.0 | 30.0 | 30.0 | 1.00 | - |"
 
 
+def test_equal_latency_by_hand(script):
+  rows = [
+      cell("dense", 0.0, 0, 0.85, 0.80, 0.0, 1.0),
+      cell("late", 0.2, 0, 0.75, 0.80, 0.1, 1.25),  # time 0.8
+      cell("late", 0.4, 0, 0.65, 0.80, 0.5, 2.0),  # time 0.5
+      cell("ftp", 0.2, 0, 0.80, 0.80, 0.04, 1 / 0.9),
+      cell("ftp", 0.4, 0, 0.70, 0.80, 0.2, 1 / 0.6),
+      cell("ftp", 0.5, 0, 0.70, 0.80, 0.3, 4.0),
+  ]
+  heading, _, late, ftp = script.equal_latency(script.summarise(rows, GUESS, [512]), 512).splitlines()
+  assert heading == "| at the time of ftp, 512 tokens | S = 0.20, 1.11 x | S = 0.40, 1.67 x | S = 0.50, 4.00 x |"
+  # Half way between dense and 0.8; two thirds of the way from 0.8 to 0.5; never that fast.
+  assert late == "| late | 0.050 (80.0 %) | 0.367 (74.2 %) | - |"
+  assert ftp == "| ftp | 0.040 (80.0 %) | 0.200 (75.0 %) | 0.300 (75.0 %) |"
+
+
 def test_numbers_of_a_flag(script):
   assert script.numbers("seeds", ["0", "2"], int) == [0, 2]
   for values in (["a"], [], ["1.5"]):
