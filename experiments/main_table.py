@@ -360,10 +360,9 @@ def markdown(table: list[dict[str, Any]], contexts: list[int]) -> str:
   def cell(entry, key, factor, digits):
     if entry[key] is None:
       return "-"
-    value = entry[key] * factor
-    text = f"{value:.{digits}f}" if abs(value) < 1e5 else f"{value:.1e}"
-    spread = entry.get(f"{key}_spread")
-    text = text if spread is None else f"{text} ± {spread * factor:.{digits}f}"
+    show = lambda value: f"{value:.{digits}f}" if abs(entry[key] * factor) < 1e5 else f"{value:.1e}"
+    text, spread = show(entry[key] * factor), entry.get(f"{key}_spread")
+    text = text if spread is None else f"{text} ± {show(spread * factor)}"
     if key == "average" and entry["average_interval"]:
       low, high = entry["average_interval"]
       text += f" [{100 * low:+.1f}, {100 * high:+.1f}]"
