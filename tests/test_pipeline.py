@@ -261,6 +261,7 @@ def test_ablations_share_what_a_variant_leaves_alone(finished, tmp_path):
   before = (tmp_path / "uniform" / "figures.json").stat().st_mtime_ns
   assert ablations.run_variants(finished, tmp_path, ["uniform"], 0.25, 0) == table
   assert (tmp_path / "uniform" / "figures.json").stat().st_mtime_ns == before
+  assert not any("," in name for name in ablations.VARIANTS)  # they are given in a list with commas
   with pytest.raises(UserError, match="'warmer' is unknown"):
     ablations.run_variants(finished, tmp_path, ["warmer"], 0.25, 0)
   with pytest.raises(UserError, match="was made with sparsity"):
