@@ -67,7 +67,10 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 def config_of(base: dict[str, Any], sparsity: float, seed: int, changes: dict[str, Any]) -> config_dict.ConfigDict:
   """The config of a run as `config.json` has it, with one sparsity, one seed, and the changes of a variant."""
   config = get_config()
-  config.update(config_dict.ConfigDict(_tuples(base)))
+  try:
+    config.update(config_dict.ConfigDict(_tuples(base)))
+  except (KeyError, TypeError) as error:
+    raise UserError(f"The config.json of --run is of another version ({error}); run it anew.") from None
   config.sparsities, config.seeds = (sparsity,), (seed,)
   config.update_from_flattened_dict(changes)
   return config

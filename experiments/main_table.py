@@ -125,6 +125,8 @@ class Table:
       if changes:
         raise UserError(f"{path.parent} was made with {changes}; name another --out, or delete that folder.")
     else:
+      if any((path.parent / name).exists() for name in ("quality.json", "tasks.json")):
+        raise UserError(f"{path.parent} has figures but no {SETTINGS}; name another --out, or delete that folder.")
       path.parent.mkdir(parents=True, exist_ok=True)
       write_json(path, settings)
 

@@ -204,7 +204,7 @@ class TorchPrefill:
 def speed(directory: str, tokens_BxT: torch.Tensor, runs: int) -> dict:
   """Medians of interleaved prefills, and each speedup beside the ideal by the FLOPs of the routes taken."""
   base = transformers.AutoModelForCausalLM.from_pretrained(directory, attn_implementation="sdpa").eval()
-  config, router = ModelConfig.from_directory(directory), artifacts.load(directory).router
+  config, artifact = ModelConfig.from_directory(directory), artifacts.load(directory)
   context = tokens_BxT.shape[1]
   methods = [TorchPrefill("dense", base, tokens_BxT)]
   for kv_mode in KV_MODES:
@@ -214,10 +214,12 @@ def speed(directory: str, tokens_BxT: torch.Tensor, runs: int) -> dict:
   seconds = interleave(methods, runs, f"prefill of {context} tokens")
   figures = {"context": context, "torch": torch.__version__, "threads": torch.get_num_threads()}
   figures["dense_seconds"] = sorted(seconds[0])
-  flops = lambda keep, kv_mode, router=None: prefill_flops(config, keep, context, kv_mode, router)
+  flops = lambda keep, kv_mode, router=None: prefill_flops(
+      config, keep, context, kv_mode, router, artifact.routing.score_window
+  )
   for method, own in zip(methods[1:], seconds[1:]):
     keep = method.cache.keep_LxBxT[:, 0].numpy()
-    ideal = flops(np.ones_like(keep), method.name) / flops(keep, method.name, router)
+    ideal = flops(np.ones_like(keep), method.name) / flops(keep, method.name, artifact.router)
     found = speedup(own, seconds[0])
     figures[method.name] = {
         "seconds": sorted(own), "skipped": float(1 - keep.mean()), "speedup": found, "ideal_speedup": ideal,

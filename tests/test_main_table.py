@@ -3,7 +3,9 @@
 import importlib.util
 import json
 import pathlib
+import types
 
+import numpy as np
 import pytest
 
 from ftp_jax.errors import UserError
@@ -99,6 +101,40 @@ def test_equal_latency_by_hand(script):
   # Half way between dense and 0.8; two thirds of the way from 0.8 to 0.5; never that fast.
   assert late == "| late | 0.050 (80.0 %) | 0.367 (74.2 %) | - |"
   assert ftp == "| ftp | 0.040 (80.0 %) | 0.200 (75.0 %) | 0.300 (75.0 %) |"
+
+
+def test_a_cell_is_not_reused_with_other_settings(script, tmp_path):
+  table = object.__new__(script.Table)
+  table.out, steps = tmp_path, 24
+  table.settings = lambda method, sparsity, seed: {"method": method, "--steps": steps}
+  table.claim(("skipgpt", 0.3, 0))
+  table.claim(("skipgpt", 0.3, 0))
+  steps = 48
+  with pytest.raises(UserError, match="S0.30/skipgpt-seed0 was made with --steps=24, now it is 48"):
+    table.claim(("skipgpt", 0.3, 0))
+  (tmp_path / "S0.30" / "mod-seed0").mkdir()
+  (tmp_path / "S0.30" / "mod-seed0" / "quality.json").write_text("{}")
+  with pytest.raises(UserError, match="mod-seed0 has figures but no settings.json"):
+    table.claim(("mod", 0.3, 0))
+
+
+def test_what_tasks_skip_counts_contexts_and_continuations(script):
+  """Two prompts of 4 and 2 tokens, whose contexts skip half; a tenth of the continuation is gone."""
+  engine = types.SimpleNamespace(model=None, max_buckets=8)
+  cache = types.SimpleNamespace(cache=np.ones((3, 2, 4)))
+  engine.prefill = lambda prompts, padding: types.SimpleNamespace(
+      groups=[types.SimpleNamespace(index=(0, 1), prefilled=cache)]
+  )
+  engine.score = lambda prefix, continuations, rows: "scores"
+  baseline = types.SimpleNamespace(
+      engine=engine, routes=lambda cache: cache, skipped_after=0.1,
+      costs=lambda keep, length: types.SimpleNamespace(skipped=0.5),
+  )  # fmt: skip
+  counted = script.Counted(baseline)
+  prefix = counted.prefill([[1, 2, 3, 4], [5, 6]])
+  assert (counted.pairs, counted.skipped) == (6, 3)
+  assert counted.score(prefix, [[1] * 6, [2] * 7], [0, 1]) == "scores"  # 11 tokens run
+  assert counted.pairs == 17 and counted.skipped == pytest.approx(3 + 1.1)
 
 
 def test_numbers_of_a_flag(script):
