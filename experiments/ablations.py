@@ -3,17 +3,19 @@
   ftp-jax run --config=smollm2_135m --workdir=runs/smollm2_135m
   python experiments/ablations.py --run=runs/smollm2_135m --out=runs/ablations
 
-Every variant is a run directory below --out with the config of --run, one sparsity and one seed. Stages whose settings
-are those of --run are copied from there, so that all variants share prompts, gate scores and, where it does not depend
-on what is changed, the searched schedule. A variant is computed once; what was interrupted goes on where it was. The
-figure is the continuation KL on the test prompts of --run: of the static router and of the router as trained, both
-under the searched schedule, and after schedule fine-tuning.
+Every variant is a run directory below --out with the config of --run, one sparsity and some seeds. Stages whose
+settings are those of --run are copied from there, so that all variants share prompts, gate scores and, where it does
+not depend on what is changed, the searched schedule. A variant and seed is computed once; what was interrupted goes on
+where it was. The figure is the continuation KL on development prompts, of the source of --run but in none of its sets,
+so that defaults may be chosen by it: of the static router and of the router as trained, both under the searched
+schedule, and after schedule fine-tuning.
 """
 
 import gc
 import pathlib
 import shutil
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -22,13 +24,15 @@ from absl import app, flags
 from ml_collections import config_dict
 
 from ftp_jax.config import get_config
+from ftp_jax.data.prompts import Prompts, shuffled, take
+from ftp_jax.data.sources import SPLITS, load_prompts
 from ftp_jax.errors import UserError
 from ftp_jax.evaluation import flops
+from ftp_jax.evaluation.judge import Judge
 from ftp_jax.machine import describe_machine
-from ftp_jax.pipeline.checks import digest
 from ftp_jax.pipeline.run import Pipeline, run
 from ftp_jax.routing import routers
-from ftp_jax.stages import DONE, check_stage, describe_changes, flatten, read_json, write_json
+from ftp_jax.stages import DONE, check_stage, describe_changes, flatten, load_arrays, read_json, write_json
 
 FACTORS = ("position", "score", "rank", "sparsity")
 STAGES = ("data", "importance", "search", "train", "finetune")
@@ -42,15 +46,21 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
             ("uniform", "uniform"), ("block influence", "influence"), ("late blocks", "late"), ("Fisher", "fisher"),
         )
     },
-    "per block": ("router", {"router.kind": "per_block"}),
-    "recurrent": ("router", {"router.kind": "recurrent"}),
+    **{
+        name: ("router", {"router.kind": kind})
+        for name, kind in (("global", "global"), ("per block", "per_block"), ("recurrent", "recurrent"))
+    },
     "four factors alone": ("inputs", {"router.hidden_states": False}),
     "hidden states alone": ("inputs", {"router.factors": ()}),
+    "four factors alone and global": (
+        "router and inputs", {"router.hidden_states": False, "router.kind": "global"}
+    ),
+    "hidden states alone and global": ("router and inputs", {"router.factors": (), "router.kind": "global"}),
     **{
         f"without {left}": ("inputs", {"router.factors": tuple(name for name in FACTORS if name != left)})
         for left in FACTORS
     },
-    "warm-up alone": ("losses", {"train.steps": 1, "train.learning_rate": 0.0}),
+    "warm-up alone": ("losses", {"train.steps": 1, "train.learning_rate": 1e-9}),
     "no warm-up": ("losses", {"train.warmup_guide_steps": 0}),
     "no warm-up and no guide": ("losses", {"train.guide_weight": 0.0, "train.warmup_guide_steps": 0}),
     "guide in the warm-up alone": ("losses", {"train.guide_weight": 0.0}),
@@ -64,14 +74,16 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def config_of(base: dict[str, Any], sparsity: float, seed: int, changes: dict[str, Any]) -> config_dict.ConfigDict:
-  """The config of a run as `config.json` has it, with one sparsity, one seed, and the changes of a variant."""
+def config_of(
+    base: dict[str, Any], sparsity: float, seeds: Sequence[int], changes: dict[str, Any]
+) -> config_dict.ConfigDict:
+  """The config of a run as `config.json` has it, with one sparsity, some seeds, and the changes of a variant."""
   config = get_config()
   try:
     config.update(config_dict.ConfigDict(_tuples(base)))
   except (KeyError, TypeError) as error:
     raise UserError(f"The config.json of --run is of another version ({error}); run it anew.") from None
-  config.sparsities, config.seeds = (sparsity,), (seed,)
+  config.sparsities, config.seeds = (sparsity,), tuple(seeds)
   config.update_from_flattened_dict(changes)
   return config
 
@@ -82,31 +94,49 @@ def _tuples(value: Any) -> Any:
   return tuple(value) if isinstance(value, list) else value
 
 
+def development_prompts(pipeline: Pipeline, source: pathlib.Path, count: int) -> Prompts:
+  """`count` prompts of the source of a run, of documents of which none of its sets has a prompt.
+
+  Raises:
+    UserError: there are fewer.
+  """
+  data = pipeline.config.data
+  found, documents, _ = load_prompts(data, pipeline.model.tokenizer)
+  sets = [load_arrays(source / "data" / f"{split}.npz") for split in SPLITS]
+  used = {row.tobytes() for arrays in sets for row in arrays["tokens"]}
+  taken = {number for row, number in zip(found.tokens, documents) if row.tobytes() in used}
+  free = np.flatnonzero([number not in taken for number in documents])
+  if len(free) < count:
+    raise UserError(
+        f"--prompts={count} development prompts are needed and {source} leaves {len(free)} of its source; "
+        "ask for fewer."
+    )
+  return take(found, free[shuffled(len(free), data.seed)[:count]])
+
+
 def share_stages(pipeline: Pipeline, source: pathlib.Path) -> None:
   """Copies from a run what it has finished with the very settings that the pipeline's stages have."""
-  (sparsity, seed), = pipeline.cells
-  cell = pipeline.cell(sparsity, seed).relative_to(pipeline.workdir)
-  for stage in STAGES:
-    own, settings = pathlib.Path(stage), pipeline.settings(stage)
-    if stage not in ("data", "importance"):
-      own, settings = cell / stage, settings | {"sparsity": sparsity, "seed": seed}
-    if (pipeline.workdir / own).exists() or not (source / own / DONE).exists():
+  stages = [(pathlib.Path(stage), pipeline.settings(stage)) for stage in STAGES[:2]]
+  for sparsity, seed in pipeline.cells:
+    cell = pipeline.cell(sparsity, seed).relative_to(pipeline.workdir)
+    own = {"sparsity": sparsity, "seed": seed}
+    stages += [(cell / stage, pipeline.settings(stage) | own) for stage in STAGES[2:]]
+  for stage, settings in stages:
+    if (pipeline.workdir / stage).exists() or not (source / stage / DONE).exists():
       continue
     try:
-      check_stage(source / own, settings)
+      check_stage(source / stage, settings)
     except UserError:  # made with other settings
       continue
-    copy = pipeline.workdir / own.with_name(own.name + ".copying")  # a killed copy must not look finished
+    copy = pipeline.workdir / stage.with_name(stage.name + ".copying")  # a killed copy must not look finished
     shutil.rmtree(copy, ignore_errors=True)
-    shutil.copytree(source / own, copy)
-    copy.rename(pipeline.workdir / own)
+    shutil.copytree(source / stage, copy)
+    copy.rename(pipeline.workdir / stage)
 
 
-def measure(pipeline: Pipeline) -> list[dict[str, Any]]:
-  """Test figures of the static router, of the router as trained, both under the searched schedule, and fine-tuned."""
-  (cell,) = (pipeline.cell(*cell) for cell in pipeline.cells)
-  judge, searched = pipeline.judge("test", pipeline.config.evaluation.batch), pipeline.schedule(cell / "search")
-  found = []
+def measure(pipeline: Pipeline, judge: Judge, cell: pathlib.Path) -> list[dict[str, Any]]:
+  """Figures of the static router, of the router as trained, both under the searched schedule, and fine-tuned."""
+  searched, found = pipeline.schedule(cell / "search"), []
   for stage, router, schedule in (
       ("static", routers.STATIC, searched),
       ("trained", pipeline.load_router(cell / "train"), searched),
@@ -130,31 +160,39 @@ def measure(pipeline: Pipeline) -> list[dict[str, Any]]:
 
 
 def markdown(records: list[dict[str, Any]]) -> str:
-  """One line a variant: KLs in nats a token, and the difference of the fine-tuned one to the method as it is.
+  """One line a variant: KLs in nats a token, means over its seeds, and the difference to the method as it is.
 
-  Behind ± the standard error over prompts of that difference, prompt by prompt; seeds differ by more.
+  The difference is that of the fine-tuned KLs, over the seeds that both have. Behind ± the standard error over prompts
+  of its mean over these seeds, prompt by prompt; then the difference of each seed.
   """
   lines = [
-      "| part | variant | KL static | trained | fine-tuned | difference | agreement % | achieved % | FLOPs saved % |",
-      "|" + "---|" * 9,
+      "| part | variant | seeds | KL static | trained | fine-tuned | difference | of each seed | agreement % "
+      "| achieved % | FLOPs saved % |",
+      "|" + "---|" * 11,
   ]
-  base = next((np.array(r["figures"][2]["kl_of_prompts"]) for r in records if not r["part"]), None)
-  for record in records:
-    static, trained, tuned = record["figures"]
-    difference = "-"
-    if record["part"] and base is not None:
-      own = np.array(tuned["kl_of_prompts"]) - base
-      difference = f"{own.mean():+.3f} ± {own.std(ddof=1) / np.sqrt(len(own)):.3f}"
+  kl = lambda record: np.array(record["figures"][2]["kl_of_prompts"])
+  base = {record["seed"]: kl(record) for record in records if not record["part"]}
+  for name in dict.fromkeys(record["variant"] for record in records):
+    rows = [record for record in records if record["variant"] == name]
+    mean = lambda stage, figure: np.mean([row["figures"][stage][figure] for row in rows])
+    own = [kl(row) - base[row["seed"]] for row in rows if row["part"] and row["seed"] in base]
+    difference = each = "-"
+    if own:
+      over_seeds = np.mean(own, axis=0)
+      difference = f"{over_seeds.mean():+.3f} ± {over_seeds.std(ddof=1) / np.sqrt(len(over_seeds)):.3f}"
+      each = " ".join(f"{one.mean():+.3f}" for one in own)
     lines.append(
-        f"| {record['part']} | {record['variant']} | {static['kl']:.3f} | {trained['kl']:.3f} | {tuned['kl']:.3f} "
-        f"| {difference} | {100 * tuned['agreement']:.1f} | {100 * tuned['achieved']:.1f} "
-        f"| {100 * tuned['flops_saved']:.1f} |"
+        f"| {rows[0]['part'] or '-'} | {name} | {len(rows)} | {mean(0, 'kl'):.3f} | {mean(1, 'kl'):.3f} "
+        f"| {mean(2, 'kl'):.3f} | {difference} | {each} | {100 * mean(2, 'agreement'):.1f} "
+        f"| {100 * mean(2, 'achieved'):.1f} | {100 * mean(2, 'flops_saved'):.1f} |"
     )
   return "\n".join(lines)
 
 
-def run_variants(source: pathlib.Path, out: pathlib.Path, names: list[str], sparsity: float, seed: int) -> str:
-  """Computes those variants that are missing; the table of all that are there.
+def run_variants(
+    source: pathlib.Path, out: pathlib.Path, names: list[str], sparsity: float, seeds: Sequence[int], prompts: int
+) -> str:
+  """Computes those variants and seeds that are missing; the table of all of this sparsity that are there.
 
   Raises:
     UserError: a name is unknown, or `out` holds a variant that was made otherwise.
@@ -164,33 +202,37 @@ def run_variants(source: pathlib.Path, out: pathlib.Path, names: list[str], spar
     raise UserError(f"The variant {min(unknown)!r} is unknown; variants are {', '.join(VARIANTS)}.")
   base = read_json(source / "config.json")
   place = {name: out / name.replace(" ", "_") for name in VARIANTS}
-  make = lambda name: Pipeline(config_of(base, sparsity, seed, VARIANTS[name][1]), place[name])
-  settings = lambda pipeline: flatten(
-      pipeline.settings("finetune") | {"sparsity": sparsity, "seed": seed,
-                                       "test": digest(str(source / "data" / "test.npz"))}
-  )
-  for name, here in place.items():
-    if (here / FIGURES).exists():
-      changes = describe_changes(read_json(here / FIGURES)["settings"], settings(make(name)))
+  pipelines = {name: Pipeline(config_of(base, sparsity, seeds, VARIANTS[name][1]), place[name]) for name in VARIANTS}
+  figures = lambda name: sorted((place[name] / f"S{sparsity:.2f}").glob(f"seed*/{FIGURES}"))
+  settings = lambda name: flatten(pipelines[name].settings("finetune") | {"sparsity": sparsity, "prompts": prompts})
+  for name in VARIANTS:
+    for path in figures(name):
+      changes = describe_changes(read_json(path)["settings"], settings(name))
       if changes:
-        raise UserError(f"{here} was made with {changes}; name another directory with --out, or delete that folder.")
+        raise UserError(f"{path} was made with {changes}; name another directory with --out, or delete that folder.")
   for name in names:
-    here = place[name]
-    if (here / FIGURES).exists():
+    pipeline = pipelines[name]
+    missing = [cell for cell in pipeline.cells if not (pipeline.cell(*cell) / FIGURES).exists()]
+    if not missing:
       continue
     print(f"variant: {name}", file=sys.stderr, flush=True)
-    pipeline = make(name)
     share_stages(pipeline, source)
-    run(pipeline.config, str(here), STAGES)
-    own = {"part": VARIANTS[name][0], "variant": name, "settings": settings(pipeline)}
-    write_json(here / FIGURES, own | {"figures": measure(pipeline)})
-    del pipeline  # and with it a model, its states and its programs
+    run(pipeline.config, str(place[name]), STAGES)
+    judge = Judge(
+        pipeline.frozen, pipeline.routing, development_prompts(pipeline, source, prompts),
+        pipeline.config.evaluation.batch, pipeline.num_scored,
+    )
+    for cell in missing:
+      own = {"part": VARIANTS[name][0], "variant": name, "seed": cell[1], "settings": settings(name)}
+      directory = pipeline.cell(*cell)
+      write_json(directory / FIGURES, own | {"figures": measure(pipeline, judge, directory)})
+    del pipeline, judge, pipelines[name]  # and with them a model, its states and its programs
     gc.collect()
     jax.clear_caches()
-  records = [read_json(here / FIGURES) for here in place.values() if (here / FIGURES).exists()]
-  write_json(out / "ablations.json", {"machine": describe_machine(), "records": records})
+  records = [read_json(path) for name in VARIANTS for path in figures(name)]
+  write_json(out / f"ablations_S{sparsity:.2f}.json", {"machine": describe_machine(), "records": records})
   text = markdown(records)
-  (out / "ablations.md").write_text(text + "\n", encoding="utf-8")
+  (out / f"ablations_S{sparsity:.2f}.md").write_text(text + "\n", encoding="utf-8")
   return text
 
 
@@ -198,7 +240,10 @@ def main(argv) -> None:
   if len(argv) > 1:
     raise app.UsageError(f"The argument {argv[1]!r} is not understood.")
   given = flags.FLAGS
-  print(run_variants(pathlib.Path(given.run), pathlib.Path(given.out), given.variants, given.sparsity, given.seed))
+  print(run_variants(
+      pathlib.Path(given.run), pathlib.Path(given.out), given.variants, given.sparsity,
+      tuple(map(int, given.seeds)), given.prompts,
+  ))
 
 
 if __name__ == "__main__":
@@ -206,7 +251,8 @@ if __name__ == "__main__":
   flags.DEFINE_string("out", None, "Directory of the variants.", required=True)
   flags.DEFINE_list("variants", list(VARIANTS), "Which variants.")
   flags.DEFINE_float("sparsity", 0.30, "S.")
-  flags.DEFINE_integer("seed", 0, "Seed.")
+  flags.DEFINE_list("seeds", ["0"], "Seeds.")
+  flags.DEFINE_integer("prompts", 64, "Development prompts.", lower_bound=2)
   try:
     app.run(main)
   except UserError as error:

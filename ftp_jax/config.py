@@ -50,7 +50,7 @@ def get_config() -> config_dict.ConfigDict:
   c.routing.one_pass_block = -1  # block whose input decides the gates of all blocks from there on; -1: each its own
 
   c.router = config_dict.ConfigDict()
-  c.router.kind = "global"  # global, per_block or recurrent
+  c.router.kind = "per_block"  # global, per_block or recurrent
   c.router.factors = ("position", "score", "rank", "sparsity")  # low-dimensional inputs, any subset
   c.router.hidden_states = True  # feed the normed hidden state as well
   c.router.hidden_size = 64  # width of the router's MLP
@@ -109,6 +109,7 @@ def paper_preset(config: config_dict.ConfigDict) -> config_dict.ConfigDict:
   config.routing.kv_mode = "evict"
   config.routing.selection = "argmax"
   config.train.guide = "static"
+  config.router.kind = "global"
   config.router.hidden_states = False
   config.search.seed_schedules = ("uniform",)
   config.train.batch = 1

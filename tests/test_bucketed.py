@@ -477,14 +477,17 @@ def test_a_tile_is_written_where_it_belongs(offset, tile, expected, axis):
 # --- compiled programs ----------------------------------------------------------------------------
 
 
-def test_a_program_has_a_body_for_each_bucket_and_none_for_each_block():
+# Products that a body more adds. Under `evict` those of its seven weights, as all bodies share one attention; under
+# `project` five, as keys and values are made outside, and the two of attention.
+@pytest.mark.parametrize("kv_mode, of_body", [("evict", 7), ("project", 5 + 2)])
+def test_a_program_has_a_body_for_each_bucket_and_none_for_each_block(kv_mode, of_body):
   def products(schedule, max_buckets=4):
-    config = tiny.config(num_blocks=len(schedule))
-    plan = make_plan(schedule, CONTEXT, RoutingConfig("evict"), max_buckets)
+    config, routing = tiny.config(num_blocks=len(schedule)), RoutingConfig(kv_mode)
+    plan = make_plan(schedule, CONTEXT, routing, max_buckets)
     shape = lambda *dims: jax.ShapeDtypeStruct(dims, jnp.int32)
     lowered = prefill.lower(
-        config, RoutingConfig("evict"), plan, decoder.abstract_params(config), routers.STATIC, shape(2, CONTEXT),
-        shape(2), np.asarray(schedule, np.float32),
+        config, routing, plan, decoder.abstract_params(config), routers.STATIC, shape(2, CONTEXT), shape(2),
+        np.asarray(schedule, np.float32),
     )
     return len(plan.bodies), lowered.as_text().count("stablehlo.dot_general")
 
@@ -493,4 +496,4 @@ def test_a_program_has_a_body_for_each_bucket_and_none_for_each_block():
   assert (two, few) == products([0.5, 0.3, 0.4, 0.25], max_buckets=2)
   three, more = products([0.5, 0.25, 0.75, 0.5])
   assert (two, three) == (2, 3)
-  assert more - few == few // 3  # one body more beside the two and that of the last block
+  assert more - few == of_body

@@ -236,33 +236,50 @@ def test_a_run_directory_that_a_process_does_not_see_is_named(tmp_path):
 
 def test_ablations_share_what_a_variant_leaves_alone(finished, tmp_path):
   ablations = importlib.import_module("experiments.ablations")
-  table = ablations.run_variants(finished, tmp_path, ["as it is", "uniform", "without score"], 0.25, 0)
-  records = json.loads((tmp_path / "ablations.json").read_text())["records"]
+  table = ablations.run_variants(finished, tmp_path, ["as it is", "uniform", "without score"], 0.25, [0], 6)
+  records = json.loads((tmp_path / "ablations_S0.25.json").read_text())["records"]
   assert [(r["part"], r["variant"]) for r in records] == [
       ("", "as it is"), ("schedule", "uniform"), ("inputs", "without score")
   ]
   assert table.count("\n") == 4 and "| schedule | uniform |" in table
-  # Unchanged, the stages are those of the run, and so are the figures.
+  # Unchanged, the stages are those of the run, and so are the figures where the prompts are the same.
+  cell = tmp_path / "as_it_is" / "S0.25" / "seed0"
+  own = ablations.Pipeline(ablations.config_of(json.loads((finished / "config.json").read_text()), 0.25, [0], {}),
+                           tmp_path / "as_it_is")
   of_run = {r["method"]: r for r in json.loads((finished / "results.json").read_text())["records"]}
-  for method, figures in zip(("static_ga", "dynamic_ga", "dynamic_finetuned"), records[0]["figures"]):
+  on_test = ablations.measure(own, own.judge("test", 4), cell)
+  for method, figures in zip(("static_ga", "dynamic_ga", "dynamic_finetuned"), on_test):
     for name in ("kl", "agreement", "achieved", "flops_saved"):
       assert figures[name] == pytest.approx(of_run[method][name], rel=1e-6)
   (line,) = [line for line in table.splitlines() if "| uniform |" in line]
   difference = records[1]["figures"][2]["kl"] - records[0]["figures"][2]["kl"]
   assert f"| {difference:+.3f} ± " in line
+  # The prompts it is judged on are in no set of the run.
+  judged = ablations.development_prompts(own, finished, 6)
+  rows = lambda tokens: {row.tobytes() for row in tokens}
+  assert len(rows(judged.tokens)) == 6
+  for split in ("search", "train", "validation", "test"):
+    assert not rows(judged.tokens) & rows(own.prompts(split).tokens)
+  with pytest.raises(UserError, match="--prompts=1000000 development prompts are needed"):
+    ablations.development_prompts(own, finished, 10**6)
   # A variant of the router keeps the run's prompts and searched schedule, one of the schedule only the prompts.
   search = "S0.25/seed0/search/schedule.json"
   assert (tmp_path / "without_score" / search).read_text() == (finished / search).read_text()
   assert json.loads((tmp_path / "uniform" / search).read_text()) == [0.25] * 4
   router = artifact.load_weights(tmp_path / "without_score" / "S0.25" / "seed0" / "finetune" / "router.safetensors")
   full = artifact.load_weights(finished / "S0.25" / "seed0" / "finetune" / "router.safetensors")
-  assert router["hidden"]["kernel"].shape[0] == full["hidden"]["kernel"].shape[0] - 1
-  # Nothing is computed twice.
-  before = (tmp_path / "uniform" / "figures.json").stat().st_mtime_ns
-  assert ablations.run_variants(finished, tmp_path, ["uniform"], 0.25, 0) == table
-  assert (tmp_path / "uniform" / "figures.json").stat().st_mtime_ns == before
+  assert router["hidden"]["kernel"].shape[1] == full["hidden"]["kernel"].shape[1] - 1
+  # Nothing is computed twice, and another seed joins those that are there.
+  figures = tmp_path / "uniform" / "S0.25" / "seed0" / "figures.json"
+  before = figures.stat().st_mtime_ns
+  assert ablations.run_variants(finished, tmp_path, ["uniform"], 0.25, [0], 6) == table
+  (line,) = [
+      line for line in ablations.run_variants(finished, tmp_path, ["uniform"], 0.25, [0, 1], 6).splitlines()
+      if "| uniform |" in line
+  ]
+  assert line.startswith("| schedule | uniform | 2 |") and figures.stat().st_mtime_ns == before
   assert not any("," in name for name in ablations.VARIANTS)  # they are given in a list with commas
   with pytest.raises(UserError, match="'warmer' is unknown"):
-    ablations.run_variants(finished, tmp_path, ["warmer"], 0.25, 0)
-  with pytest.raises(UserError, match="was made with sparsity"):
-    ablations.run_variants(finished, tmp_path, ["uniform"], 0.5, 0)
+    ablations.run_variants(finished, tmp_path, ["warmer"], 0.25, [0], 6)
+  with pytest.raises(UserError, match="was made with prompts"):
+    ablations.run_variants(finished, tmp_path, ["uniform"], 0.25, [0], 5)

@@ -88,8 +88,8 @@ def _pruned(base: Case, schedule_L, routing: RoutingConfig, router: Router, shap
 
 
 def untrained_router(model: Model) -> Router:
-  """The dearest of the default kind, hidden states included: good for nothing but its time."""
-  config = RouterConfig(hidden_states=True)
+  """Of the kind that the default config trains: good for nothing but its time."""
+  config = RouterConfig("per_block", hidden_states=True)
   params = init_router(config, jax.random.key(0), model.config.num_blocks, model.config.hidden_size)
   return Router("dynamic", config, params)
 

@@ -126,7 +126,7 @@ def attend_positions(
 
   Args:
     query_BxT: positions of the queries, ascending in each row; -1 at padding slots, which come last
-      and whose results are meaningless but finite.
+      and whose results are meaningless but finite. Tiles without a query cost nothing.
     key_BxS: positions of the keys, ascending in each row; EMPTY at padding slots.
     window: sliding window, or None.
   """
@@ -139,8 +139,8 @@ def attend_positions(
   key_part, key_parts = _tile(num_keys, _KEY_TILE, parts)
 
   q = _pad(q_BxTxHxN * dim**-0.5, query_tile * query_tiles)
-  q = q.reshape(batch, query_tiles, query_tile, groups, per_group, dim).transpose(1, 0, 3, 2, 4, 5)
-  q = q.reshape(query_tiles, batch, groups, query_tile * per_group, dim)
+  q = q.reshape(batch, query_tiles, query_tile, groups, per_group, dim).transpose(0, 1, 3, 2, 4, 5)
+  q = q.reshape(batch, query_tiles, groups, query_tile * per_group, dim)
   k = _pad(k_BxSxGxN, key_part * key_parts).transpose(0, 2, 1, 3)
   # A column of ones gives the sum of the weights from the same matrix product.
   v = jnp.concatenate([v_BxSxGxN, jnp.ones_like(v_BxSxGxN[..., :1])], axis=-1)
@@ -163,8 +163,9 @@ def attend_positions(
     whole = jnp.minimum(jnp.min(count(ends <= oldest), axis=1), last) // parts
     first = whole * parts
 
-  def rows(_, xs):
-    q_tile, query_B, whole, first, last = xs
+  def rows(i, out):
+    q_tile = jax.lax.dynamic_index_in_dim(q, i, axis=1, keepdims=False)
+    query_B, whole_parts, first_part, last_part = (a[i] for a in (query, whole, first, last))
     row_position = jnp.repeat(query_B, per_group, axis=1)
 
     def accumulate(size, masked, j, carry):
@@ -183,13 +184,16 @@ def attend_positions(
     zero = jnp.zeros(q_tile.shape[:-1] + (dim + 1,), jnp.float32)
     carry = jnp.full_like(zero[..., :1], _LOWEST), zero
     if parts > 1:
-      carry = jax.lax.fori_loop(0, whole, functools.partial(accumulate, key_part * parts, False), carry)
-    _, out = jax.lax.fori_loop(first, last, functools.partial(accumulate, key_part, True), carry)
-    total = out[..., -1:]
-    return None, (out[..., :-1] / jnp.where(total == 0, 1.0, total)).astype(q_tile.dtype)
+      carry = jax.lax.fori_loop(0, whole_parts, functools.partial(accumulate, key_part * parts, False), carry)
+    _, sums = jax.lax.fori_loop(first_part, last_part, functools.partial(accumulate, key_part, True), carry)
+    total = sums[..., -1:]
+    attended = (sums[..., :-1] / jnp.where(total == 0, 1.0, total)).astype(q_tile.dtype)
+    return jax.lax.dynamic_update_index_in_dim(out, attended, i, axis=1)
 
-  _, out = jax.lax.scan(rows, None, (q, query, whole, first, last))
-  out = out.reshape(query_tiles, batch, groups, query_tile, per_group, dim).transpose(1, 0, 3, 2, 4, 5)
+  # Padding comes last, so the tiles with a query come first, and the others are not computed.
+  busy = jnp.sum(jnp.any(query >= 0, axis=(1, 2)), dtype=jnp.int32)
+  out = jax.lax.fori_loop(0, busy, rows, jnp.zeros_like(q))
+  out = out.reshape(batch, query_tiles, groups, query_tile, per_group, dim).transpose(0, 1, 3, 2, 4, 5)
   return out.reshape(batch, query_tiles * query_tile, heads, dim)[:, :num_queries]
 
 

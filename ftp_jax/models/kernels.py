@@ -81,10 +81,7 @@ def choose(
   Raises:
     UserError: see `attend`.
   """
-  if implementation not in IMPLEMENTATIONS:
-    raise UserError(f"There is no attention={implementation}; choose one of {', '.join(IMPLEMENTATIONS)}.")
-  if implementation == "auto":
-    implementation = next((name for name, (needed, _) in _NEEDS.items() if needed == backend), "xla")
+  implementation = resolve(implementation, backend)
   if partitioned:
     return "xla"
   if implementation == "cudnn" and dtype in (jnp.bfloat16, jnp.float16) and head_dim % 8 == 0 and head_dim <= 128:
@@ -94,6 +91,20 @@ def choose(
   if implementation == "splash" and dtype in (jnp.bfloat16, jnp.float32) and aligned and not window and whole:
     return "splash"
   return "xla"
+
+
+def resolve(implementation: str, backend: str | None = None) -> str:
+  """The implementation that "auto" stands for on a backend, None: on this one; which `choose` may find unfit.
+
+  Raises:
+    UserError: there is no such implementation.
+  """
+  if implementation not in IMPLEMENTATIONS:
+    raise UserError(f"There is no attention={implementation}; choose one of {', '.join(IMPLEMENTATIONS)}.")
+  if implementation != "auto":
+    return implementation
+  backend = backend or backend_name()
+  return next((name for name, (needed, _) in _NEEDS.items() if needed == backend), "xla")
 
 
 def check_runs(implementation: str, backend: str) -> None:

@@ -5,6 +5,7 @@ over the blocks and branches to the body of the block's bucket, so that a progra
 there are distinct buckets. The last block computes the last token's output alone, as nothing else is read.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -20,6 +21,9 @@ from ftp_jax.routing.config import RoutingConfig
 from ftp_jax.routing.plan import Plan
 from ftp_jax.routing.routers import Router
 from ftp_jax.routing.selection import decode_schedule, keep_context, least_kept_margin
+
+# A branch needs room for its result beside the states it replaces; the MLP in parts of this many slots makes up for it.
+_MLP_SLOTS = 768
 
 
 class Prefilled(NamedTuple):
@@ -58,6 +62,19 @@ def gather(x_BxTxD: jax.Array, index_BxK: jax.Array) -> jax.Array:
   return jax.vmap(lambda x, i: x.at[i].get(mode="promise_in_bounds"))(x_BxTxD, index_BxK)
 
 
+def in_parts(function: Any, x_BxKxD: jax.Array, largest: int) -> jax.Array:
+  """A function of single tokens, computed in parts of at most `largest` slots and nearly equal size, one by one."""
+  num_slots = x_BxKxD.shape[1]
+  parts = -(-num_slots // largest)
+  if parts == 1:
+    return function(x_BxKxD)
+  size = -(-num_slots // parts)
+  x = jnp.pad(x_BxKxD, ((0, 0), (0, parts * size - num_slots), (0, 0)))
+  x = jnp.swapaxes(x.reshape(x.shape[0], parts, size, -1), 0, 1)
+  y = jnp.swapaxes(jax.lax.map(function, x), 0, 1)
+  return y.reshape(y.shape[0], parts * size, -1)[:, :num_slots]
+
+
 def prefill(
     config: ModelConfig,
     routing: RoutingConfig,
@@ -93,7 +110,7 @@ def prefill(
   block, blocks = decoder.Block(config), params["blocks"]
   window_BxW = factor_lib.window_rows(context_B, routing.score_window)
 
-  def attend(q, k, v, query, key, aligned):
+  def attend(q, k, v, query, key, *, aligned):
     return kernels.attend(
         q, k, v, query, key, config.sliding_window, aligned=aligned, implementation=attention
     )
@@ -171,39 +188,79 @@ def prefill(
     )
     return pad(k.transpose(0, 2, 3, 1), 3, 0), pad(v.transpose(0, 2, 1, 3), 2, 0), pad(key, 1, EMPTY)
 
-  def make_body(slots: int, routed: bool, last: bool, scores: bool):
-    """One block: (x, score, (keep, filled), projected, inputs) -> (x, score, its tiles where it makes its own)."""
+  class Body:
+    """A block at one bucket: what comes before attention, and after it."""
 
-    def body(x, score, gate, projected, inputs):
+    def __init__(self, slots: int, routed: bool, last: bool = False, scores: bool = False):
+      self.slots, self.routed, self.last, self.scores = slots, routed, last, scores
+      self.gathers = compact(slots, routed)
+
+    def chosen(self, x, filled):
+      """The tokens that the block computes, where they stand (-1: nowhere), and their angles."""
+      if not self.gathers:
+        return x, jnp.where(in_context, t, -1), (sin, cos)
+      at = filled.position_BxK[:, : self.slots]
+      return gather(x, at), jnp.where(filled.filled_BxK[:, : self.slots], at, -1), rope(at)
+
+    def before(self, x, score, gate, projected, inputs):
+      """Queries, keys, values and their positions; score table; tiles for the cache where the body makes its own."""
       apply, (keep, filled) = part_of(inputs["index"]), gate
-      gathers = compact(slots, routed)
-      if gathers:
-        at, is_token = filled.position_BxK[:, :slots], filled.filled_BxK[:, :slots]
-        query, chosen, angles = jnp.where(is_token, at, -1), gather(x, at), rope(at)
-      else:
-        query, chosen, angles = jnp.where(in_context, t, -1), x, (sin, cos)
+      chosen, query, angles = self.chosen(x, filled)
       key, tiles = key_BxT, None
       if evict:
         k, v = apply(decoder.Block.keys_values, chosen, *angles)
-        key = jnp.where(is_token, at, EMPTY) if gathers else key_BxT
-        if scores:
-          to_positions = (lambda a: jnp.take_along_axis(a, filled.slot_BxT, axis=1)) if gathers else (lambda a: a)
-          score = scores_of(apply, x, k, key, keep, score, to_positions)
-        tiles = as_tiles(k, v, key, key.shape[1] if last else num_positions)
+        key = jnp.where(query < 0, EMPTY, query)
+        if self.scores:
+          spread = (lambda a: jnp.take_along_axis(a, filled.slot_BxT, axis=1)) if self.gathers else (lambda a: a)
+          score = scores_of(apply, x, k, key, keep, score, spread)
+        tiles = as_tiles(k, v, key, key.shape[1] if self.last else num_positions)
       else:
         k, v = projected
-      if last:
-        at = context_B[:, None] - 1
-        chosen, angles, query = gather(x, at), rope(at), at
+      if self.last:
+        query = context_B[:, None] - 1
+        chosen, angles = gather(x, query), rope(query)
       q = apply(decoder.Block.queries, chosen, *angles)
-      aligned = not last and (evict or not gathers)
-      y = apply(decoder.Block.attention_out, chosen, attend(q, k, v, query, key, aligned))
-      y = apply(decoder.Block.mlp, y)
-      if gathers and not last:
-        y = gather(y, filled.slot_BxT)
-      return y if last or not routed else jnp.where(keep[:, :, None], y, x), score, tiles
+      return (q, k, v, query, key), score, tiles
 
-    return body
+    def after(self, x, gate, attended, inputs):
+      """The states after the block."""
+      x, attended, index = jax.lax.optimization_barrier((x, attended, inputs["index"]))
+      apply, (keep, filled) = part_of(index), gate
+      chosen = gather(x, context_B[:, None] - 1) if self.last else self.chosen(x, filled)[0]
+      y = in_parts(
+          lambda y: apply(decoder.Block.mlp, y), apply(decoder.Block.attention_out, chosen, attended), _MLP_SLOTS
+      )
+      if self.gathers and not self.last:
+        y = gather(y, filled.slot_BxT)
+      return y if self.last or not self.routed else jnp.where(keep[:, :, None], y, x)
+
+    def whole(self, x, score, gate, projected, inputs):
+      """The block with its attention: (x, score, tiles)."""
+      operands, score, tiles = self.before(x, score, gate, projected, inputs)
+      attended = attend(*operands, aligned=not self.last and (evict or not self.gathers))
+      return self.after(x, gate, attended, inputs), score, tiles
+
+  # XLA's attention leaves out tiles without a query, so that under `evict` one serves all buckets.
+  shares_attention = evict and kernels.resolve(attention) == "xla"
+
+  def run_body(bodies, chosen, x, score, gate, projected, inputs):
+    """The block with the body that is `chosen`: (x, score, tiles)."""
+    operands = x, score, gate, projected, inputs
+    if not shares_attention or len(bodies) == 1:
+      return jax.lax.switch(chosen, [body.whole for body in bodies], *operands)
+
+    def before(body, *operands):
+      (q, *_), score, tiles = body.before(*operands)
+      return jnp.pad(q, ((0, 0), (0, num_positions - q.shape[1]), (0, 0), (0, 0))), score, tiles
+
+    def after(body, x, gate, attended, inputs):
+      return body.after(x, gate, attended[:, : body.slots], inputs)
+
+    branches = lambda part: [functools.partial(part, body) for body in bodies]
+    q, score, (k, v, key) = jax.lax.switch(chosen, branches(before), *operands)
+    query = jnp.where(key == EMPTY, -1, key)
+    attended = attend(q, k.transpose(0, 3, 1, 2), v.transpose(0, 2, 1, 3), query, key, aligned=True)
+    return jax.lax.switch(chosen, branches(after), x, gate, attended, inputs), score, (k, v, key)
 
   fits = all(offset + num_positions <= sum(plan.cache_slots) for offset in plan.offsets[:-1])
 
@@ -211,14 +268,14 @@ def prefill(
     """Blocks [begin, end), with bodies for the buckets they have."""
     used = sorted(set(plan.body_of[begin:end]))
     scores = scored and not planned
-    bodies = [make_body(*plan.bodies[i], last=False, scores=scores) for i in used]
+    bodies = [Body(*plan.bodies[i], scores=scores) for i in used]
     inputs = inputs | {"body": jnp.asarray([used.index(i) for i in plan.body_of[begin:end]], jnp.int32)}
 
     def step(carry, inputs):
       x, score, state, buffers = carry
       gate, decided, state = gates(x, score, state, inputs, used, planned)
       score, projected = project(x, score, gate, inputs, scores)
-      x, score, tiles = jax.lax.switch(inputs["body"], bodies, x, score, gate, projected, inputs)
+      x, score, tiles = run_body(bodies, inputs["body"], x, score, gate, projected, inputs)
       tiles = tiles or as_tiles(*projected, key_BxT, num_positions)
       buffers = tuple(write(b, tile, inputs["offset"], axis, fits) for b, tile, axis in zip(buffers, tiles, (3, 2, 1)))
       return (x, score, state, buffers), decided
@@ -258,7 +315,7 @@ def prefill(
   some = jax.tree.map(lambda a: a[-1], some)
   gate, out, _ = gates(x, score, state, some, plan.body_of[-1:], planned)
   score, projected = project(x, score, gate, some, False)
-  x, _, tiles = make_body(*plan.bodies[plan.body_of[-1]], last=True, scores=False)(x, score, gate, projected, some)
+  x, _, tiles = Body(*plan.bodies[plan.body_of[-1]], last=True).whole(x, score, gate, projected, some)
   tiles = tiles or as_tiles(*projected, key_BxT, num_positions)
   buffers = [
       jax.lax.dynamic_update_slice_in_dim(b, tile, plan.offsets[-1], axis)
