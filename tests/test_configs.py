@@ -174,7 +174,7 @@ def test_full_size_model_by_abstract_evaluation(name):
       jax.random.key(0),
   )
   inputs = len(run.router.factors) + config.hidden_size
-  assert sum(leaf.size for leaf in jax.tree.leaves(state.router)) == (inputs + 1) * 64 + 65 * 2
+  assert sum(leaf.size for leaf in jax.tree.leaves(state.router)) == config.num_blocks * ((inputs + 1) * 64 + 65 * 2)
   rows = step.Batch(tokens, lengths, lengths, scores)
   after, metrics = jax.eval_shape(lambda *args: step.train_step(spec, *args), params, state, rows, schedule)
   shapes = lambda tree: jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree)
