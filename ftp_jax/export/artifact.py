@@ -1,4 +1,4 @@
-"""The artifact: what a user ships, kilobytes beside the untouched base model.
+"""The artifact: what a user ships, a small router beside the untouched base model.
 
 `ftp_config.json` describes schedule, routing and router, the base model's id and fingerprint, and the
 figures measured; `router.safetensors` holds the router's weights. It loads without the training code.

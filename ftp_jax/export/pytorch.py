@@ -112,7 +112,7 @@ tags: [token-pruning, ftp]
 # {pathlib.PurePath(base).name}, pruned token by token
 
 Each prompt token skips the transformer blocks it does not need (FTP, fine-grained token-wise pruning). The base model,
-`{base}` (family {artifact.family}, fingerprint {artifact.fingerprint}), is not changed: a router of a few kilobytes
+`{base}` (family {artifact.family}, fingerprint {artifact.fingerprint}), is not changed: a small router
 decides while the prompt is read.
 
 ## Files
