@@ -30,6 +30,7 @@ from ftp_jax.errors import UserError
 from ftp_jax.evaluation import flops
 from ftp_jax.evaluation.judge import Judge
 from ftp_jax.machine import describe_machine
+from ftp_jax.pipeline.checks import digest
 from ftp_jax.pipeline.run import Pipeline, run
 from ftp_jax.routing import routers
 from ftp_jax.stages import DONE, check_stage, describe_changes, flatten, load_arrays, read_json, write_json
@@ -98,13 +99,16 @@ def development_prompts(pipeline: Pipeline, source: pathlib.Path, count: int) ->
   """`count` prompts of the source of a run, of documents of which none of its sets has a prompt.
 
   Raises:
-    UserError: there are fewer.
+    UserError: there are fewer, or the source is not the one that the run was made from.
   """
   data = pipeline.config.data
   found, documents, _ = load_prompts(data, pipeline.model.tokenizer)
   sets = [load_arrays(source / "data" / f"{split}.npz") for split in SPLITS]
   used = {row.tobytes() for arrays in sets for row in arrays["tokens"]}
-  taken = {number for row, number in zip(found.tokens, documents) if row.tobytes() in used}
+  known = [row.tobytes() in used for row in found.tokens]
+  if sum(known) != len(used):
+    raise UserError(f"data.path is not what {source} was made from; run it anew, or give the data that it had.")
+  taken = set(documents[known].tolist())
   free = np.flatnonzero([number not in taken for number in documents])
   if len(free) < count:
     raise UserError(
@@ -162,27 +166,30 @@ def measure(pipeline: Pipeline, judge: Judge, cell: pathlib.Path) -> list[dict[s
 def markdown(records: list[dict[str, Any]]) -> str:
   """One line a variant: KLs in nats a token, means over its seeds, and the difference to the method as it is.
 
-  The difference is that of the fine-tuned KLs, over the seeds that both have. Behind ± the standard error over prompts
-  of its mean over these seeds, prompt by prompt; then the difference of each seed.
+  The difference is that of the fine-tuned KLs, over the seeds that both have, with two standard errors of its mean:
+  over prompts, prompt by prompt with the seeds as they are, and over seeds; then the difference of each seed.
   """
   lines = [
-      "| part | variant | seeds | KL static | trained | fine-tuned | difference | of each seed | agreement % "
-      "| achieved % | FLOPs saved % |",
+      "| part | variant | seeds | KL static | trained | fine-tuned | difference ± over prompts, over seeds "
+      "| of each seed | agreement % | achieved % | FLOPs saved % |",
       "|" + "---|" * 11,
   ]
   kl = lambda record: np.array(record["figures"][2]["kl_of_prompts"])
+  error = lambda values: np.std(values, ddof=1) / np.sqrt(len(values))
   base = {record["seed"]: kl(record) for record in records if not record["part"]}
   for name in dict.fromkeys(record["variant"] for record in records):
-    rows = [record for record in records if record["variant"] == name]
+    rows = sorted((r for r in records if r["variant"] == name), key=lambda r: r["seed"])
+    seeds = " ".join(str(row["seed"]) for row in rows)
     mean = lambda stage, figure: np.mean([row["figures"][stage][figure] for row in rows])
     own = [kl(row) - base[row["seed"]] for row in rows if row["part"] and row["seed"] in base]
     difference = each = "-"
     if own:
-      over_seeds = np.mean(own, axis=0)
-      difference = f"{over_seeds.mean():+.3f} ± {over_seeds.std(ddof=1) / np.sqrt(len(over_seeds)):.3f}"
-      each = " ".join(f"{one.mean():+.3f}" for one in own)
+      of_seeds = np.mean(own, axis=1)
+      difference = f"{of_seeds.mean():+.3f} ± {error(np.mean(own, axis=0)):.3f}"
+      difference += f", {error(of_seeds):.3f}" if len(own) > 1 else ""
+      each = " ".join(f"{one:+.3f}" for one in of_seeds)
     lines.append(
-        f"| {rows[0]['part'] or '-'} | {name} | {len(rows)} | {mean(0, 'kl'):.3f} | {mean(1, 'kl'):.3f} "
+        f"| {rows[0]['part'] or '-'} | {name} | {seeds} | {mean(0, 'kl'):.3f} | {mean(1, 'kl'):.3f} "
         f"| {mean(2, 'kl'):.3f} | {difference} | {each} | {100 * mean(2, 'agreement'):.1f} "
         f"| {100 * mean(2, 'achieved'):.1f} | {100 * mean(2, 'flops_saved'):.1f} |"
     )
@@ -202,20 +209,26 @@ def run_variants(
     raise UserError(f"The variant {min(unknown)!r} is unknown; variants are {', '.join(VARIANTS)}.")
   base = read_json(source / "config.json")
   place = {name: out / name.replace(" ", "_") for name in VARIANTS}
-  pipelines = {name: Pipeline(config_of(base, sparsity, seeds, VARIANTS[name][1]), place[name]) for name in VARIANTS}
   figures = lambda name: sorted((place[name] / f"S{sparsity:.2f}").glob(f"seed*/{FIGURES}"))
-  settings = lambda name: flatten(pipelines[name].settings("finetune") | {"sparsity": sparsity, "prompts": prompts})
+  # One that a router without one of its inputs cannot have is refused only where it is asked for.
+  make = lambda name: Pipeline(config_of(base, sparsity, seeds, VARIANTS[name][1]), place[name])
+  sets = [digest(str(source / "data" / f"{split}.npz")) for split in SPLITS]
+  settings = lambda pipeline: flatten(
+      pipeline.settings("finetune") | {"sparsity": sparsity, "development prompts": prompts, "sets of --run": sets}
+  )
+  as_it_is = settings(make("as it is"))
   for name in VARIANTS:
     for path in figures(name):
-      changes = describe_changes(read_json(path)["settings"], settings(name))
+      changes = describe_changes(read_json(path)["settings"], settings(make(name)))
       if changes:
         raise UserError(f"{path} was made with {changes}; name another directory with --out, or delete that folder.")
-  for name in names:
-    pipeline = pipelines[name]
+  for name in dict.fromkeys(names):
+    pipeline = make(name)
     missing = [cell for cell in pipeline.cells if not (pipeline.cell(*cell) / FIGURES).exists()]
-    if not missing:
+    same = VARIANTS[name][0] and settings(pipeline) == as_it_is
+    print(f"variant: {name}" + (" is how it is" if same else ""), file=sys.stderr, flush=True)
+    if same or not missing:
       continue
-    print(f"variant: {name}", file=sys.stderr, flush=True)
     share_stages(pipeline, source)
     run(pipeline.config, str(place[name]), STAGES)
     judge = Judge(
@@ -223,10 +236,10 @@ def run_variants(
         pipeline.config.evaluation.batch, pipeline.num_scored,
     )
     for cell in missing:
-      own = {"part": VARIANTS[name][0], "variant": name, "seed": cell[1], "settings": settings(name)}
+      own = {"part": VARIANTS[name][0], "variant": name, "seed": cell[1], "settings": settings(pipeline)}
       directory = pipeline.cell(*cell)
       write_json(directory / FIGURES, own | {"figures": measure(pipeline, judge, directory)})
-    del pipeline, judge, pipelines[name]  # and with them a model, its states and its programs
+    del pipeline, judge  # and with them a model, its states and its programs
     gc.collect()
     jax.clear_caches()
   records = [read_json(path) for name in VARIANTS for path in figures(name)]
@@ -240,6 +253,8 @@ def main(argv) -> None:
   if len(argv) > 1:
     raise app.UsageError(f"The argument {argv[1]!r} is not understood.")
   given = flags.FLAGS
+  if not given.seeds or not all(seed.isdecimal() for seed in given.seeds):
+    raise UserError(f"--seeds={','.join(given.seeds)} must be numbers, separated by commas.")
   print(run_variants(
       pathlib.Path(given.run), pathlib.Path(given.out), given.variants, given.sparsity,
       tuple(map(int, given.seeds)), given.prompts,

@@ -16,7 +16,7 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from ftp_jax.errors import UserError
-from ftp_jax.models import decoder
+from ftp_jax.models import attention, decoder
 from ftp_jax.models.attention import EMPTY
 from ftp_jax.routing import bucketed, decode, routers
 from ftp_jax.routing.cache import empty_recent, write
@@ -25,7 +25,8 @@ from ftp_jax.routing.plan import Plan, make_plan, merge
 from ftp_jax.routing.selection import capacity
 from tests import tiny
 
-prefill = jax.jit(bucketed.prefill, static_argnames=("config", "routing", "plan", "dtype", "attention"))
+STATIC = ("config", "routing", "plan", "dtype", "attention")
+prefill = jax.jit(bucketed.prefill, static_argnames=STATIC)
 extend = jax.jit(decode.extend, static_argnames=("config", "routing", "plan", "dtype"))
 dense_forward = jax.jit(decoder.forward, static_argnums=0)
 unembed = jax.jit(decoder.unembed, static_argnums=0)
@@ -228,6 +229,37 @@ def test_prefill_equals_masked_and_the_cache_holds_what_is_kept(case):
 
   law()
   assert 0.2 < np.mean(kept) < 0.95  # the draws do skip tokens, and not all
+
+
+# Sizes at which prompts of CONTEXT tokens are computed as long ones are: several tiles of queries and of keys, parts of
+# the MLP, and one attention for all bodies under `evict`.
+LONG = (
+    (bucketed, dict(_SHARED_POSITIONS=CONTEXT, _MLP_SLOTS=5)),
+    (attention, dict(_QUERY_TILE=4, _SCATTERED_QUERY_TILE=3, _KEY_TILE=4, _LONG_KEY_TILE=8, _LONG=6)),
+)
+
+
+@all_cases
+def test_long_prompts_are_computed_as_short_ones(case, monkeypatch):
+  for module, sizes in LONG:
+    for name, size in sizes.items():
+      monkeypatch.setattr(module, name, size)
+  long_prefill = jax.jit(functools.partial(bucketed.prefill), static_argnames=STATIC)  # traced anew
+
+  @drawn(max_examples=4)
+  @given(inputs(case))
+  def law(x):
+    plan, short = run_prefill(case, x)
+    out = long_prefill(case.model, case.routing, plan, x.params, x.router, x.prompts, x.context, x.schedule)
+    np.testing.assert_array_equal(out.cache.keep_LxBxT, short.cache.keep_LxBxT)
+    np.testing.assert_array_equal(out.cache.position_BxS, short.cache.position_BxS)
+    assert_close(out.logits_BxV, short.logits_BxV)
+    filled = np.asarray(short.cache.position_BxS) < EMPTY
+    for name, axes in (("k_BxGxNxS", (0, 3, 1, 2)), ("v_BxGxSxN", (0, 2, 1, 3))):
+      own, theirs = (np.asarray(getattr(cache, name)).transpose(axes)[filled] for cache in (out.cache, short.cache))
+      assert_close(own, theirs)
+
+  law()
 
 
 @all_cases
@@ -477,15 +509,19 @@ def test_a_tile_is_written_where_it_belongs(offset, tile, expected, axis):
 # --- compiled programs ----------------------------------------------------------------------------
 
 
-# Products that a body more adds. Under `evict` those of its seven weights, as all bodies share one attention; under
-# `project` five, as keys and values are made outside, and the two of attention.
-@pytest.mark.parametrize("kv_mode, of_body", [("evict", 7), ("project", 5 + 2)])
-def test_a_program_has_a_body_for_each_bucket_and_none_for_each_block(kv_mode, of_body):
+# Products that a body more adds. Under `evict` those of its seven weights and the two of attention, which long prompts
+# share; under `project` five and these two, as keys and values are made outside.
+@pytest.mark.parametrize("kv_mode, long, of_body", [("evict", False, 9), ("evict", True, 7), ("project", False, 7)])
+def test_a_program_has_a_body_for_each_bucket_and_none_for_each_block(kv_mode, long, of_body, monkeypatch):
+  if long:
+    monkeypatch.setattr(bucketed, "_SHARED_POSITIONS", CONTEXT)
+  fresh = jax.jit(functools.partial(bucketed.prefill), static_argnames=STATIC)
+
   def products(schedule, max_buckets=4):
     config, routing = tiny.config(num_blocks=len(schedule)), RoutingConfig(kv_mode)
     plan = make_plan(schedule, CONTEXT, routing, max_buckets)
     shape = lambda *dims: jax.ShapeDtypeStruct(dims, jnp.int32)
-    lowered = prefill.lower(
+    lowered = fresh.lower(
         config, routing, plan, decoder.abstract_params(config), routers.STATIC, shape(2, CONTEXT), shape(2),
         np.asarray(schedule, np.float32),
     )

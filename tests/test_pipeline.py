@@ -277,9 +277,23 @@ def test_ablations_share_what_a_variant_leaves_alone(finished, tmp_path):
       line for line in ablations.run_variants(finished, tmp_path, ["uniform"], 0.25, [0, 1], 6).splitlines()
       if "| uniform |" in line
   ]
-  assert line.startswith("| schedule | uniform | 2 |") and figures.stat().st_mtime_ns == before
+  assert line.startswith("| schedule | uniform | 0 1 |") and figures.stat().st_mtime_ns == before
   assert not any("," in name for name in ablations.VARIANTS)  # they are given in a list with commas
   with pytest.raises(UserError, match="'warmer' is unknown"):
     ablations.run_variants(finished, tmp_path, ["warmer"], 0.25, [0], 6)
-  with pytest.raises(UserError, match="was made with prompts"):
+  with pytest.raises(UserError, match="was made with development prompts"):
     ablations.run_variants(finished, tmp_path, ["uniform"], 0.25, [0], 5)
+  # A variant that changes nothing is not computed again; one that this config cannot have stops only itself.
+  assert "| per block |" not in ablations.run_variants(finished, tmp_path, ["per block"], 0.25, [0], 6)
+  config = json.loads((finished / "config.json").read_text())
+  config["router"]["hidden_states"] = False
+  other = tmp_path / "four factors"
+  shutil.copytree(finished / "data", other / "data")
+  (other / "config.json").write_text(json.dumps(config))
+  with pytest.raises(UserError, match="The router has no input"):
+    ablations.run_variants(other, tmp_path / "out", ["hidden states alone"], 0.25, [0], 6)
+  # Data that changed behind a run's back would let its training prompts in.
+  arrays = dict(np.load(other / "data" / "train.npz"))
+  np.savez(other / "data" / "train.npz", **arrays | {"tokens": arrays["tokens"] + 1})
+  with pytest.raises(UserError, match="data.path is not what .* was made from"):
+    ablations.development_prompts(own, other, 6)

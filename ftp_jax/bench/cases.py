@@ -10,6 +10,7 @@ import numpy as np
 
 from ftp_jax.bench.settings import MAX_SPARSITY, Settings
 from ftp_jax.bench.timing import seconds_of
+from ftp_jax.config import get_config
 from ftp_jax.evaluation.flops import prefill_flops
 from ftp_jax.export.artifact import Artifact
 from ftp_jax.inference import programs
@@ -89,7 +90,7 @@ def _pruned(base: Case, schedule_L, routing: RoutingConfig, router: Router, shap
 
 def untrained_router(model: Model) -> Router:
   """Of the kind that the default config trains: good for nothing but its time."""
-  config = RouterConfig("per_block", hidden_states=True)
+  config = RouterConfig.from_config(get_config().router)
   params = init_router(config, jax.random.key(0), model.config.num_blocks, model.config.hidden_size)
   return Router("dynamic", config, params)
 

@@ -1,6 +1,6 @@
 """The programs of a run, traced over shapes that say where each array lies: what is compiled is what runs.
 
-  train    a step of the router (per block, hidden states and four factors), Fisher guide, schedule as data
+  train    a step of the router that the default config trains, Fisher guide, schedule as data
   search   the judge's call for one chunk of candidates, every block routed
   prefill  the bucketed prefill under a built-in schedule
   decode   one token on top of such a prefill's cache
@@ -16,6 +16,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from ftp_jax import sharding
+from ftp_jax.config import get_config
 from ftp_jax.errors import UserError
 from ftp_jax.evaluation import judge
 from ftp_jax.evaluation.flops import computed_flops
@@ -57,7 +58,7 @@ class Case:
   remat: str = "full"
   kv_mode: str = "project"
   attention: str = "splash"
-  router: RouterConfig = RouterConfig("per_block", hidden_states=True)
+  router: RouterConfig = RouterConfig.from_config(get_config().router)
 
 
 class Traced(NamedTuple):

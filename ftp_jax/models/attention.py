@@ -126,7 +126,7 @@ def attend_positions(
 
   Args:
     query_BxT: positions of the queries, ascending in each row; -1 at padding slots, which come last
-      and whose results are meaningless but finite. Tiles without a query cost nothing.
+      and whose results are meaningless but finite. Tiles in which no row has a query cost nothing.
     key_BxS: positions of the keys, ascending in each row; EMPTY at padding slots.
     window: sliding window, or None.
   """

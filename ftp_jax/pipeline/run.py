@@ -77,9 +77,7 @@ class Pipeline:
     self.prompts, self.judge = functools.cache(self._prompts), functools.cache(self._judge)
     checks.check_config(config)
     self.routing = RoutingConfig(**config.routing)
-    self.router_config = RouterConfig(
-        config.router.kind, tuple(config.router.factors), config.router.hidden_states, config.router.hidden_size
-    )
+    self.router_config = RouterConfig.from_config(config.router)
     self.search_settings = SearchSettings.from_config(config.search)
     self.train_settings = TrainSettings.from_config(config.train)
     self.num_scored = config.data.continuation

@@ -2,7 +2,8 @@
 
 The routes are those of `masked.forward`, by the same functions; only kept tokens are computed. One scan runs
 over the blocks and branches to the body of the block's bucket, so that a program holds as many block bodies as
-there are distinct buckets. The last block computes the last token's output alone, as nothing else is read.
+there are distinct buckets; long prompts under `evict` branch twice, around one attention of all bodies. The last block
+computes the last token's output alone, as nothing else is read.
 """
 
 import functools
@@ -22,8 +23,11 @@ from ftp_jax.routing.plan import Plan
 from ftp_jax.routing.routers import Router
 from ftp_jax.routing.selection import decode_schedule, keep_context, least_kept_margin
 
-# A branch needs room for its result beside the states it replaces; the MLP in parts of this many slots makes up for it.
+# Where XLA computes attention, as on a CPU: the MLP in parts of this many slots, which is no slower there and needs
+# less memory, and one attention for all bodies from so many positions on. It computes whole tiles of queries, so that
+# it would cost short prompts what they save.
 _MLP_SLOTS = 768
+_SHARED_POSITIONS = 1025
 
 
 class Prefilled(NamedTuple):
@@ -166,7 +170,7 @@ def prefill(
       keep, filled, least, state = jax.lax.cond(inputs["routed"], decided, undecided, x, score, state, inputs)
     return (keep, filled), (keep, least), state
 
-  evict = routing.kv_mode == "evict"
+  evict, in_xla = routing.kv_mode == "evict", kernels.resolve(attention) == "xla"
   compact = lambda slots, routed: routed and (slots < num_positions or evict)
   part_of = lambda index: lambda method, *args: block.apply(
       {"params": decoder.block_at(blocks, index)}, *args, method=method
@@ -224,12 +228,14 @@ def prefill(
 
     def after(self, x, gate, attended, inputs):
       """The states after the block."""
-      x, attended, index = jax.lax.optimization_barrier((x, attended, inputs["index"]))
+      index = inputs["index"]
+      if in_xla:  # or it takes the tokens and these weights out of their arrays before attention, and holds them
+        x, attended, index = jax.lax.optimization_barrier((x, attended, index))
       apply, (keep, filled) = part_of(index), gate
       chosen = gather(x, context_B[:, None] - 1) if self.last else self.chosen(x, filled)[0]
-      y = in_parts(
-          lambda y: apply(decoder.Block.mlp, y), apply(decoder.Block.attention_out, chosen, attended), _MLP_SLOTS
-      )
+      y = apply(decoder.Block.attention_out, chosen, attended)
+      mlp = functools.partial(apply, decoder.Block.mlp)
+      y = in_parts(mlp, y, _MLP_SLOTS) if in_xla else mlp(y)
       if self.gathers and not self.last:
         y = gather(y, filled.slot_BxT)
       return y if self.last or not self.routed else jnp.where(keep[:, :, None], y, x)
@@ -240,27 +246,25 @@ def prefill(
       attended = attend(*operands, aligned=not self.last and (evict or not self.gathers))
       return self.after(x, gate, attended, inputs), score, tiles
 
-  # XLA's attention leaves out tiles without a query, so that under `evict` one serves all buckets.
-  shares_attention = evict and kernels.resolve(attention) == "xla"
-
-  def run_body(bodies, chosen, x, score, gate, projected, inputs):
-    """The block with the body that is `chosen`: (x, score, tiles)."""
+  def run_body(bodies, which, x, score, gate, projected, inputs):
+    """The block with one of the bodies: (x, score, tiles)."""
     operands = x, score, gate, projected, inputs
-    if not shares_attention or len(bodies) == 1:
-      return jax.lax.switch(chosen, [body.whole for body in bodies], *operands)
+    if not (in_xla and evict and num_positions >= _SHARED_POSITIONS and len(bodies) > 1):
+      return jax.lax.switch(which, [body.whole for body in bodies], *operands)
 
-    def before(body, *operands):
+    def padded_before(body, *operands):
       (q, *_), score, tiles = body.before(*operands)
       return jnp.pad(q, ((0, 0), (0, num_positions - q.shape[1]), (0, 0), (0, 0))), score, tiles
 
-    def after(body, x, gate, attended, inputs):
+    def cut_after(body, x, gate, attended, inputs):
       return body.after(x, gate, attended[:, : body.slots], inputs)
 
+    # Padding slots have no query, and XLA's attention leaves out tiles without one.
     branches = lambda part: [functools.partial(part, body) for body in bodies]
-    q, score, (k, v, key) = jax.lax.switch(chosen, branches(before), *operands)
+    q, score, (k, v, key) = jax.lax.switch(which, branches(padded_before), *operands)
     query = jnp.where(key == EMPTY, -1, key)
     attended = attend(q, k.transpose(0, 3, 1, 2), v.transpose(0, 2, 1, 3), query, key, aligned=True)
-    return jax.lax.switch(chosen, branches(after), x, gate, attended, inputs), score, (k, v, key)
+    return jax.lax.switch(which, branches(cut_after), x, gate, attended, inputs), score, (k, v, key)
 
   fits = all(offset + num_positions <= sum(plan.cache_slots) for offset in plan.offsets[:-1])
 

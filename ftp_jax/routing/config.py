@@ -28,6 +28,11 @@ class RouterConfig:
   hidden_states: bool = False
   hidden_size: int = 64
 
+  @classmethod
+  def from_config(cls, config) -> "RouterConfig":
+    """That of the `router` part of a config."""
+    return cls(config.kind, tuple(config.factors), config.hidden_states, config.hidden_size)
+
   def __post_init__(self):
     if self.kind not in KINDS:
       raise UserError(f"router.kind={self.kind!r} is unknown; choose one of {', '.join(KINDS)}.")

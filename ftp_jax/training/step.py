@@ -51,7 +51,7 @@ class TrainSettings:
 
 
 class TrainState(flax.struct.PyTreeNode):
-  """All that training changes: a few hundred numbers and the optimizer's moments.
+  """All that training changes: the router and the optimizer's moments.
 
   step: steps done; the position in the data and the guide's weight follow from it.
   """
