@@ -6,7 +6,7 @@
 release; name your own with --config.data.path=FILE. Relative paths start at the working directory.
 
 Wall time: about 70 minutes on 2 CPU cores (AMD EPYC).
-Result: KL to dense 0.035 / 0.107 / 0.179 nats a token with the fine-tuned dynamic router, 0.060 / 0.142 / 0.235
+Result: KL to dense 0.027 / 0.059 / 0.132 nats a token with the fine-tuned dynamic router, 0.060 / 0.142 / 0.235
 with the static one, 0.278 / 0.364 / 0.540 for truncation; docs/results.md has the table.
 """
 
