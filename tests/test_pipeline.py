@@ -73,7 +73,7 @@ def test_a_run_leaves_every_figure_and_the_artifact(finished, model_directory):
   assert made.figures["kl"] == [r for r in records if r["method"] == "dynamic_finetuned"][0]["kl"]
   trained = artifact.load_weights(finished / "S0.25" / "seed0" / "finetune" / "router.safetensors")
   jax.tree.map(np.testing.assert_array_equal, made.params, trained)
-  assert made.params["out"]["kernel"].shape == (64, 2)
+  assert made.params["out"]["kernel"].shape == (4, 64, 2)
 
 
 def test_finished_stages_are_not_repeated(finished, model_directory):
