@@ -1,5 +1,6 @@
 """Every jitted function gives on a mesh what it gives on one device, and lies there as it should."""
 
+import dataclasses
 import functools
 import math
 
@@ -24,6 +25,7 @@ MESHES = ((8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4))
 # 8 divides the embedding, 4 the heads, 2 the heads of keys and values.
 MODEL = tiny.config(vocab_size=64)
 ROUTER = RouterConfig("global", ("position", "score", "rank", "sparsity"), True, 8)
+PER_BLOCK = dataclasses.replace(ROUTER, kind="per_block")
 SCHEDULE = np.array([0.0, 0.5, 0.75, 0.25], np.float32)
 TOLERANCE = dict(rtol=1e-5, atol=1e-5)
 
@@ -34,8 +36,8 @@ def params():
 
 
 @functools.cache
-def router_params():
-  return routers.init_router(ROUTER, jax.random.key(1), MODEL.num_blocks, MODEL.hidden_size)
+def router_params(router=ROUTER):
+  return routers.init_router(router, jax.random.key(1), MODEL.num_blocks, MODEL.hidden_size)
 
 
 def prompts() -> Prompts:
@@ -121,22 +123,25 @@ def test_a_batch_that_the_mesh_does_not_divide_is_refused():
 # --- the same result everywhere -----------------------------------------------------------------
 
 
-def train(parameters, kv_mode):
+def train(parameters, kv_mode, router=ROUTER):
   settings = step.TrainSettings(4, 1e-2, 0, 1.0, "kl", 1.0, 1.0, False, "fisher", 1.0, "cosine")
-  spec = step.StepSpec(MODEL, routing(kv_mode), ROUTER, settings, 6, remat="full")
+  spec = step.StepSpec(MODEL, routing(kv_mode), router, settings, 6, remat="full")
   rows = prompts()
   scores = np.random.default_rng(1).random((MODEL.num_blocks, *rows.tokens.shape), np.float32)
-  state = step.init_state(settings, jax.tree.map(np.array, router_params()))
+  state = step.init_state(settings, jax.tree.map(np.array, router_params(router)))
   for _ in range(2):
     state, metrics = step.jitted_step(spec, parameters, state, step.Batch(*rows, scores), SCHEDULE)
   return state, metrics
 
 
-@pytest.mark.parametrize("kv_mode, meshes", [("project", MESHES), ("evict", MESHES[2:3])])
-def test_training_steps(kv_mode, meshes):
-  want = train(params(), kv_mode)
+@pytest.mark.parametrize(
+    "kv_mode, router, meshes",
+    [("project", ROUTER, MESHES), ("evict", ROUTER, MESHES[2:3]), ("project", PER_BLOCK, MESHES[2:3])],
+)
+def test_training_steps(kv_mode, router, meshes):
+  want = train(params(), kv_mode, router)
   for sizes in meshes:
-    got = train(on_mesh(sizes), kv_mode)
+    got = train(on_mesh(sizes), kv_mode, router)
     equal(got, want)
     assert all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(got))
 

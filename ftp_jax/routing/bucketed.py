@@ -7,6 +7,7 @@ computes the last token's output alone, as nothing else is read.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -66,7 +67,7 @@ def gather(x_BxTxD: jax.Array, index_BxK: jax.Array) -> jax.Array:
   return jax.vmap(lambda x, i: x.at[i].get(mode="promise_in_bounds"))(x_BxTxD, index_BxK)
 
 
-def in_parts(function: Any, x_BxKxD: jax.Array, largest: int) -> jax.Array:
+def in_parts(function: Callable[[jax.Array], jax.Array], x_BxKxD: jax.Array, largest: int) -> jax.Array:
   """A function of single tokens, computed in parts of at most `largest` slots and nearly equal size, one by one."""
   num_slots = x_BxKxD.shape[1]
   parts = -(-num_slots // largest)
