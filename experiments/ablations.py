@@ -47,6 +47,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
             ("uniform", "uniform"), ("block influence", "influence"), ("late blocks", "late"), ("Fisher", "fisher"),
         )
     },
+    "at least 15 % or nothing": ("schedule", {"search.min_sparsity": 0.15}),
+    "at least 25 % or nothing": ("schedule", {"search.min_sparsity": 0.25}),
     **{
         name: ("router", {"router.kind": kind})
         for name, kind in (("global", "global"), ("per block", "per_block"), ("recurrent", "recurrent"))
@@ -67,6 +69,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "guide in the warm-up alone": ("losses", {"train.guide_weight": 0.0}),
     "static guide without warm-up": ("losses", {"train.guide": "static"}),
     "without distillation": ("losses", {"train.distill_weight": 0.0}),
+    "a tenth of the sparsity loss": ("losses", {"train.sparsity_weight": 0.1}),
     "without sparsity loss": ("losses", {"train.sparsity_weight": 0.0}),
     "argmax": ("selection", {"routing.selection": "argmax"}),
     "evict": ("kv mode", {"routing.kv_mode": "evict"}),
