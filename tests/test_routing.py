@@ -316,6 +316,23 @@ def test_straight_through_changes_no_value_and_reaches_the_router(kv_mode):
   assert np.abs(grads["out"]["kernel"]).max() > 0
 
 
+@pytest.mark.parametrize("through", [True, False])
+def test_gradients_pass_through_what_routers_read_or_not(through):
+  c = tiny.config()
+  router = dynamic(c, hidden_states=True, kind="per_block")
+  tokens, context, length = np.arange(1, 11, dtype=np.int32)[None], jnp.array([8]), jnp.array([10])
+
+  def margins(params):
+    return masked.forward(
+        c, RoutingConfig(), tiny.params(c), router._replace(params=params), tokens, context, length, jnp.full(4, 0.4),
+        straight_through=True, input_gradient=through,
+    ).margin_LxBxT.sum(axis=(1, 2))
+
+  kernel = np.abs(jax.jacrev(margins)(router.params)["out"]["kernel"]).sum(axis=(2, 3))  # (block, router of block)
+  assert (np.diag(kernel) > 0).all() and (np.triu(kernel, 1) == 0).all()
+  assert (np.tril(kernel, -1).any()) == through
+
+
 def test_evict_gradient_knows_what_a_removed_key_was_worth():
   """At a closed gate the derivative equals the finite difference of opening it a little."""
   c = tiny.config(num_blocks=1)

@@ -177,14 +177,6 @@ def prefill(
       {"params": decoder.block_at(blocks, index)}, *args, method=method
   )
 
-  def project(x, score, gate, inputs, scores):
-    """Keys and values of all tokens and the score table, alike in every body; None where bodies make their own."""
-    if evict:
-      return score, None
-    apply, (keep, _) = part_of(inputs["index"]), gate
-    k, v = apply(decoder.Block.keys_values, x, sin, cos)
-    return scores_of(apply, x, k, key_BxT, keep, score, lambda a: a) if scores else score, (k, v)
-
   def as_tiles(k, v, key, size):
     """Keys, values and positions as the cache holds them, `size` slots."""
     spare = size - key.shape[1]
@@ -192,6 +184,23 @@ def prefill(
         a, [(0, spare if i == axis else 0) for i in range(a.ndim)], constant_values=value
     )
     return pad(k.transpose(0, 2, 3, 1), 3, 0), pad(v.transpose(0, 2, 1, 3), 2, 0), pad(key, 1, EMPTY)
+
+  def put(buffers, tiles, inputs, fits=True):
+    return tuple(write(b, tile, inputs["offset"], axis, fits) for b, tile, axis in zip(buffers, tiles, (3, 2, 1)))
+
+  def project(x, score, gate, buffers, inputs, scores):
+    """The score table, and the cache with keys and values of all tokens, alike in every body; `evict` leaves both."""
+    if evict:
+      return score, buffers
+    apply, (keep, _) = part_of(inputs["index"]), gate
+    k, v = apply(decoder.Block.keys_values, x, sin, cos)
+    score = scores_of(apply, x, k, key_BxT, keep, score, lambda a: a) if scores else score
+    return score, put(buffers, as_tiles(k, v, key_BxT, num_positions), inputs)
+
+  def projected(buffers, inputs):
+    """Keys and values of all tokens, from the cache: inside a branch, where there would be a second copy outside."""
+    part = lambda a, axis: jax.lax.dynamic_slice_in_dim(a, inputs["offset"], num_positions, axis)
+    return part(buffers[0], 3).transpose(0, 3, 1, 2), part(buffers[1], 2).transpose(0, 2, 1, 3)
 
   class Body:
     """A block at one bucket: what comes before attention, and after it."""
@@ -207,7 +216,7 @@ def prefill(
       at = filled.position_BxK[:, : self.slots]
       return gather(x, at), jnp.where(filled.filled_BxK[:, : self.slots], at, -1), rope(at)
 
-    def before(self, x, score, gate, projected, inputs):
+    def before(self, x, score, gate, buffers, inputs):
       """Queries, keys, values and their positions; score table; tiles for the cache where the body makes its own."""
       apply, (keep, filled) = part_of(inputs["index"]), gate
       chosen, query, angles = self.chosen(x, filled)
@@ -220,7 +229,7 @@ def prefill(
           score = scores_of(apply, x, k, key, keep, score, spread)
         tiles = as_tiles(k, v, key, key.shape[1] if self.last else num_positions)
       else:
-        k, v = projected
+        k, v = projected(buffers, inputs)
       if self.last:
         query = context_B[:, None] - 1
         chosen, angles = gather(x, query), rope(query)
@@ -241,15 +250,15 @@ def prefill(
         y = gather(y, filled.slot_BxT)
       return y if self.last or not self.routed else jnp.where(keep[:, :, None], y, x)
 
-    def whole(self, x, score, gate, projected, inputs):
+    def whole(self, x, score, gate, buffers, inputs):
       """The block with its attention: (x, score, tiles)."""
-      operands, score, tiles = self.before(x, score, gate, projected, inputs)
+      operands, score, tiles = self.before(x, score, gate, buffers, inputs)
       attended = attend(*operands, aligned=not self.last and (evict or not self.gathers))
       return self.after(x, gate, attended, inputs), score, tiles
 
-  def run_body(bodies, which, x, score, gate, projected, inputs):
+  def run_body(bodies, which, x, score, gate, buffers, inputs):
     """The block with one of the bodies: (x, score, tiles)."""
-    operands = x, score, gate, projected, inputs
+    operands = x, score, gate, None if evict else buffers, inputs
     if not (in_xla and evict and num_positions >= _SHARED_POSITIONS and len(bodies) > 1):
       return jax.lax.switch(which, [body.whole for body in bodies], *operands)
 
@@ -279,11 +288,9 @@ def prefill(
     def step(carry, inputs):
       x, score, state, buffers = carry
       gate, decided, state = gates(x, score, state, inputs, used, planned)
-      score, projected = project(x, score, gate, inputs, scores)
-      x, score, tiles = run_body(bodies, inputs["body"], x, score, gate, projected, inputs)
-      tiles = tiles or as_tiles(*projected, key_BxT, num_positions)
-      buffers = tuple(write(b, tile, inputs["offset"], axis, fits) for b, tile, axis in zip(buffers, tiles, (3, 2, 1)))
-      return (x, score, state, buffers), decided
+      score, buffers = project(x, score, gate, buffers, inputs, scores)
+      x, score, tiles = run_body(bodies, inputs["body"], x, score, gate, buffers, inputs)
+      return (x, score, state, put(buffers, tiles, inputs, fits) if tiles else buffers), decided
 
     return jax.lax.scan(step, carry, inputs)
 
@@ -319,13 +326,9 @@ def prefill(
   x, score, state, buffers = carry
   some = jax.tree.map(lambda a: a[-1], some)
   gate, out, _ = gates(x, score, state, some, plan.body_of[-1:], planned)
-  score, projected = project(x, score, gate, some, False)
-  x, _, tiles = Body(*plan.bodies[plan.body_of[-1]], last=True).whole(x, score, gate, projected, some)
-  tiles = tiles or as_tiles(*projected, key_BxT, num_positions)
-  buffers = [
-      jax.lax.dynamic_update_slice_in_dim(b, tile, plan.offsets[-1], axis)
-      for b, tile, axis in zip(buffers, tiles, (3, 2, 1))
-  ]
+  score, buffers = project(x, score, gate, buffers, some, False)
+  x, _, tiles = Body(*plan.bodies[plan.body_of[-1]], last=True).whole(x, score, gate, buffers, some)
+  buffers = put(buffers, tiles, some) if tiles else buffers
   decided.append(jax.tree.map(lambda a: a[None], out))
   keep, least = jax.tree.map(lambda *a: jnp.concatenate(a), *decided)
   return Prefilled(decoder.unembed(config, params, x[:, 0]), Cache(*buffers, keep, context_B, row_B, least))

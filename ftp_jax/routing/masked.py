@@ -199,6 +199,7 @@ def forward(
     start: int = 0,
     entry: Entry | None = None,
     straight_through: bool = False,
+    input_gradient: bool = True,
     collect_factors: bool = False,
     dtype: Any = jnp.float32,
     remat_policy: str = "none",
@@ -215,6 +216,8 @@ def forward(
       `can_start_late`.
     straight_through: let gradients reach the router through the hard gates, as if each gate
       were the sigmoid of its margin.
+    input_gradient: let them pass through the states that routers read as well. From block to block these
+      multiply, and where routes are bad they overflow.
     collect_factors: also return the factors of every block.
     attention: one of ATTENTIONS.
 
@@ -243,6 +246,7 @@ def forward(
     if router.kind == "given":
       return router_slice > 0, router_slice, router_slice, state, features
     read = features[..., [names.index(name) for name in router.factors]] if router.factors else None
+    x = x if input_gradient else jax.lax.stop_gradient(x)
     margin, state = routers.margin(router, router_slice, read, x, state, position, row_B, index)
     keep = keep_context(margin, sparsity, context_B, routing)
     least = least_kept_margin(margin, decode_sparsity, context_B) if causal_view else None

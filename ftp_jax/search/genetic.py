@@ -1,9 +1,9 @@
 """One generation of the genetic algorithm over schedules, jitted and seeded.
 
 Candidates are schedules in integer units (see schedule.py), all of the same sum; crossover and
-mutation keep the sum and the box exactly, and `search.min_sparsity` where it is set. Good schedules sit in corners (a block pays in full or not
-at all), so crossover never raises a block that both parents leave dense, and mutation may move all
-that a block holds at once.
+mutation keep the sum and the box exactly, and `min_sparsity` where it is set. Good schedules sit in
+corners (a block pays in full or not at all), so crossover never raises a block that both parents
+leave dense, and mutation may move all that a block holds at once.
 """
 
 import dataclasses

@@ -63,7 +63,8 @@ def run_search(*, directory: str, seeds_units: Sequence[np.ndarray], settings: g
     progress: show a progress bar.
 
   Raises:
-    UserError: `settings.min_sparsity` cannot be kept; every candidate's figure is NaN; the disk is full; the saved states are damaged or of other settings.
+    UserError: `settings.min_sparsity` cannot be kept; every candidate's figure is NaN; the disk is full; the saved
+      states are damaged or of other settings.
   """
   seeds_KxL = np.asarray(seeds_units, np.int32)
   if seeds_KxL.ndim != 2 or np.ptp(seeds_KxL.sum(axis=1)) or seeds_KxL.min() < 0 or seeds_KxL.max() > settings.u_max:

@@ -37,6 +37,7 @@ class TrainSettings:
   guide: str
   guide_weight: float
   guide_decay: str
+  input_gradient: bool = True
 
   def __post_init__(self):
     for name, allowed in (("distill", DISTILL), ("guide", GUIDES), ("guide_decay", DECAYS)):
@@ -126,7 +127,8 @@ def loss_fn(spec: StepSpec, params: Any, router: Any, batch: Batch, schedule_L, 
   out = masked.forward(
       spec.model, spec.routing, params, routed, tokens, context, length, schedule_L, start=start,
       entry=entry if start else None,
-      straight_through=True, dtype=spec.dtype, remat_policy=spec.remat, attention=spec.attention,
+      straight_through=True, input_gradient=spec.train.input_gradient, dtype=spec.dtype, remat_policy=spec.remat,
+      attention=spec.attention,
   )
   source, _, weight = scoring.continuation(tokens, context, length, spec.num_scored)
   if spec.train.distill == "kl":
