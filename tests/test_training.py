@@ -396,6 +396,18 @@ def test_losses_that_are_not_finite_stop_the_training_and_never_reach_a_checkpoi
   check_equal(tmp_path, train(tmp_path), undisturbed)
 
 
+def test_a_gradient_that_overflows_names_the_setting_that_bounds_it(tmp_path, monkeypatch):
+  real = step.jitted_step
+
+  def overflowing(*arguments):
+    state, outputs = real(*arguments)
+    return state, outputs | {"grad_norm": outputs["grad_norm"] * np.inf}
+
+  monkeypatch.setattr(step, "jitted_step", overflowing)
+  with pytest.raises(UserError, match="gradient norm inf; set train.input_gradient=False and delete"):
+    train(tmp_path)
+
+
 def test_a_validation_that_is_not_finite_stops_the_training(tmp_path):
   with pytest.raises(UserError, match="validation KL after 0 training steps is nan; lower train.learning_rate"):
     train(tmp_path, validate=lambda _: float("nan"))

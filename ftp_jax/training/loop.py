@@ -198,9 +198,10 @@ class _Metrics:
     """Fetches the metrics of a step, writes them and moves the bar. UserError if they are not finite."""
     values = {name: value.tolist() for name, value in jax.device_get(outputs).items()}
     if not np.isfinite([values["loss"], values["grad_norm"]]).all():
+      remedy = "set train.input_gradient=False" if np.isfinite(values["loss"]) else "lower train.learning_rate"
       raise UserError(
-          f"Training step {step} has loss {values['loss']} and gradient norm {values['grad_norm']}; lower "
-          f"train.learning_rate and delete {self._directory} to train anew (it keeps its last good checkpoint, of step "
+          f"Training step {step} has loss {values['loss']} and gradient norm {values['grad_norm']}; {remedy} "
+          f"and delete {self._directory} to train anew (it keeps its last good checkpoint, of step "
           f"{self.saved})."
       )
     names = ("loss", "distill", "sparsity", "guide", "guide_weight", "grad_norm", "asked", "achieved")
