@@ -70,7 +70,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "static guide without warm-up": ("losses", {"train.guide": "static"}),
     "without distillation": ("losses", {"train.distill_weight": 0.0}),
     "no gradient through inputs": ("losses", {"train.input_gradient": False}),
-    "uniform, no gradient through inputs": ("schedule", {
+    "uniform without gradient through inputs": ("schedule", {
         "search.schedule": "uniform", "train.fisher_share": 0.0, "finetune.rounds": 0, "train.input_gradient": False,
     }),
     "a tenth of the sparsity loss": ("losses", {"train.sparsity_weight": 0.1}),
