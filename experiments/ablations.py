@@ -47,8 +47,6 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
             ("uniform", "uniform"), ("block influence", "influence"), ("late blocks", "late"), ("Fisher", "fisher"),
         )
     },
-    "at least 15 % or nothing": ("schedule", {"search.min_sparsity": 0.15}),
-    "at least 25 % or nothing": ("schedule", {"search.min_sparsity": 0.25}),
     **{
         name: ("router", {"router.kind": kind})
         for name, kind in (("global", "global"), ("per block", "per_block"), ("recurrent", "recurrent"))

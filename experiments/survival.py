@@ -97,8 +97,7 @@ def work(directory: str, tell, light: bool) -> None:
   step.jitted_step = told("train", step.jitted_step)
 
   settings = SearchSettings(
-      grid=8, max_sparsity=0.875, min_sparsity=0.0, population=6, elite=2, tournament=2, crossover_rate=0.5,
-      mutation_moves=2,
+      grid=8, max_sparsity=0.875, population=6, elite=2, tournament=2, crossover_rate=0.5, mutation_moves=2
   )
   found = run_search(
       directory=f"{directory}/search", seeds_units=[schedule.to_units(np.full(4, 0.25), 0.25, 8, 0.875)],

@@ -61,7 +61,6 @@ def get_config() -> config_dict.ConfigDict:
   c.search.seed_schedules = ("uniform", "middle", "late", "influence", "fisher")  # where the search starts
   c.search.grid = 40  # sparsities are multiples of 1/grid
   c.search.max_sparsity = 0.975  # largest sparsity of one block
-  c.search.min_sparsity = 0.0  # least sparsity of a block that skips at all, where the search is ga
   c.search.population = 16  # candidates of one generation
   c.search.generations = 12  # generations of the search
   c.search.elite = 4  # best candidates that survive unchanged

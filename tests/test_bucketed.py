@@ -533,3 +533,25 @@ def test_a_program_has_a_body_for_each_bucket_and_none_for_each_block(kv_mode, l
   three, more = products([0.5, 0.25, 0.75, 0.5])
   assert (two, three) == (2, 3)
   assert more - few == of_body
+
+
+@pytest.mark.parametrize("kv_mode", ["evict", "project"])
+def test_a_prefill_needs_no_second_cache(kv_mode):
+  """Branches that read or write a part of the cache could make the compiler copy it for each block."""
+  batch, blocks = 2, 16
+  config, routing = tiny.config(num_blocks=blocks), RoutingConfig(kv_mode)
+  fresh = jax.jit(functools.partial(bucketed.prefill), static_argnames=STATIC)
+
+  def needed(schedule):
+    shape = lambda *dims: jax.ShapeDtypeStruct(dims, jnp.int32)
+    plan = make_plan(schedule, 64, routing)
+    found = fresh.lower(
+        config, routing, plan, decoder.abstract_params(config), routers.STATIC, shape(batch, 64), shape(batch),
+        np.asarray(schedule, np.float32),
+    ).compile().memory_analysis()  # fmt: skip
+    return found.temp_size_in_bytes + found.output_size_in_bytes
+
+  states = batch * 64 * config.hidden_size * 4
+  cache = 2 * batch * blocks * 64 * config.num_kv_heads * config.head_dim * 4
+  assert cache == 16 * states
+  assert needed([0.5, 0.25] * (blocks // 2)) < needed([0.0] * blocks) + 3 * states

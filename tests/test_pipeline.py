@@ -174,7 +174,6 @@ def test_paper_preset_with_per_block_router_and_two_rounds(model_directory, tmp_
     (lambda c: c.search.update(schedule="anneal"), "search.schedule"),
     (lambda c: c.search.update(seed_schedules=("early",)), "seed_schedules"),
     (lambda c: c.search.update(seed_schedules=()), "seed_schedules"),
-    (lambda c: c.search.update(min_sparsity=0.8), "cannot be shared among 2"),
     (lambda c: c.update(sparsities=(0.3, 0.304)), "two decimals"),
     (lambda c: c.update(sparsities=(0.0,)), "out of reach"),
     (lambda c: c.update(seeds=(-1,)), "seeds"),

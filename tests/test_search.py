@@ -22,7 +22,7 @@ COST_L = np.array([8, 7, 6, 5, 4, 3, 2, 1], np.float32)  # linear toy cost: the 
 
 
 def make_settings(**overrides):
-  values = dict(grid=GRID, max_sparsity=MAX_SPARSITY, min_sparsity=0.0, population=10, elite=3, tournament=3, crossover_rate=0.5,
+  values = dict(grid=GRID, max_sparsity=MAX_SPARSITY, population=10, elite=3, tournament=3, crossover_rate=0.5,
                 mutation_moves=3)
   return genetic.SearchSettings(**{**values, **overrides})
 
@@ -101,35 +101,6 @@ def test_repair_is_the_nearest_feasible_schedule(sixteenths, total):
   assert ((units_L - real_L) ** 2).sum() == pytest.approx(nearest, abs=1e-9)
 
 
-@pytest.mark.parametrize("units,total,u_min,expected", [
-    ([0, 9, 4, 0], 13, 4, [0, 9, 4, 0]),  # as it should be
-    ([1, 9, 3, 0], 13, 4, [0, 9, 4, 0]),  # 3 is half of 4 or more and grows, 1 gives up
-    ([1, 1, 1, 1], 4, 4, [0, 0, 0, 4]),  # ties: the later block
-    ([2, 2, 2, 3], 9, 3, [0, 3, 3, 3]),  # three can share 9, not four
-    ([1, 9, 9, 0], 19, 4, [4, 7, 8, 0]),  # two cannot hold 19, and a third one must hold 4
-    ([1, 2, 3, 1], 7, 0, [1, 2, 3, 1]),
-])
-def test_nothing_or_enough_by_hand(units, total, u_min, expected):
-  assert schedule.spread_or_nothing(np.int32([units]), total, u_min, U_MAX)[0].tolist() == expected
-
-
-@given(st.data())
-@hypothesis_settings(max_examples=50, deadline=None)
-def test_nothing_or_enough_laws(data):
-  total, u_min = data.draw(st.integers(0, L * U_MAX)), data.draw(st.integers(0, U_MAX))
-  real = np.random.default_rng(data.draw(st.integers(0, 999))).uniform(-U_MAX, U_MAX, (4, L)).astype(np.float32)
-  units = np.asarray(schedule.repair(real, total, U_MAX))
-  least = -(-total // U_MAX)
-  if least * u_min > total:
-    with pytest.raises(UserError, match="search.min_sparsity"):
-      schedule.least_blocks(total, u_min, U_MAX)
-    return
-  assert schedule.least_blocks(total, u_min, U_MAX) == least
-  found = np.asarray(schedule.spread_or_nothing(units, total, u_min, U_MAX))
-  assert (found.sum(axis=1) == total).all() and ((found == 0) | ((u_min <= found) & (found <= U_MAX))).all()
-  np.testing.assert_array_equal(schedule.spread_or_nothing(found, total, u_min, U_MAX), found)
-
-
 def test_units_round_trip_on_a_fine_grid():
   units = np.array([[0, 1, 333, 666, 999, 7, 123, 500]], np.int32)
   sparsity = schedule.to_sparsity(units, 1000)
@@ -199,8 +170,7 @@ def test_settings_come_from_the_config():
 
 
 @pytest.mark.parametrize("overrides", [
-    dict(elite=10), dict(elite=-1), dict(tournament=0), dict(crossover_rate=1.5), dict(mutation_moves=0),
-    dict(min_sparsity=0.95), dict(min_sparsity=-0.1)])
+    dict(elite=10), dict(elite=-1), dict(tournament=0), dict(crossover_rate=1.5), dict(mutation_moves=0)])
 def test_impossible_settings(overrides):
   with pytest.raises(UserError, match=f"search.{next(iter(overrides))}"):
     make_settings(**overrides)
@@ -216,16 +186,6 @@ def test_children_are_feasible_new_and_seeded(seed):
   assert len(np.unique(np.concatenate([units, children]), axis=0)) == len(np.unique(units, axis=0)) + 7
   np.testing.assert_array_equal(genetic.propose(jax.random.key(seed), units, fitness, settings), children)
   assert (genetic.propose(jax.random.key(seed + 100), units, fitness, settings) != children).any()
-
-
-def test_children_and_seeds_keep_the_least_sparsity():
-  settings = make_settings(min_sparsity=0.35)
-  assert settings.u_min == 4
-  pool = genetic.start(jax.random.key(0), units_of(0.3, schedule.uniform(L, 0.3))[None], 10, settings)
-  children = genetic.propose(jax.random.key(1), pool, np.arange(10, dtype=np.float32), settings)
-  every = np.concatenate([pool, children])
-  assert (every.sum(axis=1) == 24).all() and ((every == 0) | (every >= 4)).all()
-  assert len(np.unique(every, axis=0)) == 17
 
 
 def test_tournament_prefers_fit_parents():

@@ -5,6 +5,7 @@ import functools
 import math
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
@@ -16,6 +17,7 @@ from ftp_jax.evaluation import perplexity, redundancy
 from ftp_jax.evaluation.judge import Frozen, Judge
 from ftp_jax.inference import programs
 from ftp_jax.models import decoder
+from ftp_jax.models.attention import EMPTY
 from ftp_jax.routing import routers
 from ftp_jax.routing.config import RouterConfig, RoutingConfig
 from ftp_jax.training import guide, step
@@ -197,7 +199,11 @@ def test_a_bucketed_prefill(kv_mode, meshes):
     with sharding.over(parameters):
       placed = sharding.place(parameters, (rows.tokens, rows.context), "batch")
       out = programs.prefill(spec, plan, weights, *placed)
-    return out.logits_BxV, out.cache.keep_LxBxT
+    cache, held = out.cache, out.cache.position_BxS < EMPTY
+    return (
+        out.logits_BxV, cache.keep_LxBxT, cache.position_BxS, jnp.where(held[:, None, None], cache.k_BxGxNxS, 0),
+        jnp.where(held[:, None, :, None], cache.v_BxGxSxN, 0),
+    )  # fmt: skip
 
   want = prefilled(params())
   for sizes in meshes:

@@ -162,11 +162,7 @@ class Pipeline:
 
   @functools.cached_property
   def frozen(self) -> Frozen:
-    blocks, search = self.model.config.num_blocks, self.search_settings
-    self.routing.check_blocks(blocks)
-    for sparsity in self.config.sparsities:
-      total = schedules.total_units(sparsity, blocks, search.grid, search.max_sparsity)
-      schedules.least_blocks(total, search.u_min, search.u_max)
+    self.routing.check_blocks(self.model.config.num_blocks)
     return Frozen(self.model.config, self.model.params, DTYPES[self.config.model.dtype])
 
   def _prompts(self, split: str) -> Prompts:

@@ -198,7 +198,7 @@ def prefill(
     return score, put(buffers, as_tiles(k, v, key_BxT, num_positions), inputs)
 
   def projected(buffers, inputs):
-    """Keys and values of all tokens, from the cache: inside a branch, where there would be a second copy outside."""
+    """Keys and values of all tokens, from the cache. Called inside a branch: outside, slices would be second copies."""
     part = lambda a, axis: jax.lax.dynamic_slice_in_dim(a, inputs["offset"], num_positions, axis)
     return part(buffers[0], 3).transpose(0, 3, 1, 2), part(buffers[1], 2).transpose(0, 2, 1, 3)
 

@@ -1,14 +1,13 @@
 """One generation of the genetic algorithm over schedules, jitted and seeded.
 
 Candidates are schedules in integer units (see schedule.py), all of the same sum; crossover and
-mutation keep the sum and the box exactly, and `min_sparsity` where it is set. Good schedules sit in
-corners (a block pays in full or not at all), so crossover never raises a block that both parents
-leave dense, and mutation may move all that a block holds at once.
+mutation keep the sum and the box exactly. Good schedules sit in corners (a block pays in full or not
+at all), so crossover never raises a block that both parents leave dense, and mutation may move all
+that a block holds at once.
 """
 
 import dataclasses
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +24,6 @@ class SearchSettings:
   """The keys of config.search that shape the genetic algorithm; see config.py for each."""
   grid: int
   max_sparsity: float
-  min_sparsity: float
   population: int
   elite: int
   tournament: int
@@ -34,9 +32,6 @@ class SearchSettings:
 
   def __post_init__(self):
     schedule.max_units(self.grid, self.max_sparsity)
-    if not 0 <= self.min_sparsity <= self.max_sparsity:
-      raise UserError(f"search.min_sparsity must be in [0, search.max_sparsity {self.max_sparsity}], "
-                      f"not {self.min_sparsity}.")
     if not 0 <= self.elite < self.population:
       raise UserError(f"search.elite must be at least 0 and below search.population {self.population}, "
                       f"not {self.elite}.")
@@ -56,11 +51,6 @@ class SearchSettings:
     return schedule.max_units(self.grid, self.max_sparsity)
 
   @property
-  def u_min(self) -> int:
-    """Units that a block holds at least where it holds any."""
-    return min(math.ceil(self.min_sparsity * self.grid - 1e-9), self.u_max)
-
-  @property
   def num_children(self) -> int:
     """Candidates judged in every generation (C)."""
     return self.population - self.elite
@@ -68,12 +58,9 @@ class SearchSettings:
 
 @functools.partial(jax.jit, static_argnames=("size", "settings"))
 def start(key: jax.Array, seeds_KxL: jax.Array, size: int, settings: SearchSettings) -> jax.Array:
-  """`size` >= K candidates: the seeds, then mutations of them in turn; duplicates among seeds are mutated too.
-
-  Where `min_sparsity` is set, seeds that break it are replaced by the nearest schedules that do not.
-  """
+  """`size` >= K candidates: the seeds, then mutations of them in turn; duplicates among seeds are mutated too."""
   num_seeds, num_blocks = seeds_KxL.shape
-  pool = _spread_or_nothing(seeds_KxL, settings)[jnp.arange(size) % num_seeds]
+  pool = seeds_KxL[jnp.arange(size) % num_seeds]
   return _make_distinct(key, pool, jnp.zeros((0, num_blocks), jnp.int32), settings)
 
 
@@ -133,20 +120,13 @@ def _move(key, units_L, u_max):
 
 
 def _mutate(key, units_KxL, moves_K, settings):
-  """Applies moves_K random transfers (at most mutation_moves) to each candidate, then `min_sparsity`."""
+  """Applies moves_K random transfers (at most mutation_moves) to each candidate."""
 
   def one(key, units_L, moves):
     keys = jax.random.split(key, settings.mutation_moves)
     return jax.lax.fori_loop(0, moves, lambda i, units: _move(keys[i], units, settings.u_max), units_L)
 
-  moved_KxL = jax.vmap(one)(jax.random.split(key, units_KxL.shape[0]), units_KxL, moves_K)
-  return _spread_or_nothing(moved_KxL, settings)
-
-
-def _spread_or_nothing(units_KxL, settings):
-  if settings.u_min <= 1:
-    return units_KxL
-  return schedule.spread_or_nothing(units_KxL, units_KxL[0].sum(), settings.u_min, settings.u_max)
+  return jax.vmap(one)(jax.random.split(key, units_KxL.shape[0]), units_KxL, moves_K)
 
 
 def _make_distinct(key, units_CxL, known_KxL, settings):

@@ -63,13 +63,11 @@ def run_search(*, directory: str, seeds_units: Sequence[np.ndarray], settings: g
     progress: show a progress bar.
 
   Raises:
-    UserError: `settings.min_sparsity` cannot be kept; every candidate's figure is NaN; the disk is full; the saved
-      states are damaged or of other settings.
+    UserError: every candidate's figure is NaN; the disk is full; the saved states are damaged or of other settings.
   """
   seeds_KxL = np.asarray(seeds_units, np.int32)
   if seeds_KxL.ndim != 2 or np.ptp(seeds_KxL.sum(axis=1)) or seeds_KxL.min() < 0 or seeds_KxL.max() > settings.u_max:
     raise ValueError("seeds must be one or more schedules in units, alike in length and sum, within [0, u_max]")
-  schedule.least_blocks(int(seeds_KxL[0].sum()), settings.u_min, settings.u_max)
   path = os.path.join(directory, STATE_FILE)
   identity = _identity(seeds_KxL, settings, key_seed)
 

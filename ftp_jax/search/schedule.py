@@ -94,35 +94,6 @@ def repair(real_KxL: jax.Array, total, u_max) -> jax.Array:
   return project(real_KxL, total, zeros, zeros + u_max)
 
 
-@jax.jit
-def spread_or_nothing(units_KxL: jax.Array, total, u_min, u_max) -> jax.Array:
-  """Feasible schedules near to given ones in which a block holds nothing or at least `u_min` units: int32 (K, L).
-
-  The blocks that hold most stay, as many as hold half of `u_min` and can share `total` between them; ties go to
-  the later block. Schedules that are so already come back unchanged. Needs `least_blocks`.
-
-  Args:
-    units_KxL: int32 in [0, u_max], each of sum `total`.
-  """
-  holders = jnp.clip(
-      (2 * units_KxL >= jnp.maximum(u_min, 1)).sum(axis=1, keepdims=True), -(-total // u_max),
-      total // jnp.maximum(u_min, 1),
-  )  # fmt: skip
-  last = units_KxL.shape[1] - 1
-  order = last - jnp.argsort(-units_KxL[:, ::-1], axis=1, stable=True)
-  holds = (jnp.argsort(order, axis=1) < holders).astype(jnp.int32)
-  return project(units_KxL, total, u_min * holds, u_max * holds)
-
-
-def least_blocks(total: int, u_min: int, u_max: int) -> int:
-  """How few blocks can hold `total` units with `u_min` to `u_max` each; UserError if no number of blocks can."""
-  blocks = -(-total // u_max)
-  if blocks * u_min > total:
-    raise UserError(f"search.min_sparsity asks {u_min} units of search.grid of every block that skips, and {total} "
-                    f"cannot be shared among {blocks} of them; lower it to {total // blocks} units or less.")
-  return blocks
-
-
 def to_units(sparsity_L, target: float, grid: int, max_sparsity: float) -> np.ndarray:
   """Puts one real schedule (L,) on the grid with mean sparsity `target`: int32 (L,) units. Raises as `total_units`."""
   sparsity_L = np.asarray(sparsity_L, np.float64)

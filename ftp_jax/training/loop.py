@@ -198,9 +198,9 @@ class _Metrics:
     """Fetches the metrics of a step, writes them and moves the bar. UserError if they are not finite."""
     values = {name: value.tolist() for name, value in jax.device_get(outputs).items()}
     if not np.isfinite([values["loss"], values["grad_norm"]]).all():
-      remedy = "set train.input_gradient=False" if np.isfinite(values["loss"]) else "lower train.learning_rate"
       raise UserError(
-          f"Training step {step} has loss {values['loss']} and gradient norm {values['grad_norm']}; {remedy} "
+          f"Training step {step} has loss {values['loss']} and gradient norm {values['grad_norm']}; lower "
+          "train.learning_rate, or set train.input_gradient=False where hidden states are read and the loss is finite, "
           f"and delete {self._directory} to train anew (it keeps its last good checkpoint, of step "
           f"{self.saved})."
       )
