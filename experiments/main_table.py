@@ -416,10 +416,9 @@ def plot(table: list[dict[str, Any]], context: int, path: pathlib.Path) -> None:
     known = [entry for entry in table if entry[f"speedup_{context}"] and entry[key] is not None]
     for method in dict.fromkeys(entry["method"] for entry in known):
       own = sorted((entry for entry in known if entry["method"] == method), key=lambda entry: entry["asked"])
-      panel.plot(
-          [1 / entry[f"speedup_{context}"] for entry in own], [entry[key] * factor for entry in own], "o-", label=method,
-          color=f"C{('dense', *METHODS).index(method)}",  # the same in both panels, which have one legend
-      )  # fmt: skip
+      color = f"C{('dense', *METHODS).index(method)}"  # the same in both panels, which have one legend
+      time, quality = [1 / entry[f"speedup_{context}"] for entry in own], [entry[key] * factor for entry in own]
+      panel.plot(time, quality, "o-", label=method, color=color)
     panel.set_xlabel(f"prefill time at {context} tokens, dense = 1")
     panel.set_ylabel(label)
     panel.grid(alpha=0.3)
