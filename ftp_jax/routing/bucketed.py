@@ -189,18 +189,24 @@ def prefill(
     return tuple(write(b, tile, inputs["offset"], axis, fits) for b, tile, axis in zip(buffers, tiles, (3, 2, 1)))
 
   def project(x, score, gate, buffers, inputs, scores):
-    """The score table, and the cache with keys and values of all tokens, alike in every body; `evict` leaves both."""
+    """Keys and values of all tokens, alike in every body: the score table, the cache, and where bodies find them."""
     if evict:
-      return score, buffers
+      return score, buffers, None
     apply, (keep, _) = part_of(inputs["index"]), gate
     k, v = apply(decoder.Block.keys_values, x, sin, cos)
     score = scores_of(apply, x, k, key_BxT, keep, score, lambda a: a) if scores else score
-    return score, put(buffers, as_tiles(k, v, key_BxT, num_positions), inputs)
+    buffers = put(buffers, as_tiles(k, v, key_BxT, num_positions), inputs)
+    return score, buffers, buffers[:2] if in_xla else (k, v)
 
-  def projected(buffers, inputs):
-    """Keys and values of all tokens, from the cache. Called inside a branch: outside, slices would be second copies."""
+  def projected(held, inputs):
+    """Keys and values of all tokens, inside a branch. A CPU takes them from the cache, or would hold them twice.
+
+    A TPU's compiler copies the whole cache for branches that read it.
+    """
+    if not in_xla:
+      return held
     part = lambda a, axis: jax.lax.dynamic_slice_in_dim(a, inputs["offset"], num_positions, axis)
-    return part(buffers[0], 3).transpose(0, 3, 1, 2), part(buffers[1], 2).transpose(0, 2, 1, 3)
+    return part(held[0], 3).transpose(0, 3, 1, 2), part(held[1], 2).transpose(0, 2, 1, 3)
 
   class Body:
     """A block at one bucket: what comes before attention, and after it."""
@@ -216,7 +222,7 @@ def prefill(
       at = filled.position_BxK[:, : self.slots]
       return gather(x, at), jnp.where(filled.filled_BxK[:, : self.slots], at, -1), rope(at)
 
-    def before(self, x, score, gate, buffers, inputs):
+    def before(self, x, score, gate, held, inputs):
       """Queries, keys, values and their positions; score table; tiles for the cache where the body makes its own."""
       apply, (keep, filled) = part_of(inputs["index"]), gate
       chosen, query, angles = self.chosen(x, filled)
@@ -229,7 +235,7 @@ def prefill(
           score = scores_of(apply, x, k, key, keep, score, spread)
         tiles = as_tiles(k, v, key, key.shape[1] if self.last else num_positions)
       else:
-        k, v = projected(buffers, inputs)
+        k, v = projected(held, inputs)
       if self.last:
         query = context_B[:, None] - 1
         chosen, angles = gather(x, query), rope(query)
@@ -250,15 +256,15 @@ def prefill(
         y = gather(y, filled.slot_BxT)
       return y if self.last or not self.routed else jnp.where(keep[:, :, None], y, x)
 
-    def whole(self, x, score, gate, buffers, inputs):
+    def whole(self, x, score, gate, held, inputs):
       """The block with its attention: (x, score, tiles)."""
-      operands, score, tiles = self.before(x, score, gate, buffers, inputs)
+      operands, score, tiles = self.before(x, score, gate, held, inputs)
       attended = attend(*operands, aligned=not self.last and (evict or not self.gathers))
       return self.after(x, gate, attended, inputs), score, tiles
 
-  def run_body(bodies, which, x, score, gate, buffers, inputs):
+  def run_body(bodies, which, x, score, gate, held, inputs):
     """The block with one of the bodies: (x, score, tiles)."""
-    operands = x, score, gate, None if evict else buffers, inputs
+    operands = x, score, gate, held, inputs
     if not (in_xla and evict and num_positions >= _SHARED_POSITIONS and len(bodies) > 1):
       return jax.lax.switch(which, [body.whole for body in bodies], *operands)
 
@@ -288,8 +294,8 @@ def prefill(
     def step(carry, inputs):
       x, score, state, buffers = carry
       gate, decided, state = gates(x, score, state, inputs, used, planned)
-      score, buffers = project(x, score, gate, buffers, inputs, scores)
-      x, score, tiles = run_body(bodies, inputs["body"], x, score, gate, buffers, inputs)
+      score, buffers, held = project(x, score, gate, buffers, inputs, scores)
+      x, score, tiles = run_body(bodies, inputs["body"], x, score, gate, held, inputs)
       return (x, score, state, put(buffers, tiles, inputs, fits) if tiles else buffers), decided
 
     return jax.lax.scan(step, carry, inputs)
@@ -326,8 +332,8 @@ def prefill(
   x, score, state, buffers = carry
   some = jax.tree.map(lambda a: a[-1], some)
   gate, out, _ = gates(x, score, state, some, plan.body_of[-1:], planned)
-  score, buffers = project(x, score, gate, buffers, some, False)
-  x, _, tiles = Body(*plan.bodies[plan.body_of[-1]], last=True).whole(x, score, gate, buffers, some)
+  score, buffers, held = project(x, score, gate, buffers, some, False)
+  x, _, tiles = Body(*plan.bodies[plan.body_of[-1]], last=True).whole(x, score, gate, held, some)
   buffers = put(buffers, tiles, some) if tiles else buffers
   decided.append(jax.tree.map(lambda a: a[None], out))
   keep, least = jax.tree.map(lambda *a: jnp.concatenate(a), *decided)
