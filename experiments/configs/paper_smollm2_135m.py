@@ -5,8 +5,8 @@
 Data as in smollm2_135m.py; one seed, S = 0.30.
 
 Wall time: about 8 minutes on 2 CPU cores (AMD EPYC).
-Result: KL to dense 0.364 nats a token with the static router, as with truncation; the dynamic one collapses: it skips 89 %
-instead of 30, at a KL of 1.85 (docs/results.md).
+Result: KL to dense 0.364 nats a token with the static router, as with truncation; the dynamic one collapses: it skips
+89 % instead of 30, at a KL of 1.85 (docs/results.md).
 """
 
 from ftp_jax.config import get_config as get_default_config
