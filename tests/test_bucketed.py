@@ -232,10 +232,10 @@ def test_prefill_equals_masked_and_the_cache_holds_what_is_kept(case):
 
 
 # Sizes at which prompts of CONTEXT tokens are computed as long ones are: several tiles of queries and of keys, parts of
-# the MLP, and one attention for all bodies under `evict`.
+# the MLP, and two attentions, for bodies of few slots and of many.
 LONG = (
-    (bucketed, dict(_SHARED_POSITIONS=CONTEXT, _MLP_SLOTS=5)),
-    (attention, dict(_QUERY_TILE=4, _SCATTERED_QUERY_TILE=3, _KEY_TILE=4, _LONG_KEY_TILE=8, _LONG=6)),
+    (bucketed, dict(_MLP_SLOTS=5, _FEW_SLOTS=5)),
+    (attention, dict(_QUERY_TILE=4, _KEY_PART=4, _KEY_GRAIN=2)),
 )
 
 
@@ -509,12 +509,11 @@ def test_a_tile_is_written_where_it_belongs(offset, tile, expected, axis):
 # --- compiled programs ----------------------------------------------------------------------------
 
 
-# Products that a body more adds. Under `evict` those of its seven weights and the two of attention, which long prompts
-# share; under `project` five and these two, as keys and values are made outside.
-@pytest.mark.parametrize("kv_mode, long, of_body", [("evict", False, 9), ("evict", True, 7), ("project", False, 7)])
-def test_a_program_has_a_body_for_each_bucket_and_none_for_each_block(kv_mode, long, of_body, monkeypatch):
-  if long:
-    monkeypatch.setattr(bucketed, "_SHARED_POSITIONS", CONTEXT)
+# Products that a body more adds: those of its seven weights under `evict`, of five under `project`, where keys and
+# values are made outside. Attention is shared, but by bodies of few slots.
+@pytest.mark.parametrize("kv_mode, of_body", [("evict", 7), ("project", 5)])
+def test_a_program_has_a_body_for_each_bucket_and_none_for_each_block(kv_mode, of_body, monkeypatch):
+  monkeypatch.setattr(bucketed, "_FEW_SLOTS", CONTEXT // 8)
   fresh = jax.jit(functools.partial(bucketed.prefill), static_argnames=STATIC)
 
   def products(schedule, max_buckets=4):

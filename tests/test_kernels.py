@@ -82,7 +82,7 @@ def _forms(window, aligned):
     + [pytest.param(_ONE_QUERY, 1, id="one query-1")],
 )
 def test_tiles_and_the_call_to_cudnn_equal_the_mask(values, window, monkeypatch):
-  tiles = dict(_QUERY_TILE=4, _SCATTERED_QUERY_TILE=3, _KEY_TILE=4, _LONG_KEY_TILE=8, _LONG=20)
+  tiles = dict(_QUERY_TILE=4, _KEY_PART=8, _KEY_GRAIN=2)
   for name, size in tiles.items():
     monkeypatch.setattr(attention, name, size)
   q, k, v, query, key = _inputs(**values)

@@ -16,10 +16,9 @@ import jax.numpy as jnp
 _LOWEST = -1e30
 # Position of an empty key slot: no query sees it.
 EMPTY = 2**30
-# Tile sizes of the XLA implementation: the fastest of those tried on a CPU with 1 MiB of L2 cache a core. Queries
-# that stand scattered among more keys want smaller tiles, as a tile computes all that its last query sees.
-_QUERY_TILE, _SCATTERED_QUERY_TILE = 256, 192
-_KEY_TILE, _LONG_KEY_TILE, _LONG = 256, 512, 1024
+# Tile sizes of the XLA implementation: the fastest of those tried on a CPU with 1 MiB of L2 cache a core. What the last
+# part of a tile's keys may have as its size, multiples of the grain, are branches of the program.
+_QUERY_TILE, _KEY_PART, _KEY_GRAIN = 128, 1024, 128
 
 
 def _scores(q_BxTxHxN, k_BxSxGxN):
@@ -133,45 +132,52 @@ def attend_positions(
   batch, num_queries, heads, dim = q_BxTxHxN.shape
   num_keys, groups = k_BxSxGxN.shape[1:3]
   per_group = heads // groups
-  query_tile, query_tiles = _tile(num_queries, _QUERY_TILE if num_queries == num_keys else _SCATTERED_QUERY_TILE)
-  # Of many keys, tiles that all queries of a tile see in full are taken whole and without a mask, the others in parts.
-  parts = _LONG_KEY_TILE // _KEY_TILE if num_keys > _LONG and not window else 1
-  key_part, key_parts = _tile(num_keys, _KEY_TILE, parts)
+  tile = min(num_queries, _QUERY_TILE)
+  tiles = -(-num_queries // tile)
+  grain = min(num_keys, _KEY_GRAIN)
+  parts = -(-num_keys // _KEY_PART)
+  part = -(-num_keys // (parts * grain)) * grain
+  # The last query ends the last tile, and what does not fill a tile is in the first, whose keys are few. Its other slots
+  # hold queries of the second, which do not count there.
+  num_valid = jnp.max(jnp.sum(query_BxT >= 0, axis=1))
+  busy = -(-num_valid // tile)
+  stop = num_valid - (busy - 1 - jnp.arange(tiles)) * tile
+  start = jnp.clip(stop - tile, 0, num_queries - tile)
+  slot = start[:, None] + jnp.arange(tile)[None]
+  query = jnp.where(slot < stop[:, None], query_BxT[:, slot], -1).transpose(1, 0, 2)
 
-  q = _pad(q_BxTxHxN * dim**-0.5, query_tile * query_tiles)
-  q = q.reshape(batch, query_tiles, query_tile, groups, per_group, dim).transpose(0, 1, 3, 2, 4, 5)
-  q = q.reshape(batch, query_tiles, groups, query_tile * per_group, dim)
-  k = _pad(k_BxSxGxN, key_part * key_parts).transpose(0, 2, 1, 3)
+  key = _pad(key_BxS, parts * part, EMPTY)
+  k = _pad(k_BxSxGxN, parts * part).transpose(0, 2, 3, 1)
   # A column of ones gives the sum of the weights from the same matrix product.
   v = jnp.concatenate([v_BxSxGxN, jnp.ones_like(v_BxSxGxN[..., :1])], axis=-1)
-  v = _pad(v, key_part * key_parts).transpose(0, 2, 1, 3)
-  query = _pad(query_BxT, query_tile * query_tiles, -1).reshape(batch, query_tiles, query_tile).transpose(1, 0, 2)
-  key = _pad(key_BxS, key_part * key_parts, EMPTY)
+  v = _pad(v, parts * part).transpose(0, 2, 1, 3)
 
-  # By their positions: the parts [first, last) hold all keys that a tile of queries sees, [0, whole) are tiles
-  # of which every query sees every key. A row without a query in the tile does not limit what the others leave out.
-  newest = jnp.max(query, axis=-1)[:, :, None]
-  oldest = jnp.min(jnp.where(query < 0, 2 * EMPTY - 1, query), axis=-1)[:, :, None]
-  ends = key.reshape(batch, key_parts, key_part)[None, :, :, -1]
-  count = lambda parts: jnp.sum(parts, axis=-1)
-  last = jnp.max(count(key.reshape(batch, key_parts, key_part)[None, :, :, 0] <= newest), axis=1)
+  # Of the keys, a tile of queries sees none outside of the slots [begin, end), and without a window all in [0, clear).
+  # A row without a query in the tile does not limit what the others leave out.
+  newest = jnp.max(query, axis=-1)
+  oldest = jnp.min(jnp.where(query < 0, 2 * EMPTY - 1, query), axis=-1)
+  count = lambda position: jnp.sum(key_BxS[None] <= position[:, :, None], axis=-1)
+  end = jnp.max(count(newest), axis=1)
+  begin, clear = jnp.zeros_like(end), jnp.minimum(jnp.min(count(oldest), axis=1), end)
   if window:
-    whole, first = jnp.zeros_like(last), jnp.min(count(ends <= oldest - window), axis=1)
-  elif parts == 1:
-    whole = first = jnp.zeros_like(last)
-  else:
-    whole = jnp.minimum(jnp.min(count(ends <= oldest), axis=1), last) // parts
-    first = whole * parts
+    begin, clear = jnp.min(count(oldest - window), axis=1) // grain * grain, jnp.zeros_like(end)
+  # Keys are taken in whole parts, and at last in the smallest multiple of the grain that holds the rest.
+  whole = jnp.maximum(end - begin - 1, 0) // part
+  whole_clear = jnp.minimum(clear // part, whole)
+  rest = begin + whole * part
+  sizes = range(grain, part + 1, grain)
+  last = jnp.maximum(end - rest - 1, 0) // grain
 
   def rows(i, out):
-    q_tile = jax.lax.dynamic_index_in_dim(q, i, axis=1, keepdims=False)
-    query_B, whole_parts, first_part, last_part = (a[i] for a in (query, whole, first, last))
-    row_position = jnp.repeat(query_B, per_group, axis=1)
+    q = jax.lax.dynamic_slice_in_dim(q_BxTxHxN, start[i], tile, axis=1) * dim**-0.5
+    q = q.reshape(batch, tile, groups, per_group, dim).transpose(0, 2, 1, 3, 4)
+    q = q.reshape(batch, groups, tile * per_group, dim)
+    row_position = jnp.repeat(query[i], per_group, axis=1)
 
-    def accumulate(size, masked, j, carry):
+    def accumulate(size, masked, first, carry):
       top, out = carry
-      slice_of = lambda a, axis: jax.lax.dynamic_slice_in_dim(a, j * size, size, axis)
-      scores = jnp.einsum("bgqn,bgsn->bgqs", q_tile, slice_of(k, 2), preferred_element_type=jnp.float32)
+      slice_of = lambda a, axis: jax.lax.dynamic_slice_in_dim(a, first, size, axis)
+      scores = jnp.einsum("bgqn,bgns->bgqs", q, slice_of(k, 3), preferred_element_type=jnp.float32)
       if masked:
         mask = visible(row_position, slice_of(key, 1), window)
         scores = jnp.where(mask[:, None], scores, _LOWEST)
@@ -181,26 +187,24 @@ def attend_positions(
       added = jnp.einsum("bgqs,bgsn->bgqn", weights, slice_of(v, 2), preferred_element_type=jnp.float32)
       return higher, out * jnp.exp(top - higher) + added
 
-    zero = jnp.zeros(q_tile.shape[:-1] + (dim + 1,), jnp.float32)
+    def part_at(masked):
+      return lambda j, carry: accumulate(part, masked, begin[i] + j * part, carry)
+
+    zero = jnp.zeros(q.shape[:-1] + (dim + 1,), jnp.float32)
     carry = jnp.full_like(zero[..., :1], _LOWEST), zero
     if parts > 1:
-      carry = jax.lax.fori_loop(0, whole_parts, functools.partial(accumulate, key_part * parts, False), carry)
-    _, sums = jax.lax.fori_loop(first_part, last_part, functools.partial(accumulate, key_part, True), carry)
+      if not window:
+        carry = jax.lax.fori_loop(0, whole_clear[i], part_at(False), carry)
+      carry = jax.lax.fori_loop(whole_clear[i], whole[i], part_at(True), carry)
+    branches = [functools.partial(accumulate, size, True) for size in sizes]
+    _, sums = jax.lax.switch(last[i], branches, rest[i], carry)
     total = sums[..., -1:]
-    attended = (sums[..., :-1] / jnp.where(total == 0, 1.0, total)).astype(q_tile.dtype)
-    return jax.lax.dynamic_update_index_in_dim(out, attended, i, axis=1)
+    attended = (sums[..., :-1] / jnp.where(total == 0, 1.0, total)).astype(q.dtype)
+    attended = attended.reshape(batch, groups, tile, per_group, dim).transpose(0, 2, 1, 3, 4)
+    return jax.lax.dynamic_update_slice_in_dim(out, attended.reshape(batch, tile, heads, dim), start[i], axis=1)
 
-  # Padding comes last, so the tiles with a query come first, and the others are not computed.
-  busy = jnp.sum(jnp.any(query >= 0, axis=(1, 2)), dtype=jnp.int32)
-  out = jax.lax.fori_loop(0, busy, rows, jnp.zeros_like(q))
-  out = out.reshape(batch, query_tiles, groups, query_tile, per_group, dim).transpose(0, 1, 3, 2, 4, 5)
-  return out.reshape(batch, query_tiles * query_tile, heads, dim)[:, :num_queries]
-
-
-def _tile(size: int, largest: int, multiple: int = 1) -> tuple[int, int]:
-  """Tile size and number of tiles, a multiple of `multiple`: as few as `largest` allows, of nearly equal size."""
-  tiles = -(-size // (largest * multiple)) * multiple
-  return -(-size // tiles), tiles
+  # Tiles without a query are not computed.
+  return jax.lax.fori_loop(0, busy, rows, jnp.zeros_like(q_BxTxHxN))
 
 
 def _pad(a: jax.Array, size: int, value: int = 0) -> jax.Array:

@@ -2,8 +2,8 @@
 
 The routes are those of `masked.forward`, by the same functions; only kept tokens are computed. One scan runs
 over the blocks and branches to the body of the block's bucket, so that a program holds as many block bodies as
-there are distinct buckets; long prompts under `evict` branch twice, around one attention of all bodies. The last block
-computes the last token's output alone, as nothing else is read.
+there are distinct buckets; where XLA computes attention, it branches twice, around one attention of all bodies. The last
+block computes the last token's output alone, as nothing else is read.
 """
 
 import functools
@@ -25,10 +25,9 @@ from ftp_jax.routing.routers import Router
 from ftp_jax.routing.selection import decode_schedule, keep_context, least_kept_margin
 
 # Where XLA computes attention, as on a CPU: the MLP in parts of this many slots, which is no slower there and needs
-# less memory, and one attention for all bodies from so many positions on. It computes whole tiles of queries, so that
-# it would cost short prompts what they save.
+# less memory; and bodies of so few slots with an attention of their own, whose tiles of queries are small.
 _MLP_SLOTS = 768
-_SHARED_POSITIONS = 1025
+_FEW_SLOTS = 64
 
 
 class Prefilled(NamedTuple):
@@ -265,22 +264,42 @@ def prefill(
   def run_body(bodies, which, x, score, gate, held, inputs):
     """The block with one of the bodies: (x, score, tiles)."""
     operands = x, score, gate, held, inputs
-    if not (in_xla and evict and num_positions >= _SHARED_POSITIONS and len(bodies) > 1):
+    if not in_xla:
       return jax.lax.switch(which, [body.whole for body in bodies], *operands)
+    # An attention of few queries would compute a tile of many.
+    few = sum(body.slots <= _FEW_SLOTS for body in bodies)
+    groups = [group for group in (bodies[:few], bodies[few:]) if group]
+    branches = [functools.partial(around_attention, group) for group in groups]
+    local = which - few * (which >= few)
+    return jax.lax.switch((which >= few).astype(int) if len(groups) > 1 else 0, branches, local, *operands)
+
+  def around_attention(bodies, which, x, score, gate, held, inputs):
+    """`run_body` with one attention between the two parts of all bodies."""
+    operands = x, score, gate, held, inputs
+    if len(bodies) == 1:
+      return bodies[0].whole(*operands)
+    width = max(body.slots for body in bodies)
 
     def padded_before(body, *operands):
-      (q, *_), score, tiles = body.before(*operands)
-      return jnp.pad(q, ((0, 0), (0, num_positions - q.shape[1]), (0, 0), (0, 0))), score, tiles
+      (q, _, _, query, _), score, tiles = body.before(*operands)
+      spare = (0, width - q.shape[1])
+      return (
+          jnp.pad(q, ((0, 0), spare, (0, 0), (0, 0))), jnp.pad(query, ((0, 0), spare), constant_values=-1), score, tiles
+      )
 
     def cut_after(body, x, gate, attended, inputs):
       return body.after(x, gate, attended[:, : body.slots], inputs)
 
     # Padding slots have no query, and XLA's attention leaves out tiles without one.
     branches = lambda part: [functools.partial(part, body) for body in bodies]
-    q, score, (k, v, key) = jax.lax.switch(which, branches(padded_before), *operands)
-    query = jnp.where(key == EMPTY, -1, key)
-    attended = attend(q, k.transpose(0, 3, 1, 2), v.transpose(0, 2, 1, 3), query, key, aligned=True)
-    return jax.lax.switch(which, branches(cut_after), x, gate, attended, inputs), score, (k, v, key)
+    q, query, score, tiles = jax.lax.switch(which, branches(padded_before), *operands)
+    if evict:
+      k, v, key = tiles[0].transpose(0, 3, 1, 2), tiles[1].transpose(0, 2, 1, 3), tiles[2]
+      k, v, key = k[:, :width], v[:, :width], key[:, :width]
+    else:
+      (k, v), key = projected(held, inputs), key_BxT
+    attended = attend(q, k, v, query, key, aligned=evict)
+    return jax.lax.switch(which, branches(cut_after), x, gate, attended, inputs), score, tiles
 
   fits = all(offset + num_positions <= sum(plan.cache_slots) for offset in plan.offsets[:-1])
 
