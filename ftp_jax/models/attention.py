@@ -137,7 +137,7 @@ def attend_positions(
   grain = min(num_keys, _KEY_GRAIN)
   parts = -(-num_keys // _KEY_PART)
   part = -(-num_keys // (parts * grain)) * grain
-  # The last query ends the last tile, and what does not fill a tile is in the first, whose keys are few. Its other slots
+  # The last query ends the last tile, and what does not fill one is in the first, whose keys are few. Its other slots
   # hold queries of the second, which do not count there.
   num_valid = jnp.max(jnp.sum(query_BxT >= 0, axis=1))
   busy = -(-num_valid // tile)

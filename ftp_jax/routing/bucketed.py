@@ -2,8 +2,8 @@
 
 The routes are those of `masked.forward`, by the same functions; only kept tokens are computed. One scan runs
 over the blocks and branches to the body of the block's bucket, so that a program holds as many block bodies as
-there are distinct buckets; where XLA computes attention, it branches twice, around one attention of all bodies. The last
-block computes the last token's output alone, as nothing else is read.
+there are distinct buckets; where XLA computes attention, it branches twice, around an attention that bodies share. The
+last block computes the last token's output alone, as nothing else is read.
 """
 
 import functools
