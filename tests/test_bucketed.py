@@ -510,10 +510,9 @@ def test_a_tile_is_written_where_it_belongs(offset, tile, expected, axis):
 
 
 # Products that a body more adds: those of its seven weights under `evict`, of five under `project`, where keys and
-# values are made outside. Attention is shared, but by bodies of few slots.
+# values are made outside. Attention is shared: there are two of them once bodies have few slots and others many.
 @pytest.mark.parametrize("kv_mode, of_body", [("evict", 7), ("project", 5)])
 def test_a_program_has_a_body_for_each_bucket_and_none_for_each_block(kv_mode, of_body, monkeypatch):
-  monkeypatch.setattr(bucketed, "_FEW_SLOTS", CONTEXT // 8)
   fresh = jax.jit(functools.partial(bucketed.prefill), static_argnames=STATIC)
 
   def products(schedule, max_buckets=4):
@@ -532,10 +531,13 @@ def test_a_program_has_a_body_for_each_bucket_and_none_for_each_block(kv_mode, o
   three, more = products([0.5, 0.25, 0.75, 0.5])
   assert (two, three) == (2, 3)
   assert more - few == of_body
+  monkeypatch.setattr(bucketed, "_FEW_SLOTS", CONTEXT // 2)
+  fresh = jax.jit(functools.partial(bucketed.prefill), static_argnames=STATIC)
+  assert products([0.5, 0.25, 0.75, 0.5]) == (3, more + 2)
 
 
 @pytest.mark.parametrize("kv_mode", ["evict", "project"])
-def test_a_prefill_needs_no_second_cache(kv_mode):
+def test_a_prefill_needs_no_second_cache(kv_mode, monkeypatch):
   """Branches that read or write a part of the cache could make the compiler copy it for each block."""
   batch, blocks = 2, 16
   config, routing = tiny.config(num_blocks=blocks), RoutingConfig(kv_mode)
@@ -553,4 +555,8 @@ def test_a_prefill_needs_no_second_cache(kv_mode):
   states = batch * 64 * config.hidden_size * 4
   cache = 2 * batch * blocks * 64 * config.num_kv_heads * config.head_dim * 4
   assert cache == 16 * states
-  assert needed([0.5, 0.25] * (blocks // 2)) < needed([0.0] * blocks) + 3 * states
+  dense = needed([0.0] * blocks)
+  assert needed([0.5, 0.25] * (blocks // 2)) < dense + 3 * states
+  monkeypatch.setattr(bucketed, "_FEW_SLOTS", 33)
+  fresh = jax.jit(functools.partial(bucketed.prefill), static_argnames=STATIC)
+  assert needed(([0.5, 0.25, 0.75] * blocks)[:blocks]) < dense + 6 * states

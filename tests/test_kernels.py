@@ -47,12 +47,13 @@ def _assert_close(got, want, query, tolerance):
   )
 
 
-# With tiles of 4 or 3 queries and 4 or 8 keys: tiles that end inside padding, tiles of padding only, one and many,
-# taken whole and in parts, and more keys than one tile of either size.
+# With tiles of 4 queries and parts of 8 keys, the last a multiple of 2: tiles that end inside padding, tiles of padding
+# only, one part and many, and keys that fill the parts.
 _ALIGNED = dict(slots=21, groups=2)
 _CHOSEN = dict(slots=43, queries=10, groups=1)
 _CASES = {
     "full": _ALIGNED | dict(counts=(21, 21)),
+    "full parts": dict(slots=24, groups=2, counts=(24, 23)),
     "ragged": _ALIGNED | dict(counts=(17, 1)),
     "an empty sequence": _ALIGNED | dict(counts=(0, 9)),
     "evicted": _ALIGNED | dict(counts=(21, 6), span=60),
@@ -60,6 +61,11 @@ _CASES = {
     "chosen late": _CHOSEN | dict(counts=(40, 33), query_counts=(3, 10), seed=3),
 }
 _ONE_QUERY = dict(slots=19, queries=1, groups=4, counts=(19, 12), query_counts=(1, 1))
+
+
+def _set_tiles(monkeypatch):
+  for name, size in dict(_QUERY_TILE=4, _KEY_PART=8, _KEY_GRAIN=2).items():
+    monkeypatch.setattr(attention, name, size)
 
 
 @functools.cache
@@ -82,9 +88,7 @@ def _forms(window, aligned):
     + [pytest.param(_ONE_QUERY, 1, id="one query-1")],
 )
 def test_tiles_and_the_call_to_cudnn_equal_the_mask(values, window, monkeypatch):
-  tiles = dict(_QUERY_TILE=4, _KEY_PART=8, _KEY_GRAIN=2)
-  for name, size in tiles.items():
-    monkeypatch.setattr(attention, name, size)
+  _set_tiles(monkeypatch)
   q, k, v, query, key = _inputs(**values)
   # Were a key of padding seen, it would win the softmax of many a query.
   k = jnp.where((key < attention.EMPTY)[:, :, None, None], k, 50.0)
@@ -92,6 +96,32 @@ def test_tiles_and_the_call_to_cudnn_equal_the_mask(values, window, monkeypatch)
   _assert_close(tiled, want, query, 1e-5)
   _assert_close(cudnn, want, query, 1e-5)
   assert (np.asarray(cudnn)[np.asarray(query) < 0] == 0).all()
+
+
+def test_the_last_query_of_whole_parts_sees_each_key_once(monkeypatch):
+  _set_tiles(monkeypatch)
+  one = jnp.ones((1, 16, 1, 8))
+  v = one * jnp.arange(16.0).reshape(1, 16, 1, 1) ** 2
+  out = attention.attend_positions(one[:, :1], one, v, jnp.asarray([[15]]), jnp.arange(16)[None])
+  np.testing.assert_allclose(out[0, 0, 0], np.mean(np.arange(16.0) ** 2), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "query, window, unseen, unharmed",
+    [
+        ([0, 1, 2, 3, 4], None, slice(6, None), slice(5)),  # keys behind the last query
+        ([12, 13, 14, 15], 3, slice(10), slice(4)),  # keys before the window
+        ([0, 20, 21, 22, 23], None, slice(2, None), slice(1)),  # what the first tile holds of the second
+    ],
+)
+def test_what_no_query_of_a_tile_sees_is_not_computed(query, window, unseen, unharmed, monkeypatch):
+  """Values that are not numbers would show even with a weight of 0."""
+  _set_tiles(monkeypatch)
+  one = jnp.ones((1, 24, 1, 8))
+  padded = jnp.asarray([query + [-1] * (24 - len(query))])
+  out = attention.attend_positions(one, one, one.at[:, unseen].set(jnp.nan), padded, jnp.arange(24)[None], window)
+  np.testing.assert_allclose(out[:, unharmed], 1.0, rtol=1e-6)
+  assert (np.asarray(out[:, len(query) :]) == 0).all()
 
 
 def test_a_window_counts_positions_not_slots():

@@ -16,8 +16,8 @@ import jax.numpy as jnp
 _LOWEST = -1e30
 # Position of an empty key slot: no query sees it.
 EMPTY = 2**30
-# Tile sizes of the XLA implementation: the fastest of those tried on a CPU with 1 MiB of L2 cache a core. What the last
-# part of a tile's keys may have as its size, multiples of the grain, are branches of the program.
+# Tile sizes of the XLA implementation: the fastest of those tried on a CPU with 1 MiB of L2 cache a core. A tile of
+# queries takes its keys in parts, of which the last is cut to a multiple of the grain; each such size is a branch.
 _QUERY_TILE, _KEY_PART, _KEY_GRAIN = 128, 1024, 128
 
 
@@ -126,7 +126,7 @@ def attend_positions(
   Args:
     query_BxT: positions of the queries, ascending in each row; -1 at padding slots, which come last
       and whose results are meaningless but finite. Tiles in which no row has a query cost nothing.
-    key_BxS: positions of the keys, ascending in each row; EMPTY at padding slots.
+    key_BxS: positions of the keys, ascending in each row; EMPTY at padding slots. Every query sees a key.
     window: sliding window, or None.
   """
   batch, num_queries, heads, dim = q_BxTxHxN.shape
@@ -138,7 +138,7 @@ def attend_positions(
   parts = -(-num_keys // _KEY_PART)
   part = -(-num_keys // (parts * grain)) * grain
   # The last query ends the last tile, and what does not fill one is in the first, whose keys are few. Its other slots
-  # hold queries of the second, which do not count there.
+  # hold queries of the second, or padding, which do not count there.
   num_valid = jnp.max(jnp.sum(query_BxT >= 0, axis=1))
   busy = -(-num_valid // tile)
   stop = num_valid - (busy - 1 - jnp.arange(tiles)) * tile
@@ -158,7 +158,7 @@ def attend_positions(
   oldest = jnp.min(jnp.where(query < 0, 2 * EMPTY - 1, query), axis=-1)
   count = lambda position: jnp.sum(key_BxS[None] <= position[:, :, None], axis=-1)
   end = jnp.max(count(newest), axis=1)
-  begin, clear = jnp.zeros_like(end), jnp.minimum(jnp.min(count(oldest), axis=1), end)
+  begin, clear = jnp.zeros_like(end), jnp.min(count(oldest), axis=1)
   if window:
     begin, clear = jnp.min(count(oldest - window), axis=1) // grain * grain, jnp.zeros_like(end)
   # Keys are taken in whole parts, and at last in the smallest multiple of the grain that holds the rest.
@@ -198,8 +198,7 @@ def attend_positions(
       carry = jax.lax.fori_loop(whole_clear[i], whole[i], part_at(True), carry)
     branches = [functools.partial(accumulate, size, True) for size in sizes]
     _, sums = jax.lax.switch(last[i], branches, rest[i], carry)
-    total = sums[..., -1:]
-    attended = (sums[..., :-1] / jnp.where(total == 0, 1.0, total)).astype(q.dtype)
+    attended = (sums[..., :-1] / sums[..., -1:]).astype(q.dtype)
     attended = attended.reshape(batch, groups, tile, per_group, dim).transpose(0, 2, 1, 3, 4)
     return jax.lax.dynamic_update_slice_in_dim(out, attended.reshape(batch, tile, heads, dim), start[i], axis=1)
 

@@ -2,8 +2,8 @@
 
 The routes are those of `masked.forward`, by the same functions; only kept tokens are computed. One scan runs
 over the blocks and branches to the body of the block's bucket, so that a program holds as many block bodies as
-there are distinct buckets; where XLA computes attention, it branches twice, around an attention that bodies share. The
-last block computes the last token's output alone, as nothing else is read.
+there are distinct buckets; where XLA computes attention, bodies share it: the scan branches before and after. The last
+block computes the last token's output alone, as nothing else is read.
 """
 
 import functools
@@ -25,7 +25,7 @@ from ftp_jax.routing.routers import Router
 from ftp_jax.routing.selection import decode_schedule, keep_context, least_kept_margin
 
 # Where XLA computes attention, as on a CPU: the MLP in parts of this many slots, which is no slower there and needs
-# less memory; and bodies of so few slots with an attention of their own, whose tiles of queries are small.
+# less memory; and an attention of small tiles for the bodies of so few slots, apart from that of all others.
 _MLP_SLOTS = 768
 _FEW_SLOTS = 64
 
@@ -198,7 +198,7 @@ def prefill(
     return score, buffers, buffers[:2] if in_xla else (k, v)
 
   def projected(held, inputs):
-    """Keys and values of all tokens, inside a branch. A CPU takes them from the cache, or would hold them twice.
+    """Keys and values of all tokens. A CPU takes them from the cache, or would hold them twice.
 
     A TPU's compiler copies the whole cache for branches that read it.
     """
@@ -266,12 +266,12 @@ def prefill(
     operands = x, score, gate, held, inputs
     if not in_xla:
       return jax.lax.switch(which, [body.whole for body in bodies], *operands)
-    # An attention of few queries would compute a tile of many.
+    # In an attention with large tiles, few queries would cost a whole one.
     few = sum(body.slots <= _FEW_SLOTS for body in bodies)
     groups = [group for group in (bodies[:few], bodies[few:]) if group]
     branches = [functools.partial(around_attention, group) for group in groups]
     local = which - few * (which >= few)
-    return jax.lax.switch((which >= few).astype(int) if len(groups) > 1 else 0, branches, local, *operands)
+    return jax.lax.switch((which >= few).astype(int), branches, local, *operands)
 
   def around_attention(bodies, which, x, score, gate, held, inputs):
     """`run_body` with one attention between the two parts of all bodies."""
