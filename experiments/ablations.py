@@ -76,7 +76,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "argmax": ("selection", {"routing.selection": "argmax"}),
     "evict": ("kv mode", {"routing.kv_mode": "evict"}),
     "two rounds": ("rounds", {"finetune.rounds": 2}),
-    "64 training prompts": ("calibration", {"data.num_train": 64}),
+    **{f"{steps} steps": ("training", {"train.steps": steps}) for steps in (16, 48, 128)},
+    **{f"{count} training prompts": ("calibration", {"data.num_train": count}) for count in (64, 192)},
 }
 
 
@@ -104,7 +105,8 @@ def development_prompts(pipeline: Pipeline, source: pathlib.Path, count: int) ->
   """`count` prompts of the source of a run, of documents of which none of its sets has a prompt.
 
   Raises:
-    UserError: there are fewer, or the source is not the one that the run was made from.
+    UserError: there are fewer, the source is not the one that the run was made from, or the pipeline's own sets have
+      prompts that the run's have not.
   """
   data = pipeline.config.data
   found, documents, _ = load_prompts(data, pipeline.model.tokenizer)
@@ -113,6 +115,11 @@ def development_prompts(pipeline: Pipeline, source: pathlib.Path, count: int) ->
   known = [row.tobytes() in used for row in found.tokens]
   if sum(known) != len(used):
     raise UserError(f"data.path is not what {source} was made from; run it anew, or give the data that it had.")
+  if any(row.tobytes() not in used for split in SPLITS for row in pipeline.prompts(split).tokens):
+    raise UserError(
+        f"{pipeline.workdir} has prompts that {source} has not, and development prompts may be among them; give a "
+        "--run with the largest data.num_* settings of all variants."
+    )
   taken = set(documents[known].tolist())
   free = np.flatnonzero([number not in taken for number in documents])
   if len(free) < count:

@@ -262,6 +262,13 @@ def test_ablations_share_what_a_variant_leaves_alone(finished, tmp_path):
     assert not rows(judged.tokens) & rows(own.prompts(split).tokens)
   with pytest.raises(UserError, match="--prompts=1000000 development prompts are needed"):
     ablations.development_prompts(own, finished, 10**6)
+  # Nor may they be in a set of the variant.
+  more = tmp_path / "more"
+  shutil.copytree(tmp_path / "as_it_is" / "data", more / "data")
+  arrays = dict(np.load(more / "data" / "train.npz"))
+  np.savez(more / "data" / "train.npz", **arrays | {"tokens": arrays["tokens"] + 1})
+  with pytest.raises(UserError, match="has prompts that .* has not, and development prompts may be among them"):
+    ablations.development_prompts(ablations.Pipeline(own.config, more), finished, 6)
   # A variant of the router keeps the run's prompts and searched schedule, one of the schedule only the prompts.
   search = "S0.25/seed0/search/schedule.json"
   assert (tmp_path / "without_score" / search).read_text() == (finished / search).read_text()
