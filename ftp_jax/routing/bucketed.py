@@ -266,7 +266,7 @@ def prefill(
     operands = x, score, gate, held, inputs
     if not in_xla:
       return jax.lax.switch(which, [body.whole for body in bodies], *operands)
-    # In an attention with large tiles, few queries would cost a whole one.
+    # In an attention with large tiles, few queries would cost a whole one. Bodies come in the order of their slots.
     few = sum(body.slots <= _FEW_SLOTS for body in bodies)
     groups = [group for group in (bodies[:few], bodies[few:]) if group]
     branches = [functools.partial(around_attention, group) for group in groups]
