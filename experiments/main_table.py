@@ -1,14 +1,17 @@
 """The main table: every method x S x seed on tasks it was never tuned on, with measured latency, and the Pareto plot.
 
   ftp-jax run --config=smollm2_135m --workdir=runs/smollm2_135m        # trains what the rows `ftp` load
-  python experiments/main_table.py --run=runs/smollm2_135m --data=DIR --out=runs/table --limit=50
+  python experiments/long_chats.py --documents=documents.jsonl --out=long_chats.jsonl
+  python experiments/main_table.py --run=runs/smollm2_135m --data=DIR --long=long_chats.jsonl --out=runs/table
 
 `--data` holds arc_easy.jsonl, arc_challenge.jsonl, hellaswag.jsonl, winogrande.jsonl and mmlu.jsonl. Calibration,
-validation and test prompts of all methods are those of --run. Each cell (method, S, seed) is a directory below --out
-and is computed once: its baseline, quality.json (KL, perplexity, FLOPs, cache), tasks.json (a record an item) and
-skipped.json (how much was skipped there). What a cell depends on is kept beside it, and a call with other settings is
-refused. A run that was interrupted goes on where it was; `--stages=report` makes the table of what is there. Latency is
-measured for all cells of an S in turn, so that its ratios are of one run, and again where a cell was added.
+validation and test prompts of all methods are those of --run; `--long` names further test prompts, about as long as
+those whose latency is measured. Each cell (method, S, seed) is a directory below --out and is computed once: its
+baseline, quality.json (KL, perplexity, FLOPs, cache), long.json (the same of the long prompts), tasks.json (a record an
+item) and skipped.json (how much was skipped there). What a cell depends on is kept beside it, and a call with other
+settings is refused. A run that was interrupted goes on where it was; `--stages=report` makes the table of what is
+there. Latency is measured for all cells of an S in turn, so that its ratios are of one run, and again where a cell was
+added.
 """
 
 import logging
@@ -22,11 +25,13 @@ import matplotlib
 import numpy as np
 import tqdm
 from absl import app, flags
+from ml_collections import config_dict
 
 from ftp_jax.bench.baselines import BaselinePrefill
 from ftp_jax.bench.cases import random_tokens
 from ftp_jax.bench.timing import interleave, speedup
 from ftp_jax.data.prompts import Prompts, take
+from ftp_jax.data.sources import load_prompts
 from ftp_jax.errors import UserError
 from ftp_jax.evaluation import baselines
 from ftp_jax.evaluation.baselines.cells import baseline_at
@@ -47,8 +52,9 @@ METRIC = dict.fromkeys(TASKS[:3], "acc_norm") | dict.fromkeys(TASKS[3:], "acc")
 METHODS = ("truncation", "late", "static", "random", "shortgpt", "blockpruner", "mod", "skipgpt", "ftp")
 TRAINED = ("mod", "skipgpt")
 SEEDED = ("random", "ftp", *TRAINED)  # differ from seed to seed
-STAGES = ("quality", "tasks", "latency", "report")
+STAGES = ("quality", "long", "tasks", "latency", "report")
 _TASK_BUCKETS = 2  # most of the time of short prompts goes into compilation
+_LONG_BATCH = 4
 _RESAMPLES = 2000  # of the items, for confidence intervals
 
 Cell = tuple[str, float, int]  # method, S, seed
@@ -65,6 +71,7 @@ _RETRIEVAL = flags.DEFINE_integer("retrieval", 10, "Retrieval items of each leng
 _LENGTHS = flags.DEFINE_list("lengths", ["256", "512"], "Tokens of retrieval contexts.")
 _CONTEXTS = flags.DEFINE_list("contexts", ["512", "2048"], "Prompt lengths whose latency is measured.")
 _RUNS = flags.DEFINE_integer("runs", 5, "Latency measurements of each method.", lower_bound=1)
+_LONG = flags.DEFINE_string("long", "", "Prompts file for the KL of long contexts, all of it; empty: leave it out.")
 _STEPS = flags.DEFINE_integer("steps", 100, "Training steps of the methods `mod` and `skipgpt`.")
 _CALIBRATION = flags.DEFINE_integer("calibration", 192, "Calibration prompts of the baselines, of those FTP trains on.")
 _REMOVAL = flags.DEFINE_integer("removal_prompts", 32, "Of those the ones of blockpruner, slow as it is.")
@@ -149,6 +156,25 @@ class Table:
         record = yardstick.record(self.baseline(method, sparsity, seed), self.windows)
         write_json(self.directory(method, sparsity, seed) / "quality.json", record | {"asked": sparsity, "seed": seed})
 
+  def long(self) -> None:
+    if not _LONG.value:
+      return
+    made_of, missing = {"prompts": digest(_LONG.value)}, []
+    for cell in self.cells:
+      path = self.directory(*cell) / "long.json"
+      if not path.exists():
+        missing.append(cell)
+      elif read_json(path)["settings"] != made_of:
+        raise UserError(f"{path} was measured on another file than --long={_LONG.value}; name another --out.")
+    if not missing:
+      return
+    yardstick = baselines.Yardstick(self.model, long_prompts(self.config["data"], self.model), _LONG_BATCH)
+    with tqdm.tqdm(missing, desc="long contexts") as bar:
+      for method, sparsity, seed in bar:
+        bar.set_postfix_str(f"{method} S={sparsity:.2f} seed {seed}")
+        record = yardstick.record(self.baseline(method, sparsity, seed))
+        write_json(self.directory(method, sparsity, seed) / "long.json", {"settings": made_of, **record})
+
   def tasks(self) -> None:
     lengths = numbers("lengths", _LENGTHS.value, int)
     jobs = jobs_of(_TASKS.value, _DATA.value, _LIMIT.value, _RETRIEVAL.value, lengths)
@@ -190,10 +216,12 @@ class Table:
 
   def report(self) -> None:
     rows = [self._row(cell) for cell in self.cells]
-    rows = [row for row in rows if any((row["quality"], row["correct"], any(row["speedup"].values())))]
+    rows = [row for row in rows if any((row["quality"], row["long"], row["correct"], any(row["speedup"].values())))]
     table = summarise(rows, {task: chance(task, _DATA.value) for task in _TASKS.value}, self.contexts)
     write_json(self.out / "table.json", {"machine": describe_machine(), "cells": rows, "table": table})
-    text = "\n\n".join([markdown(table, self.contexts), equal_latency(table, self.contexts[-1])])
+    figures = ["kl"] + ["kl_long"] * any(entry["kl_long"] is not None for entry in table)
+    equal = [equal_latency(table, self.contexts[-1], figure) for figure in figures]
+    text = "\n\n".join([markdown(table, self.contexts), *equal])
     (self.out / "table.md").write_text(text + "\n", encoding="utf-8")
     print(text)
     plot(table, self.contexts[-1], self.out / "pareto.png")
@@ -204,7 +232,8 @@ class Table:
     method, sparsity, seed = cell
     read = lambda name: read_json(self.directory(*cell) / name) if (self.directory(*cell) / name).exists() else {}
     tasks, skipped = read("tasks.json").get("tasks", {}), read("skipped.json")
-    row = {"method": method, "asked": sparsity, "seed": seed, "quality": read("quality.json"), "speedup": {}}
+    row = {"method": method, "asked": sparsity, "seed": seed, "speedup": {}}
+    row |= {"quality": read("quality.json"), "long": read("long.json")}
     row["correct"] = {
         task: {str(record["id"]): float(record[METRIC[task]]) for record in tasks[task]["records"]}
         for task in _TASKS.value if task in tasks
@@ -253,6 +282,19 @@ class Counted:
 
 def calibration_prompts(method: str) -> int:
   return min(_CALIBRATION.value, _REMOVAL.value) if method == "blockpruner" else _CALIBRATION.value
+
+
+def long_prompts(data: dict[str, Any], model: Model) -> Prompts:
+  """All prompts of --long, wrapped as those of the run; answers are cut at the run's `continuation`."""
+  data = config_dict.ConfigDict(data)
+  data.source, data.path = "prompts", _LONG.value
+  data.min_context, data.min_continuation = 1, 1
+  data.max_context = model.config.max_positions - data.continuation
+  prompts, _, found = load_prompts(data, model.tokenizer)
+  if not len(prompts.tokens):
+    raise UserError(f"--long={_LONG.value} has no prompt that fits the model ({found}).")
+  width = int(prompts.length.max())
+  return Prompts(prompts.tokens[:, :width], prompts.context, prompts.length)
 
 
 def numbers(flag: str, values: list[str], kind: type) -> list[Any]:
@@ -307,6 +349,7 @@ def summarise(rows: list[dict[str, Any]], guess: dict[str, float], contexts: lis
       **{name: lambda row, name=name: row["quality"].get(name) for name in (
           "kl", "agreement", "perplexity", "perplexity_achieved", "achieved", "flops_saved", "cache_ratio",
       )},
+      **{f"{name}_long": lambda row, name=name: row["long"].get(name) for name in ("kl", "agreement", "achieved")},
       "skipped": lambda row: row["skipped"],
       "retrieval": lambda row: row["retrieval"],
       **{f"speedup_{context}": lambda row, context=context: row["speedup"].get(context) for context in contexts},
@@ -345,7 +388,9 @@ _COLUMNS = (  # heading, key, factor, digits
     ("average", "average", 100, 1), ("retained %", "retained", 100, 1),
     ("above chance %", "retained_above_chance", 100, 1), ("skipped there %", "skipped", 100, 1),
     ("retrieval", "retrieval", 100, 1), ("KL", "kl", 1, 3),
-    ("agreement %", "agreement", 100, 1), ("perplexity", "perplexity", 1, 1),
+    ("agreement %", "agreement", 100, 1), ("KL, long", "kl_long", 1, 3),
+    ("agreement %, long", "agreement_long", 100, 1), ("skipped there %", "achieved_long", 100, 1),
+    ("perplexity", "perplexity", 1, 1),
     ("skipped there %", "perplexity_achieved", 100, 1), ("achieved %", "achieved", 100, 1),
     ("FLOPs saved %", "flops_saved", 100, 1), ("KV bytes", "cache_ratio", 1, 2),
 )  # fmt: skip
@@ -375,15 +420,18 @@ def markdown(table: list[dict[str, Any]], contexts: list[int]) -> str:
   return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def equal_latency(table: list[dict[str, Any]], context: int) -> str:
+def equal_latency(table: list[dict[str, Any]], context: int, figure: str = "kl") -> str:
   """What every method has at the prefill time of each S of `ftp`: KL, and the average accuracy where it is known.
+
+  `kl_long` as the figure is the KL of long contexts, without accuracy.
 
   Between the times of its own S, and 1 (dense), a method is taken to lie on straight lines; "-": it is never so fast.
   """
   key = f"speedup_{context}"
   ours = sorted((e for e in table if e["method"] == "ftp" and e[key]), key=lambda entry: entry[key])
+  what = "at the time of ftp" if figure == "kl" else "KL of long contexts at the time of ftp"
   lines = [
-      [f"at the time of ftp, {context} tokens", *(f"S = {e['asked']:.2f}, {e[key]:.2f} x" for e in ours)],
+      [f"{what}, {context} tokens", *(f"S = {e['asked']:.2f}, {e[key]:.2f} x" for e in ours)],
       ["---"] * (len(ours) + 1),
   ]
   dense = [entry for entry in table if entry["method"] == "dense"]
@@ -397,18 +445,21 @@ def equal_latency(table: list[dict[str, Any]], context: int) -> str:
   for method in dict.fromkeys(e["method"] for e in table if e["method"] != "dense"):
     own, line = [e for e in table if e["method"] == method], [method]
     for e in ours:
-      kl, average = (at(own, name, e[key]) for name in ("kl", "average"))
-      line.append("-" if kl is None else f"{kl:.3f}" + ("" if average is None else f" ({100 * average:.1f} %)"))
+      kl, average = (at(own, name, e[key]) for name in (figure, "average"))
+      shown = "" if average is None or figure != "kl" else f" ({100 * average:.1f} %)"
+      line.append("-" if kl is None else f"{kl:.3f}{shown}")
     lines.append(line)
   return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def plot(table: list[dict[str, Any]], context: int, path: pathlib.Path) -> None:
-  """Retained accuracy and KL against the measured time of a prefill of `context` tokens, one line a method."""
+  """KL, that of long chats, and retained accuracy against the measured time of a prefill of `context` tokens."""
   matplotlib.use("Agg")
   from matplotlib import pyplot
 
   shown = [("kl", 1, "KL to the dense model on short chats (nats a token)")]
+  if any(entry["kl_long"] is not None for entry in table if entry["method"] != "dense"):
+    shown.append(("kl_long", 1, "KL to the dense model on long chats (nats a token)"))
   if any(entry["retained"] is not None for entry in table if entry["method"] != "dense"):
     shown.append(("retained", 100, "average accuracy retained on short tasks (%)"))
   figure, panels = pyplot.subplots(1, len(shown), figsize=(6 * len(shown), 5), squeeze=False)
@@ -422,7 +473,8 @@ def plot(table: list[dict[str, Any]], context: int, path: pathlib.Path) -> None:
     panel.set_xlabel(f"prefill time at {context} tokens, dense = 1")
     panel.set_ylabel(label)
     panel.grid(alpha=0.3)
-  panels[0, 0].set_yscale("symlog", linthresh=0.1)
+    if key != "retained":
+      panel.set_yscale("symlog", linthresh=0.1)
   if panels[0, 0].lines:
     panels[0, 0].legend()
   figure.tight_layout()

@@ -1,24 +1,20 @@
 """The main table's arithmetic on hand-made cells."""
 
-import importlib.util
 import json
-import pathlib
 import types
 
 import numpy as np
 import pytest
 
+from ftp_jax.config import get_config
 from ftp_jax.errors import UserError
-
-SCRIPT = pathlib.Path(__file__).parent.parent / "experiments" / "main_table.py"
+from tests import scripts
+from tests.test_data import CHAT, byte_tokenizer
 
 
 @pytest.fixture(scope="module")
 def script():
-  spec = importlib.util.spec_from_file_location("main_table", SCRIPT)
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  return module
+  return scripts.load("main_table")
 
 
 def cell(method, asked, seed, easy, hard, kl, speedup):
@@ -26,7 +22,7 @@ def cell(method, asked, seed, easy, hard, kl, speedup):
   quality = {"kl": kl, "agreement": 1.0, "perplexity": None, "achieved": asked, "flops_saved": asked}
   correct = lambda share: {str(i): float(i < round(100 * share)) for i in range(100)}
   return {
-      "method": method, "asked": asked, "seed": seed, "quality": quality | {"cache_ratio": 1.0}, "skipped": None,
+      "method": method, "asked": asked, "seed": seed, "quality": quality | {"cache_ratio": 1.0}, "skipped": None, "long": {},
       "retrieval": None, "correct": {"arc_easy": correct(easy), "winogrande": correct(hard)}, "speedup": {512: speedup},
   }  # fmt: skip
 
@@ -101,6 +97,44 @@ def test_equal_latency_by_hand(script):
   # Half way between dense and 0.8; two thirds of the way from 0.8 to 0.5; never that fast.
   assert late == "| late | 0.050 (80.0 %) | 0.367 (74.2 %) | - |"
   assert ftp == "| ftp | 0.040 (80.0 %) | 0.200 (75.0 %) | 0.300 (75.0 %) |"
+
+
+def test_long_contexts_at_equal_latency(script):
+  """Beside the KL of short prompts, in the same columns' order, and without accuracy."""
+  rows = [
+      cell("dense", 0.0, 0, 0.85, 0.80, 0.0, 1.0),
+      cell("late", 0.2, 0, 0.75, 0.80, 0.1, 1.25),
+      cell("ftp", 0.2, 0, 0.80, 0.80, 0.04, 1 / 0.9),
+  ]
+  for row, kl in zip(rows, (0.0, 0.3, 0.06)):
+    row["long"] = {"kl": kl, "agreement": 1 - kl, "achieved": row["asked"] / 2}
+  table = script.summarise(rows, GUESS, [512])
+  _, _, late, ftp = script.equal_latency(table, 512, "kl_long").splitlines()
+  assert late == "| late | 0.150 |" and ftp == "| ftp | 0.060 |"
+  heading, _, _, late, _ = script.markdown(table, [512]).splitlines()
+  start = heading.split(" | ").index("KL, long")
+  assert heading.split(" | ")[start : start + 3] == ["KL, long", "agreement %, long", "skipped there %"]
+  assert late.split(" | ")[start : start + 3] == ["0.300", "70.0", "10.0"]
+
+
+def test_long_prompts_are_wrapped_as_the_runs_and_as_wide_as_needed(script, tmp_path, monkeypatch):
+  tokenizer = byte_tokenizer(CHAT)
+  path = tmp_path / "chats.jsonl"
+  chats = [{"context": "x" * n, "continuation": "good"} for n in (4, 60, 9)]
+  path.write_text("".join(json.dumps(chat) + "\n" for chat in chats))
+  data = get_config().data
+  data.chat, data.min_context, data.max_context, data.continuation = True, 2, 6, 3
+  model = types.SimpleNamespace(tokenizer=tokenizer, config=types.SimpleNamespace(max_positions=30))
+  monkeypatch.setattr(script, "_LONG", types.SimpleNamespace(value=str(path)))
+  prompts = script.long_prompts(data.to_dict(), model)  # the second chat does not fit 30 positions
+  texts = [tokenizer.decode(row[:m]) for row, m in zip(prompts.tokens, prompts.context)]
+  frame = texts[0].partition("xxxx")
+  assert texts[1] == frame[0] + "x" * 9 + frame[2] and "<|user|>" in frame[0] and "<|assistant|>" in frame[2]
+  assert (prompts.length - prompts.context).tolist() == [3, 3]
+  assert prompts.tokens.shape == (2, prompts.length.max())
+  model.config.max_positions = 5
+  with pytest.raises(UserError, match="has no prompt that fits the model"):
+    script.long_prompts(data.to_dict(), model)
 
 
 def test_a_cell_is_not_reused_with_other_settings(script, tmp_path):
