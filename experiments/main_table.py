@@ -1,17 +1,16 @@
 """The main table: every method x S x seed on tasks it was never tuned on, with measured latency, and the Pareto plot.
 
   ftp-jax run --config=smollm2_135m --workdir=runs/smollm2_135m        # trains what the rows `ftp` load
-  python experiments/long_chats.py --documents=documents.jsonl --out=long_chats.jsonl
-  python experiments/main_table.py --run=runs/smollm2_135m --data=DIR --long=long_chats.jsonl --out=runs/table
+  python experiments/main_table.py --run=runs/smollm2_135m --data=DIR --out=runs/table --limit=50
 
 `--data` holds arc_easy.jsonl, arc_challenge.jsonl, hellaswag.jsonl, winogrande.jsonl and mmlu.jsonl. Calibration,
-validation and test prompts of all methods are those of --run; `--long` names further test prompts, about as long as
-those whose latency is measured. Each cell (method, S, seed) is a directory below --out and is computed once: its
-baseline, quality.json (KL, perplexity, FLOPs, cache), long.json (the same of the long prompts), tasks.json (a record an
-item) and skipped.json (how much was skipped there). What a cell depends on is kept beside it, and a call with other
-settings is refused. A run that was interrupted goes on where it was; `--stages=report` makes the table of what is
-there. Latency is measured for all cells of an S in turn, so that its ratios are of one run, and again where a cell was
-added.
+validation and test prompts of all methods are those of --run; `--long` names a file of further, longer test prompts, of
+texts that --run has not seen (experiments/long_chats.py makes some). Each cell (method, S, seed) is a directory below
+--out and is computed once: its baseline, quality.json (KL, perplexity, FLOPs, cache), long.json (the same of the long
+prompts, without perplexity), tasks.json (a record an item) and skipped.json (how much was skipped there). What a cell
+depends on is kept beside it, and a call with other settings is refused. A run that was interrupted goes on where it
+was; `--stages=report` makes the table of what is there. Latency is measured for all cells of an S in turn, so that its
+ratios are of one run, and again where a cell was added.
 """
 
 import logging
@@ -71,7 +70,7 @@ _RETRIEVAL = flags.DEFINE_integer("retrieval", 10, "Retrieval items of each leng
 _LENGTHS = flags.DEFINE_list("lengths", ["256", "512"], "Tokens of retrieval contexts.")
 _CONTEXTS = flags.DEFINE_list("contexts", ["512", "2048"], "Prompt lengths whose latency is measured.")
 _RUNS = flags.DEFINE_integer("runs", 5, "Latency measurements of each method.", lower_bound=1)
-_LONG = flags.DEFINE_string("long", "", "Prompts file for the KL of long contexts, all of it; empty: leave it out.")
+_LONG = flags.DEFINE_string("long", "", "Prompts file for the KL of long contexts; empty: leave it out.")
 _STEPS = flags.DEFINE_integer("steps", 100, "Training steps of the methods `mod` and `skipgpt`.")
 _CALIBRATION = flags.DEFINE_integer("calibration", 192, "Calibration prompts of the baselines, of those FTP trains on.")
 _REMOVAL = flags.DEFINE_integer("removal_prompts", 32, "Of those the ones of blockpruner, slow as it is.")
@@ -132,7 +131,7 @@ class Table:
       if changes:
         raise UserError(f"{path.parent} was made with {changes}; name another --out, or delete that folder.")
     else:
-      if any((path.parent / name).exists() for name in ("quality.json", "tasks.json")):
+      if any((path.parent / name).exists() for name in ("quality.json", "long.json", "tasks.json")):
         raise UserError(f"{path.parent} has figures but no {SETTINGS}; name another --out, or delete that folder.")
       path.parent.mkdir(parents=True, exist_ok=True)
       write_json(path, settings)
@@ -147,14 +146,7 @@ class Table:
 
   def quality(self) -> None:
     missing = [cell for cell in self.cells if not (self.directory(*cell) / "quality.json").exists()]
-    if not missing:
-      return
-    yardstick = baselines.Yardstick(self.model, self.test, 8)
-    with tqdm.tqdm(missing, desc="quality") as bar:
-      for method, sparsity, seed in bar:
-        bar.set_postfix_str(f"{method} S={sparsity:.2f} seed {seed}")
-        record = yardstick.record(self.baseline(method, sparsity, seed), self.windows)
-        write_json(self.directory(method, sparsity, seed) / "quality.json", record | {"asked": sparsity, "seed": seed})
+    self._measure("quality", missing, self.test, 8, {}, self.windows)
 
   def long(self) -> None:
     if not _LONG.value:
@@ -164,16 +156,44 @@ class Table:
       path = self.directory(*cell) / "long.json"
       if not path.exists():
         missing.append(cell)
-      elif read_json(path)["settings"] != made_of:
+      elif read_json(path)["made of"] != made_of:
         raise UserError(f"{path} was measured on another file than --long={_LONG.value}; name another --out.")
+    self._measure("long", missing, self.long_prompts(), _LONG_BATCH, {"made of": made_of})
+
+  def _measure(
+      self, name: str, missing: list[Cell], prompts: Prompts, batch: int, extra: dict[str, Any],
+      windows: Prompts | None = None,
+  ) -> None:  # fmt: skip
+    """Writes NAME.json, a Yardstick's record, of the cells that miss it."""
     if not missing:
       return
-    yardstick = baselines.Yardstick(self.model, long_prompts(self.config["data"], self.model), _LONG_BATCH)
-    with tqdm.tqdm(missing, desc="long contexts") as bar:
+    yardstick = baselines.Yardstick(self.model, prompts, batch)
+    with tqdm.tqdm(missing, desc=name) as bar:
       for method, sparsity, seed in bar:
         bar.set_postfix_str(f"{method} S={sparsity:.2f} seed {seed}")
-        record = yardstick.record(self.baseline(method, sparsity, seed))
-        write_json(self.directory(method, sparsity, seed) / "long.json", {"settings": made_of, **record})
+        record = yardstick.record(self.baseline(method, sparsity, seed), windows)
+        path = self.directory(method, sparsity, seed) / f"{name}.json"
+        write_json(path, record | {"asked": sparsity, "seed": seed} | extra)
+
+  def long_prompts(self) -> Prompts:
+    """All distinct prompts of --long that fit the model, wrapped as those of the run, answers cut as there.
+
+    Raises:
+      UserError: there is none, or the run has one of them outside its test set.
+    """
+    data = config_dict.ConfigDict(self.config["data"])
+    data.source, data.path = "prompts", _LONG.value
+    data.min_context, data.min_continuation = 1, 1
+    data.max_context = self.model.config.max_positions - data.continuation
+    prompts, _, found = load_prompts(data, self.model.tokenizer)
+    if not len(prompts.tokens):
+      raise UserError(f"--long={_LONG.value} has no prompt that fits the model ({found}).")
+    contexts = lambda rows: {row[:m].tobytes() for row, m in zip(rows.tokens, rows.context)}
+    for split in ("search", "train", "validation"):
+      if contexts(prompts) & contexts(Prompts(**load_arrays(self.run / "data" / f"{split}.npz"))):
+        raise UserError(f"--long={_LONG.value} holds prompts of the {split} set of --run; name a file of other texts.")
+    width = int(prompts.length.max())
+    return Prompts(prompts.tokens[:, :width], prompts.context, prompts.length)
 
   def tasks(self) -> None:
     lengths = numbers("lengths", _LENGTHS.value, int)
@@ -225,7 +245,7 @@ class Table:
     (self.out / "table.md").write_text(text + "\n", encoding="utf-8")
     print(text)
     plot(table, self.contexts[-1], self.out / "pareto.png")
-    print(f"written {self.out / 'table.json'}, table.md and pareto.png")
+    print(f"written to {self.out}")
 
   def _row(self, cell: Cell) -> dict[str, Any]:
     """One cell's figures, as far as they are there: every part may be missing."""
@@ -282,19 +302,6 @@ class Counted:
 
 def calibration_prompts(method: str) -> int:
   return min(_CALIBRATION.value, _REMOVAL.value) if method == "blockpruner" else _CALIBRATION.value
-
-
-def long_prompts(data: dict[str, Any], model: Model) -> Prompts:
-  """All prompts of --long, wrapped as those of the run; answers are cut at the run's `continuation`."""
-  data = config_dict.ConfigDict(data)
-  data.source, data.path = "prompts", _LONG.value
-  data.min_context, data.min_continuation = 1, 1
-  data.max_context = model.config.max_positions - data.continuation
-  prompts, _, found = load_prompts(data, model.tokenizer)
-  if not len(prompts.tokens):
-    raise UserError(f"--long={_LONG.value} has no prompt that fits the model ({found}).")
-  width = int(prompts.length.max())
-  return Prompts(prompts.tokens[:, :width], prompts.context, prompts.length)
 
 
 def numbers(flag: str, values: list[str], kind: type) -> list[Any]:
@@ -453,21 +460,26 @@ def equal_latency(table: list[dict[str, Any]], context: int, figure: str = "kl")
 
 
 def plot(table: list[dict[str, Any]], context: int, path: pathlib.Path) -> None:
-  """KL, that of long chats, and retained accuracy against the measured time of a prefill of `context` tokens."""
+  """KL, that of long chats, and retained accuracy against the measured time of a prefill of `context` tokens, where known."""
   matplotlib.use("Agg")
   from matplotlib import pyplot
 
-  shown = [("kl", 1, "KL to the dense model on short chats (nats a token)")]
-  if any(entry["kl_long"] is not None for entry in table if entry["method"] != "dense"):
-    shown.append(("kl_long", 1, "KL to the dense model on long chats (nats a token)"))
-  if any(entry["retained"] is not None for entry in table if entry["method"] != "dense"):
-    shown.append(("retained", 100, "average accuracy retained on short tasks (%)"))
+  panels_of = (
+      ("kl", 1, "KL to the dense model on the run's test prompts (nats a token)"),
+      ("kl_long", 1, "KL to the dense model on long prompts (nats a token)"),
+      ("retained", 100, "average accuracy retained on short tasks (%)"),
+  )
+  known = [entry for entry in table if entry[f"speedup_{context}"]]
+  filled = lambda key: any(entry[key] is not None for entry in known if entry["method"] != "dense")
+  shown = [panel for panel in panels_of if filled(panel[0])]
+  if not shown:
+    return
   figure, panels = pyplot.subplots(1, len(shown), figsize=(6 * len(shown), 5), squeeze=False)
   for panel, (key, factor, label) in zip(panels[0], shown):
-    known = [entry for entry in table if entry[f"speedup_{context}"] and entry[key] is not None]
-    for method in dict.fromkeys(entry["method"] for entry in known):
-      own = sorted((entry for entry in known if entry["method"] == method), key=lambda entry: entry["asked"])
-      color = f"C{('dense', *METHODS).index(method)}"  # the same in both panels, which have one legend
+    there = [entry for entry in known if entry[key] is not None]
+    for method in dict.fromkeys(entry["method"] for entry in there):
+      own = sorted((entry for entry in there if entry["method"] == method), key=lambda entry: entry["asked"])
+      color = f"C{('dense', *METHODS).index(method)}"  # the same in all panels, which have one legend
       time, quality = [1 / entry[f"speedup_{context}"] for entry in own], [entry[key] * factor for entry in own]
       panel.plot(time, quality, "o-", label=method, color=color)
     panel.set_xlabel(f"prefill time at {context} tokens, dense = 1")
@@ -475,8 +487,7 @@ def plot(table: list[dict[str, Any]], context: int, path: pathlib.Path) -> None:
     panel.grid(alpha=0.3)
     if key != "retained":
       panel.set_yscale("symlog", linthresh=0.1)
-  if panels[0, 0].lines:
-    panels[0, 0].legend()
+  panels[0, 0].legend()
   figure.tight_layout()
   figure.savefig(path, dpi=120)
   pyplot.close(figure)
@@ -489,6 +500,8 @@ def main(argv) -> None:
   if unknown:
     known = f"methods are {', '.join(METHODS)}, stages {', '.join(STAGES)}, tasks {', '.join(TASKS)}"
     raise UserError(f"{', '.join(sorted(unknown))} is unknown; {known}.")
+  if _LONG.value and not pathlib.Path(_LONG.value).is_file():
+    raise UserError(f"--long={_LONG.value} is no file; name a prompts file.")
   logging.getLogger("lm_eval").setLevel(logging.ERROR)
   table = Table()
   for stage in STAGES:

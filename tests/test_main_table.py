@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 
 from ftp_jax.config import get_config
+from ftp_jax.data.prompts import pack, take
 from ftp_jax.errors import UserError
+from ftp_jax.stages import save_arrays
 from tests import scripts
 from tests.test_data import CHAT, byte_tokenizer
 
@@ -22,8 +24,9 @@ def cell(method, asked, seed, easy, hard, kl, speedup):
   quality = {"kl": kl, "agreement": 1.0, "perplexity": None, "achieved": asked, "flops_saved": asked}
   correct = lambda share: {str(i): float(i < round(100 * share)) for i in range(100)}
   return {
-      "method": method, "asked": asked, "seed": seed, "quality": quality | {"cache_ratio": 1.0}, "skipped": None, "long": {},
-      "retrieval": None, "correct": {"arc_easy": correct(easy), "winogrande": correct(hard)}, "speedup": {512: speedup},
+      "method": method, "asked": asked, "seed": seed, "quality": quality | {"cache_ratio": 1.0}, "skipped": None,
+      "long": {}, "retrieval": None, "speedup": {512: speedup},
+      "correct": {"arc_easy": correct(easy), "winogrande": correct(hard)},
   }  # fmt: skip
 
 
@@ -117,24 +120,68 @@ def test_long_contexts_at_equal_latency(script):
   assert late.split(" | ")[start : start + 3] == ["0.300", "70.0", "10.0"]
 
 
-def test_long_prompts_are_wrapped_as_the_runs_and_as_wide_as_needed(script, tmp_path, monkeypatch):
-  tokenizer = byte_tokenizer(CHAT)
-  path = tmp_path / "chats.jsonl"
-  chats = [{"context": "x" * n, "continuation": "good"} for n in (4, 60, 9)]
-  path.write_text("".join(json.dumps(chat) + "\n" for chat in chats))
+@pytest.fixture
+def chats(script, tmp_path, monkeypatch):
+  """A table of a run whose answers have 3 tokens, and a function that writes the --long file of some contexts."""
   data = get_config().data
   data.chat, data.min_context, data.max_context, data.continuation = True, 2, 6, 3
-  model = types.SimpleNamespace(tokenizer=tokenizer, config=types.SimpleNamespace(max_positions=30))
+  table = object.__new__(script.Table)
+  table.run = table.out = tmp_path
+  table.config = {"data": data.to_dict()}
+  table.model = types.SimpleNamespace(tokenizer=byte_tokenizer(CHAT), config=types.SimpleNamespace(max_positions=30))
+  (tmp_path / "data").mkdir()
+  for split in ("search", "train", "validation"):
+    save_arrays(tmp_path / "data" / f"{split}.npz", **pack([([1, 2, 3], 2)], 4)._asdict())
+  path = tmp_path / "chats.jsonl"
   monkeypatch.setattr(script, "_LONG", types.SimpleNamespace(value=str(path)))
-  prompts = script.long_prompts(data.to_dict(), model)  # the second chat does not fit 30 positions
-  texts = [tokenizer.decode(row[:m]) for row, m in zip(prompts.tokens, prompts.context)]
+
+  def write(*contexts):
+    path.write_text("".join(json.dumps({"context": text, "continuation": "good"}) + "\n" for text in contexts))
+    return table
+
+  return write
+
+
+def test_long_prompts_are_wrapped_as_the_runs_and_as_wide_as_needed(chats):
+  table = chats("x" * 4, "x" * 60, "x" * 9)  # the second does not fit 30 positions
+  prompts = table.long_prompts()
+  texts = [table.model.tokenizer.decode(row[:m]) for row, m in zip(prompts.tokens, prompts.context)]
   frame = texts[0].partition("xxxx")
   assert texts[1] == frame[0] + "x" * 9 + frame[2] and "<|user|>" in frame[0] and "<|assistant|>" in frame[2]
   assert (prompts.length - prompts.context).tolist() == [3, 3]
   assert prompts.tokens.shape == (2, prompts.length.max())
-  model.config.max_positions = 5
+  table.model.config.max_positions = 5
   with pytest.raises(UserError, match="has no prompt that fits the model"):
-    script.long_prompts(data.to_dict(), model)
+    table.long_prompts()
+
+
+def test_long_prompts_that_the_run_was_trained_on_are_refused(chats):
+  table = chats("x" * 4, "y" * 5)
+  prompts = table.long_prompts()
+  save_arrays(table.run / "data" / "train.npz", **take(prompts, [1])._asdict())
+  with pytest.raises(UserError, match="holds prompts of the train set"):
+    table.long_prompts()
+
+
+def test_long_prompts_are_measured_once_a_cell(script, chats, monkeypatch):
+  table = chats("x" * 4)
+  table.cells = [("late", 0.3, 0), ("ftp", 0.3, 1)]
+  table.baseline = lambda method, sparsity, seed: method
+  for cell in table.cells:
+    table.directory(*cell).mkdir(parents=True)
+  measured = []
+  yardstick = types.SimpleNamespace(record=lambda name, windows: measured.append(name) or {"kl": 0.5, "seed": 0})
+  monkeypatch.setattr(script.baselines, "Yardstick", lambda model, prompts, batch: yardstick)
+  read = lambda cell: json.loads((table.directory(*cell) / "long.json").read_text())
+  table.long()
+  assert measured == ["late", "ftp"] and read(table.cells[1])["seed"] == 1 and read(table.cells[1])["kl"] == 0.5
+  (table.directory(*table.cells[0]) / "long.json").unlink()
+  table.long()
+  table.long()
+  assert measured == ["late", "ftp", "late"]
+  chats("x" * 5)
+  with pytest.raises(UserError, match="was measured on another file"):
+    table.long()
 
 
 def test_a_cell_is_not_reused_with_other_settings(script, tmp_path):
@@ -188,9 +235,19 @@ def test_jobs_are_those_that_were_asked_for(script, tmp_path):
   assert [job.name for job in script.jobs_of(["arc_easy"], str(tmp_path), 100, 0, [])] == ["arc_easy"]
 
 
-def test_the_plot_is_drawn_with_and_without_tasks(script, tmp_path):
+def test_the_plot_has_a_panel_of_what_is_there(script, tmp_path, monkeypatch):
+  from matplotlib import pyplot
+
+  panels, draw = [], pyplot.subplots
+  monkeypatch.setattr(pyplot, "subplots", lambda *args, **options: panels.append(args[1]) or draw(*args, **options))
   rows = [cell("dense", 0.0, 0, 0.5, 0.5, 0.0, 1.0), cell("late", 0.3, 0, 0.4, 0.5, 0.2, 1.3)]
-  for guess in ({}, GUESS):
-    path = tmp_path / f"{len(guess)}.png"
-    script.plot(script.summarise(rows, guess, ["512"]), "512", path)
-    assert path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 5000
+  path = tmp_path / "plot.png"
+  plot = lambda rows, guess: script.plot(script.summarise(rows, guess, [512]), 512, path)
+  plot(rows, {})
+  assert path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 5000
+  plot(rows, GUESS)
+  rows[1]["long"] = {"kl": 0.3}
+  plot(rows, GUESS)
+  rows[1]["quality"] = {}
+  plot(rows, {})
+  assert panels == [1, 2, 3, 1]
