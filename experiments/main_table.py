@@ -460,7 +460,7 @@ def equal_latency(table: list[dict[str, Any]], context: int, figure: str = "kl")
 
 
 def plot(table: list[dict[str, Any]], context: int, path: pathlib.Path) -> None:
-  """KL, that of long chats, and retained accuracy against the measured time of a prefill of `context` tokens, where known."""
+  """KL, that of long prompts, and retained accuracy against the measured time of a prefill of `context` tokens."""
   matplotlib.use("Agg")
   from matplotlib import pyplot
 

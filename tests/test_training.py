@@ -616,6 +616,14 @@ def test_fisher_scores_against_the_exact_expectation(kv_mode):
     assert (estimate[:, b, context[b] :] == 0).all()
 
 
+def test_joint_scores_by_hand():
+  score = np.array([1.0, 2.0, 4.0, 8.0]).reshape(4, 1, 1)
+  joint = lambda p: guide.joint_scores(score, p).ravel().tolist()
+  assert joint(-1) == [1, 2, 4, 8]
+  assert joint(0) == [15, 15, 15, 15]
+  assert joint(2) == [15, 14, 12, 12]
+
+
 def test_fisher_schedule_by_hand():
   score = np.array([[[9, 1, 2, 9, 0], [9, 1, 5, 9, 9]], [[9, 3, 4, 9, 0], [9, 2, 9, 9, 9]]], np.float64)  # (L, N, T)
   # Row 0: m = 4, a quarter of 8 pairs: the scores 1 and 2, both of block 0. Row 1: 1 of block 0 and 2 of block 1.

@@ -176,6 +176,10 @@ class Pipeline:
     return load_arrays(self.workdir / "importance" / "fisher.npz")["fisher_LxNxT"]
 
   @functools.cached_property
+  def guide_scores(self) -> np.ndarray:
+    return guide.joint_scores(self.fisher, self.routing.one_pass_block)
+
+  @functools.cached_property
   def guide_data(self) -> guide.GuideData:
     train = self.prompts("train")
     some = take(train, np.arange(min(self.config.train.warmup_guide_prompts, len(train.tokens))))
@@ -183,7 +187,7 @@ class Pipeline:
         self.frozen.config, self.routing, self.frozen.params, some, self.config.train.batch,
         with_hidden=self.router_config.hidden_states, dtype=self.frozen.dtype,
     )
-    return guide.GuideData(some.context, score, hidden, self.fisher[:, : len(some.tokens)])
+    return guide.GuideData(some.context, score, hidden, self.guide_scores[:, : len(some.tokens)])
 
   def named_schedule(self, name: str, sparsity: float) -> np.ndarray:
     """One of SCHEDULES (but ga) on the grid, int32 units (L,)."""
@@ -340,7 +344,7 @@ class Pipeline:
     result = train_router(
         directory=str(directory), spec=spec, params=self.frozen.params, router_params=router,
         prompts=self.prompts("train"),
-        fisher_LxNxT=self.fisher if c.train.guide == "fisher" else None,
+        fisher_LxNxT=self.guide_scores if c.train.guide == "fisher" else None,
         schedule_L=schedule, batch_size=c.train.batch, seed=seed,
         validate=lambda params: float(
             validation.kl(routers.Router("dynamic", self.router_config, params), schedule[None])[0]

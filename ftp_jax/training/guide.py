@@ -31,7 +31,7 @@ class GuideData(NamedTuple):
     context_N: context lengths.
     score_LxNxT: prefill attention scores that enter each block of the dense model.
     hidden_LxNxTxD: root-mean-square normed hidden states, float16; None for routers without them.
-    fisher_LxNxT: gate scores.
+    fisher_LxNxT: gate scores, as `joint_scores` gives them.
   """
 
   context_N: np.ndarray
@@ -96,6 +96,18 @@ def collect_fisher(
       )
     parts.append(np.asarray(scores))
   return np.concatenate(parts, axis=1)[:, : len(prompts.tokens)]
+
+
+def joint_scores(fisher_LxNxT: np.ndarray, one_pass_block: int) -> np.ndarray:
+  """What the guide ranks tokens by, (L,N,T): a gate's own score, or under one-pass routing a sum over blocks.
+
+  From block p = `one_pass_block` on one ranking serves all blocks, so that a token is worth the sum of its scores
+  there. A block before p decides by the sum over all blocks from itself on, as what skips it enters those.
+  """
+  if one_pass_block < 0:
+    return fisher_LxNxT
+  onward = np.cumsum(fisher_LxNxT[::-1], axis=0)[::-1]
+  return onward[np.minimum(np.arange(len(onward)), one_pass_block)]
 
 
 def fisher_schedule(fisher_LxNxT: np.ndarray, context_N: np.ndarray, target: float) -> np.ndarray:
