@@ -629,6 +629,7 @@ def test_fisher_schedule_by_hand():
   # Row 0: m = 4, a quarter of 8 pairs: the scores 1 and 2, both of block 0. Row 1: 1 of block 0 and 2 of block 1.
   np.testing.assert_allclose(guide.fisher_schedule(score, np.array([4, 4]), 0.25), [(2 + 1) / 8, 1 / 8])
   np.testing.assert_allclose(guide.fisher_schedule(score, np.array([4, 4]), 0.0), [0, 0])
+  np.testing.assert_allclose(guide.fisher_schedule(score, np.array([4, 4]), 0.25, first_block=1), [0, 2 / 4])
 
 
 def test_fisher_schedule_has_the_asked_mean():

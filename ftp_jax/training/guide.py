@@ -110,12 +110,17 @@ def joint_scores(fisher_LxNxT: np.ndarray, one_pass_block: int) -> np.ndarray:
   return onward[np.minimum(np.arange(len(onward)), one_pass_block)]
 
 
-def fisher_schedule(fisher_LxNxT: np.ndarray, context_N: np.ndarray, target: float) -> np.ndarray:
-  """Sparsity (L,) of each block when every prompt skips its pairs of lowest score, averaged over prompts."""
+def fisher_schedule(
+    fisher_LxNxT: np.ndarray, context_N: np.ndarray, target: float, first_block: int = 0
+) -> np.ndarray:
+  """Sparsity (L,) of each block when every prompt skips its pairs of lowest score, averaged over prompts.
+
+  Nothing is asked of the blocks before `first_block`.
+  """
   skipped = []
   for n, m in enumerate(context_N):
     scores = fisher_LxNxT[:, n, :m].astype(np.float64)
-    scores[:, [0, m - 1]] = np.inf
+    scores[:, [0, m - 1]] = scores[:first_block] = np.inf
     count = min(round(target * scores.size), scores.size - 1)
     threshold = np.partition(scores.ravel(), count)[count]
     skipped.append((scores < threshold).mean(axis=1))
