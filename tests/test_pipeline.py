@@ -14,6 +14,8 @@ from ftp_jax.errors import UserError
 from ftp_jax.export import artifact
 from ftp_jax.models.huggingface import fingerprint, save_params
 from ftp_jax.pipeline import checks
+from ftp_jax.pipeline.run import Pipeline
+from ftp_jax.routing import masked, routers
 from tests import tiny
 from tests.test_data import byte_tokenizer
 
@@ -166,6 +168,26 @@ def test_paper_preset_with_per_block_router_and_two_rounds(model_directory, tmp_
   assert (tmp_path / "S0.25" / "seed0" / "finetune" / "round1" / "schedule.json").exists()
   loaded = artifact.load(tmp_path / "S0.25" / "seed0" / "artifact")
   assert loaded.routing.kv_mode == "evict" and loaded.params["hidden"]["kernel"].shape == (4, 4, 64)
+
+
+def test_one_pass_of_a_global_router_is_trained_for_nested_routes(model_directory, tmp_path):
+  config = tiny_run(model_directory)
+  config.routing.update(kv_mode="evict", one_pass_block=1)
+  config.router.update(kind="global", factors=("position", "score", "rank"))
+  config.search.schedule = "fisher"
+  pipeline.run(config, str(tmp_path), pipeline.STAGES[:-1])
+  asked = json.loads((tmp_path / "S0.25" / "seed0" / "search" / "schedule.json").read_text())
+  assert asked[0] == 0 and np.mean(asked) == pytest.approx(0.25)
+  run, loaded = Pipeline(config, tmp_path), artifact.load(tmp_path / "S0.25" / "seed0" / "artifact")
+  own, scores = run.fisher, run.guide_data.fisher_LxNxT
+  np.testing.assert_allclose(scores[0], own.sum(axis=0), rtol=1e-5)
+  np.testing.assert_allclose(scores[3], own[1:].sum(axis=0), rtol=1e-5)
+  prompts, router = run.prompts("test"), routers.Router("dynamic", loaded.router, loaded.params)
+  keep = masked.forward(
+      run.frozen.config, loaded.routing, run.frozen.params, router, *prompts, np.array([0.25, 0.5, 0.75, 0.25])
+  ).keep_LxBxT[:, :, :16]
+  assert keep.sum(axis=(1, 2)).tolist() == [5 * 12, 5 * 8, 5 * 4, 5 * 12]
+  assert (keep[2] <= keep[1]).all() and (keep[1] <= keep[3]).all()
 
 
 @pytest.mark.parametrize("change,named", [
