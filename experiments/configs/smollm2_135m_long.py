@@ -1,6 +1,7 @@
 """SmolLM2-135M on chats about long texts (500 context tokens): nested routes under `evict`; one seed, S = 0.30.
 
-  python experiments/long_chats.py --documents=documents.jsonl --tokens=480 --count=128 --out=long_train.jsonl
+  python experiments/long_chats.py --documents=documents.jsonl --tokens=480 --answer=24 --count=128 \
+    --out=long_train.jsonl
   ftp-jax run --config=smollm2_135m_long --workdir=runs/smollm2_135m_long
 
 `documents.jsonl` holds long texts, as many of at least 480 tokens as there are chats: then no two sets have chats about
