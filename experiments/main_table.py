@@ -500,6 +500,8 @@ def main(argv) -> None:
   if unknown:
     known = f"methods are {', '.join(METHODS)}, stages {', '.join(STAGES)}, tasks {', '.join(TASKS)}"
     raise UserError(f"{', '.join(sorted(unknown))} is unknown; {known}.")
+  if _STAGES.present and "long" in _STAGES.value and not _LONG.value:
+    raise UserError("--stages names long, which measures the prompts of a file; name it with --long=FILE.")
   if _LONG.value and not pathlib.Path(_LONG.value).is_file():
     raise UserError(f"--long={_LONG.value} is no file; name a prompts file.")
   logging.getLogger("lm_eval").setLevel(logging.ERROR)
