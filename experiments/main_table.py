@@ -4,13 +4,13 @@
   python experiments/main_table.py --run=runs/smollm2_135m --data=DIR --out=runs/table --limit=50
 
 `--data` holds arc_easy.jsonl, arc_challenge.jsonl, hellaswag.jsonl, winogrande.jsonl and mmlu.jsonl. Calibration,
-validation and test prompts of all methods are those of --run; `--long` names a file of further, longer test prompts, of
+validation and test prompts of all methods are those of --run; `--long` names files of further, longer test prompts, of
 texts that --run has not seen (experiments/long_chats.py makes some). Each cell (method, S, seed) is a directory below
---out and is computed once: its baseline, quality.json (KL, perplexity, FLOPs, cache), long.json (the same of the long
-prompts, without perplexity), tasks.json (a record an item) and skipped.json (how much was skipped there). What a cell
-depends on is kept beside it, and a call with other settings is refused. A run that was interrupted goes on where it
-was; `--stages=report` makes the table of what is there. Latency is measured for all cells of an S in turn, so that its
-ratios are of one run, and again where a cell was added.
+--out and is computed once: its baseline, quality.json (KL, perplexity, FLOPs, cache), long-NAME.json (the same, without
+perplexity, of the file NAME of --long), tasks.json (a record an item) and skipped.json (how much was skipped there).
+What a cell depends on is kept beside it, and a call with other settings is refused. A run that was interrupted goes on
+where it was; `--stages=report` makes the table of what is there. Latency is measured for all cells of an S in turn, so
+that its ratios are of one run, and again where a cell was added.
 """
 
 import logging
@@ -70,7 +70,7 @@ _RETRIEVAL = flags.DEFINE_integer("retrieval", 10, "Retrieval items of each leng
 _LENGTHS = flags.DEFINE_list("lengths", ["256", "512"], "Tokens of retrieval contexts.")
 _CONTEXTS = flags.DEFINE_list("contexts", ["512", "2048"], "Prompt lengths whose latency is measured.")
 _RUNS = flags.DEFINE_integer("runs", 5, "Latency measurements of each method.", lower_bound=1)
-_LONG = flags.DEFINE_string("long", "", "Prompts file for the KL of long contexts; empty: leave it out.")
+_LONG = flags.DEFINE_list("long", [], "Prompts files for the KL of long contexts; none: leave it out.")
 _STEPS = flags.DEFINE_integer("steps", 100, "Training steps of the methods `mod` and `skipgpt`.")
 _CALIBRATION = flags.DEFINE_integer("calibration", 192, "Calibration prompts of the baselines, of those FTP trains on.")
 _REMOVAL = flags.DEFINE_integer("removal_prompts", 32, "Of those the ones of blockpruner, slow as it is.")
@@ -131,7 +131,7 @@ class Table:
       if changes:
         raise UserError(f"{path.parent} was made with {changes}; name another --out, or delete that folder.")
     else:
-      if any((path.parent / name).exists() for name in ("quality.json", "long.json", "tasks.json")):
+      if any((path.parent / name).exists() for name in ("quality.json", "tasks.json")) or long_files(path.parent):
         raise UserError(f"{path.parent} has figures but no {SETTINGS}; name another --out, or delete that folder.")
       path.parent.mkdir(parents=True, exist_ok=True)
       write_json(path, settings)
@@ -149,16 +149,15 @@ class Table:
     self._measure("quality", missing, self.test, 8, {}, self.windows)
 
   def long(self) -> None:
-    if not _LONG.value:
-      return
-    made_of, missing = {"prompts": digest(_LONG.value)}, []
-    for cell in self.cells:
-      path = self.directory(*cell) / "long.json"
-      if not path.exists():
-        missing.append(cell)
-      elif read_json(path)["made of"] != made_of:
-        raise UserError(f"{path} was measured on another file than --long={_LONG.value}; name another --out.")
-    self._measure("long", missing, self.long_prompts(), _LONG_BATCH, {"made of": made_of})
+    for file in _LONG.value:
+      name, made_of, missing = f"long-{pathlib.Path(file).stem}", {"prompts": digest(file)}, []
+      for cell in self.cells:
+        path = self.directory(*cell) / f"{name}.json"
+        if not path.exists():
+          missing.append(cell)
+        elif read_json(path)["made of"] != made_of:
+          raise UserError(f"{path} was measured on another file than {file} of --long; name another --out.")
+      self._measure(name, missing, self.long_prompts(file), _LONG_BATCH, {"made of": made_of})
 
   def _measure(
       self, name: str, missing: list[Cell], prompts: Prompts, batch: int, extra: dict[str, Any],
@@ -175,23 +174,23 @@ class Table:
         path = self.directory(method, sparsity, seed) / f"{name}.json"
         write_json(path, record | {"asked": sparsity, "seed": seed} | extra)
 
-  def long_prompts(self) -> Prompts:
-    """All distinct prompts of --long that fit the model, wrapped as those of the run, answers cut as there.
+  def long_prompts(self, file: str) -> Prompts:
+    """All distinct prompts of a file of --long that fit the model, wrapped as those of the run, answers cut as there.
 
     Raises:
       UserError: there is none, or the run has one of them outside its test set.
     """
     data = config_dict.ConfigDict(self.config["data"])
-    data.source, data.path = "prompts", _LONG.value
+    data.source, data.path = "prompts", file
     data.min_context, data.min_continuation = 1, 1
     data.max_context = self.model.config.max_positions - data.continuation
     prompts, _, found = load_prompts(data, self.model.tokenizer)
     if not len(prompts.tokens):
-      raise UserError(f"--long={_LONG.value} has no prompt that fits the model ({found}).")
+      raise UserError(f"--long={file} has no prompt that fits the model ({found}).")
     contexts = lambda rows: {row[:m].tobytes() for row, m in zip(rows.tokens, rows.context)}
     for split in ("search", "train", "validation"):
       if contexts(prompts) & contexts(Prompts(**load_arrays(self.run / "data" / f"{split}.npz"))):
-        raise UserError(f"--long={_LONG.value} holds prompts of the {split} set of --run; name a file of other texts.")
+        raise UserError(f"--long={file} holds prompts of the {split} set of --run; name a file of other texts.")
     width = int(prompts.length.max())
     return Prompts(prompts.tokens[:, :width], prompts.context, prompts.length)
 
@@ -239,12 +238,12 @@ class Table:
     rows = [row for row in rows if any((row["quality"], row["long"], row["correct"], any(row["speedup"].values())))]
     table = summarise(rows, {task: chance(task, _DATA.value) for task in _TASKS.value}, self.contexts)
     write_json(self.out / "table.json", {"machine": describe_machine(), "cells": rows, "table": table})
-    figures = ["kl"] + ["kl_long"] * any(entry["kl_long"] is not None for entry in table)
-    equal = [equal_latency(table, self.contexts[-1], figure) for figure in figures]
-    text = "\n\n".join([markdown(table, self.contexts), *equal])
+    files = long_names(rows)
+    equal = [equal_latency(table, self.contexts[-1], file) for file in ("", *files)]
+    text = "\n\n".join([markdown(table, self.contexts, files), *equal])
     (self.out / "table.md").write_text(text + "\n", encoding="utf-8")
     print(text)
-    plot(table, self.contexts[-1], self.out / "pareto.png")
+    plot(table, self.contexts[-1], self.out / "pareto.png", files)
     print(f"written to {self.out}")
 
   def _row(self, cell: Cell) -> dict[str, Any]:
@@ -253,7 +252,9 @@ class Table:
     read = lambda name: read_json(self.directory(*cell) / name) if (self.directory(*cell) / name).exists() else {}
     tasks, skipped = read("tasks.json").get("tasks", {}), read("skipped.json")
     row = {"method": method, "asked": sparsity, "seed": seed, "speedup": {}}
-    row |= {"quality": read("quality.json"), "long": read("long.json")}
+    row |= {"quality": read("quality.json"), "long": {}}
+    for path in long_files(self.directory(*cell)):
+      row["long"][path.stem.removeprefix("long-")] = read_json(path)
     row["correct"] = {
         task: {str(record["id"]): float(record[METRIC[task]]) for record in tasks[task]["records"]}
         for task in _TASKS.value if task in tasks
@@ -298,6 +299,16 @@ class Counted:
     self.pairs += tokens
     self.skipped += tokens * self.baseline.skipped_after
     return self.engine.score(prefix, continuations, rows)
+
+
+def long_files(directory: pathlib.Path) -> list[pathlib.Path]:
+  """What was measured on files of --long in one cell, by name."""
+  return sorted(directory.glob("long-*.json"))
+
+
+def long_names(rows: list[dict[str, Any]]) -> list[str]:
+  """Names of the files of --long that any cell has figures of."""
+  return sorted({name for row in rows for name in row["long"]})
 
 
 def calibration_prompts(method: str) -> int:
@@ -356,7 +367,8 @@ def summarise(rows: list[dict[str, Any]], guess: dict[str, float], contexts: lis
       **{name: lambda row, name=name: row["quality"].get(name) for name in (
           "kl", "agreement", "perplexity", "perplexity_achieved", "achieved", "flops_saved", "cache_ratio",
       )},
-      **{f"{name}_long": lambda row, name=name: row["long"].get(name) for name in ("kl", "agreement", "achieved")},
+      **{f"{name}, {file}": lambda row, name=name, file=file: row["long"].get(file, {}).get(name)
+         for file in long_names(rows) for name in ("kl", "agreement", "achieved")},
       "skipped": lambda row: row["skipped"],
       "retrieval": lambda row: row["retrieval"],
       **{f"speedup_{context}": lambda row, context=context: row["speedup"].get(context) for context in contexts},
@@ -395,20 +407,23 @@ _COLUMNS = (  # heading, key, factor, digits
     ("average", "average", 100, 1), ("retained %", "retained", 100, 1),
     ("above chance %", "retained_above_chance", 100, 1), ("skipped there %", "skipped", 100, 1),
     ("retrieval", "retrieval", 100, 1), ("KL", "kl", 1, 3),
-    ("agreement %", "agreement", 100, 1), ("KL, long", "kl_long", 1, 3),
-    ("agreement %, long", "agreement_long", 100, 1), ("skipped there %", "achieved_long", 100, 1),
-    ("perplexity", "perplexity", 1, 1),
+    ("agreement %", "agreement", 100, 1), ("perplexity", "perplexity", 1, 1),
     ("skipped there %", "perplexity_achieved", 100, 1), ("achieved %", "achieved", 100, 1),
     ("FLOPs saved %", "flops_saved", 100, 1), ("KV bytes", "cache_ratio", 1, 2),
 )  # fmt: skip
 
 
-def markdown(table: list[dict[str, Any]], contexts: list[int]) -> str:
-  """The table without the columns that nothing fills.
+def markdown(table: list[dict[str, Any]], contexts: list[int], files: Sequence[str] = ()) -> str:
+  """The table without the columns that nothing fills; `files`: names of the files of --long.
 
   Behind ± the sample standard deviation over seeds; in brackets the interval of the average's difference to dense.
   """
-  columns = _COLUMNS + tuple((f"speedup at {context}", f"speedup_{context}", 1, 2) for context in contexts)
+  of_file = lambda file: (
+      (f"KL, {file}", f"kl, {file}", 1, 3), (f"agreement %, {file}", f"agreement, {file}", 100, 1),
+      ("skipped there %", f"achieved, {file}", 100, 1),
+  )  # fmt: skip
+  columns = _COLUMNS + tuple(column for file in files for column in of_file(file))
+  columns += tuple((f"speedup at {context}", f"speedup_{context}", 1, 2) for context in contexts)
   columns = [how for how in columns if any(entry.get(how[1]) is not None for entry in table)]
 
   def cell(entry, key, factor, digits):
@@ -427,16 +442,16 @@ def markdown(table: list[dict[str, Any]], contexts: list[int]) -> str:
   return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def equal_latency(table: list[dict[str, Any]], context: int, figure: str = "kl") -> str:
+def equal_latency(table: list[dict[str, Any]], context: int, file: str = "") -> str:
   """What every method has at the prefill time of each S of `ftp`: KL, and the average accuracy where it is known.
 
-  `kl_long` as the figure is the KL of long contexts, without accuracy.
+  With the name of a file of --long it is the KL there, without accuracy.
 
   Between the times of its own S, and 1 (dense), a method is taken to lie on straight lines; "-": it is never so fast.
   """
   key = f"speedup_{context}"
   ours = sorted((e for e in table if e["method"] == "ftp" and e[key]), key=lambda entry: entry[key])
-  what = "at the time of ftp" if figure == "kl" else "KL of long contexts at the time of ftp"
+  figure, what = (f"kl, {file}", f"{file}, KL at the time of ftp") if file else ("kl", "at the time of ftp")
   lines = [
       [f"{what}, {context} tokens", *(f"S = {e['asked']:.2f}, {e[key]:.2f} x" for e in ours)],
       ["---"] * (len(ours) + 1),
@@ -459,14 +474,14 @@ def equal_latency(table: list[dict[str, Any]], context: int, figure: str = "kl")
   return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def plot(table: list[dict[str, Any]], context: int, path: pathlib.Path) -> None:
-  """KL, that of long prompts, and retained accuracy against the measured time of a prefill of `context` tokens."""
+def plot(table: list[dict[str, Any]], context: int, path: pathlib.Path, files: Sequence[str] = ()) -> None:
+  """KL, that on files of --long, and retained accuracy against the measured time of a prefill of `context` tokens."""
   matplotlib.use("Agg")
   from matplotlib import pyplot
 
   panels_of = (
       ("kl", 1, "KL to the dense model on the run's test prompts (nats a token)"),
-      ("kl_long", 1, "KL to the dense model on long prompts (nats a token)"),
+      *((f"kl, {file}", 1, f"KL to the dense model on {file} (nats a token)") for file in files),
       ("retained", 100, "average accuracy retained on short tasks (%)"),
   )
   known = [entry for entry in table if entry[f"speedup_{context}"]]
@@ -502,8 +517,11 @@ def main(argv) -> None:
     raise UserError(f"{', '.join(sorted(unknown))} is unknown; {known}.")
   if _STAGES.present and "long" in _STAGES.value and not _LONG.value:
     raise UserError("--stages names long, which measures the prompts of a file; name it with --long=FILE.")
-  if _LONG.value and not pathlib.Path(_LONG.value).is_file():
-    raise UserError(f"--long={_LONG.value} is no file; name a prompts file.")
+  for file in _LONG.value:
+    if not pathlib.Path(file).is_file():
+      raise UserError(f"--long={file} is no file; name a prompts file.")
+  if len({pathlib.Path(file).stem for file in _LONG.value}) < len(_LONG.value):
+    raise UserError(f"--long={','.join(_LONG.value)} has two files of one name; rename one.")
   logging.getLogger("lm_eval").setLevel(logging.ERROR)
   table = Table()
   for stage in STAGES:

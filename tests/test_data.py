@@ -239,6 +239,18 @@ def test_windows_of_one_document_stay_in_one_split(tmp_path, tokenizer):
   assert {name: len(group) for name, group in letters.items()} == dict(search=2, train=18, validation=2, test=8)
 
 
+def test_prompts_that_name_one_document_stay_in_one_split(tmp_path, tokenizer):
+  records = [{"context": f"{letter}{n}", "continuation": "a", "document": letter} for n in (0, 1) for letter in "abcdefghijkl"]
+  path = write_jsonl(tmp_path / "a.jsonl", [*records, {"instruction": "g2", "output": "a", "document": "g"}])
+  splits = load_splits(data_config(path=path, num_test=4, num_train=4), tokenizer)
+  letters = {name: {context[0] for context, _ in rows_as_text(rows, tokenizer)} for name, rows in splits.items()}
+  assert sum(map(len, letters.values())) == len(set().union(*letters.values()))
+  assert len(letters["test"]) == 4  # at most a quarter of the set from one document
+  path = write_jsonl(tmp_path / "b.jsonl", [{**records[0], "document": 3}])
+  with pytest.raises(UserError, match="'document' of type int"):
+    load_splits(data_config(path=path), tokenizer)
+
+
 def test_few_documents_are_still_kept_whole(tmp_path, tokenizer):
   path = write_jsonl(tmp_path / "a.jsonl", [{"text": "".join(f"{x}{n:02d}" for n in range(42))} for x in "abcd"])
   splits = load_splits(data_config(source="text", path=path), tokenizer)

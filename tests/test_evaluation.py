@@ -47,24 +47,27 @@ def test_dense_schedule_has_no_divergence_and_the_models_own_nll(model, judge, p
     np.testing.assert_allclose(quality.nll[n], expected, rtol=1e-4)
 
 
-def test_kl_of_a_population_equals_the_definition_and_one_by_one(prompts):
+@pytest.mark.parametrize("one_pass", [-1, 2])
+def test_kl_of_a_population_equals_the_definition_and_one_by_one(prompts, one_pass):
   config = tiny.config(num_blocks=5, tie_embeddings=False)
   params = tiny.params(config)
   params["embed"]["lm_head"] *= 20  # sharp predictions: the KL is far above the rounding of its terms
   model = Frozen(config, params)
-  judge = Judge(model, RoutingConfig("project"), prompts, 2, 4)
+  judge = Judge(model, RoutingConfig("project", one_pass_block=one_pass), prompts, 2, 4)
+  settings = RouterConfig("global", hidden_states=True, hidden_size=8)
+  router = routers.Router("dynamic", settings, routers.init_router(settings, jax.random.key(1), 5, config.hidden_size))
   schedules = np.array([[0, 0, 0.5, 0.25, 0.5], [0, 0, 0, 0.8, 0], [0.5, 0, 0, 0, 0]], np.float32)
-  together = judge.kl(routers.STATIC, schedules)
+  together = judge.kl(router, schedules)
   dense = dense_log_probs(model, prompts)
   for s, value in zip(schedules, together):
-    out = masked.forward(model.config, judge.routing, model.params, routers.STATIC, *prompts, jnp.asarray(s))
+    out = masked.forward(model.config, judge.routing, model.params, router, *prompts, jnp.asarray(s))
     pruned = np.asarray(jax.nn.log_softmax(decoder.unembed(model.config, model.params, out.hidden_BxTxD)))
     divergence = (np.exp(dense) * (dense - pruned)).sum(-1)
     scored = zip(prompts.context - 1, prompts.length - 1)
     expected = np.mean([divergence[n, first:end].mean() for n, (first, end) in enumerate(scored)])
     assert expected > 0.01
     np.testing.assert_allclose(value, expected, rtol=1e-4)
-    np.testing.assert_allclose(judge.kl(routers.STATIC, s[None])[0], expected, rtol=1e-4)
+    np.testing.assert_allclose(judge.kl(router, s[None])[0], expected, rtol=1e-4)
 
 
 def test_truncation_keeps_the_sink_the_latest_tokens_and_the_continuation():

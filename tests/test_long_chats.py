@@ -1,4 +1,6 @@
-"""The excerpts of experiments/long_chats.py."""
+"""The excerpts and questions of experiments/long_chats.py."""
+
+import random
 
 import pytest
 
@@ -12,9 +14,24 @@ def test_excerpts_come_from_all_documents_and_do_not_overlap():
   whole = {text[at : at + 3] for text in documents for at in range(0, len(text) - 2, 3)}
   script, tokenizer = scripts.load("long_chats"), byte_tokenizer()
   found = script.excerpts(documents, tokenizer, 3, 6, seed=0)
-  assert set(found) == whole and len(found) == 6
-  assert {text[0].isdigit() + 2 * text[0].isupper() for text in found[:3]} == {0, 1, 2}
+  assert {text for _, text in found} == whole and len(found) == 6
+  assert all(text in documents[number] for number, text in found)
+  assert {number for number, _ in found[:3]} == {0, 1, 2}
   assert script.excerpts(documents, tokenizer, 3, 4, seed=0) == found[:4]
   assert any(script.excerpts(documents, tokenizer, 3, 6, seed=seed) != found for seed in (1, 2, 3))
   with pytest.raises(UserError, match="--count=7 excerpts of 3 tokens are needed, the documents have 6"):
     script.excerpts(documents, tokenizer, 3, 7, seed=0)
+
+
+def test_questions_are_about_the_text():
+  script, rng = scripts.load("long_chats"), random.Random(0)
+  text = "In the year after, the good ship Ada Lovelace met Grace near the harbour of Reykjavik. It sailed on to Oslo then."
+  ask = lambda kind, number=0, text=text: script.question(kind, text, number, rng)
+  assert [ask("general", n) for n in range(len(script.GENERAL))] == list(script.GENERAL)
+  assert {ask("about") for _ in range(50)} == {
+      f'What does the text say about "{name}"?' for name in ("Ada Lovelace", "Grace", "Reykjavik", "Oslo")
+  }
+  quotes = {ask("quote").split('"')[1] for _ in range(50)}
+  assert len(quotes) > 3 and all(f"{quote} " in text and quote.count(" ") == 5 for quote in quotes)
+  assert ask("about", text="at the beginning") == 'What does the text say about "beginning"?'  # no name in it
+  assert [ask(kind, 1, "no no") for kind in ("about", "quote")] == [script.GENERAL[1]] * 2

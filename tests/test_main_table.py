@@ -102,7 +102,7 @@ def test_equal_latency_by_hand(script):
   assert ftp == "| ftp | 0.040 (80.0 %) | 0.200 (75.0 %) | 0.300 (75.0 %) |"
 
 
-def test_long_contexts_at_equal_latency(script):
+def test_files_of_long_contexts_at_equal_latency(script):
   """Beside the KL of short prompts, in the same columns' order, and without accuracy."""
   rows = [
       cell("dense", 0.0, 0, 0.85, 0.80, 0.0, 1.0),
@@ -110,13 +110,14 @@ def test_long_contexts_at_equal_latency(script):
       cell("ftp", 0.2, 0, 0.80, 0.80, 0.04, 1 / 0.9),
   ]
   for row, kl in zip(rows, (0.0, 0.3, 0.06)):
-    row["long"] = {"kl": kl, "agreement": 1 - kl, "achieved": row["asked"] / 2}
+    row["long"]["speeches"] = {"kl": kl, "agreement": 1 - kl, "achieved": row["asked"] / 2}
   table = script.summarise(rows, GUESS, [512])
-  _, _, late, ftp = script.equal_latency(table, 512, "kl_long").splitlines()
+  heading, _, late, ftp = script.equal_latency(table, 512, "speeches").splitlines()
+  assert heading.startswith("| speeches, KL at the time of ftp, 512 tokens | S = 0.20")
   assert late == "| late | 0.150 |" and ftp == "| ftp | 0.060 |"
-  heading, _, _, late, _ = script.markdown(table, [512]).splitlines()
-  start = heading.split(" | ").index("KL, long")
-  assert heading.split(" | ")[start : start + 3] == ["KL, long", "agreement %, long", "skipped there %"]
+  heading, _, _, late, _ = script.markdown(table, [512], ["speeches"]).splitlines()
+  start = heading.split(" | ").index("KL, speeches")
+  assert heading.split(" | ")[start + 1 : start + 3] == ["agreement %, speeches", "skipped there %"]
   assert late.split(" | ")[start : start + 3] == ["0.300", "70.0", "10.0"]
 
 
@@ -133,7 +134,7 @@ def chats(script, tmp_path, monkeypatch):
   for split in ("search", "train", "validation"):
     save_arrays(tmp_path / "data" / f"{split}.npz", **pack([([1, 2, 3], 2)], 4)._asdict())
   path = tmp_path / "chats.jsonl"
-  monkeypatch.setattr(script, "_LONG", types.SimpleNamespace(value=str(path)))
+  monkeypatch.setattr(script, "_LONG", types.SimpleNamespace(value=[str(path)]))
 
   def write(*contexts):
     path.write_text("".join(json.dumps({"context": text, "continuation": "good"}) + "\n" for text in contexts))
@@ -144,7 +145,7 @@ def chats(script, tmp_path, monkeypatch):
 
 def test_long_prompts_are_wrapped_as_the_runs_and_as_wide_as_needed(chats):
   table = chats("x" * 4, "x" * 60, "x" * 9)  # the second does not fit 30 positions
-  prompts = table.long_prompts()
+  prompts = table.long_prompts(str(table.run / "chats.jsonl"))
   texts = [table.model.tokenizer.decode(row[:m]) for row, m in zip(prompts.tokens, prompts.context)]
   frame = texts[0].partition("xxxx")
   assert texts[1] == frame[0] + "x" * 9 + frame[2] and "<|user|>" in frame[0] and "<|assistant|>" in frame[2]
@@ -152,15 +153,15 @@ def test_long_prompts_are_wrapped_as_the_runs_and_as_wide_as_needed(chats):
   assert prompts.tokens.shape == (2, prompts.length.max())
   table.model.config.max_positions = 5
   with pytest.raises(UserError, match="has no prompt that fits the model"):
-    table.long_prompts()
+    table.long_prompts(str(table.run / "chats.jsonl"))
 
 
 def test_long_prompts_that_the_run_was_trained_on_are_refused(chats):
   table = chats("x" * 4, "y" * 5)
-  prompts = table.long_prompts()
+  prompts = table.long_prompts(str(table.run / "chats.jsonl"))
   save_arrays(table.run / "data" / "train.npz", **take(prompts, [1])._asdict())
   with pytest.raises(UserError, match="holds prompts of the train set"):
-    table.long_prompts()
+    table.long_prompts(str(table.run / "chats.jsonl"))
 
 
 def test_long_prompts_are_measured_once_a_cell(script, chats, monkeypatch):
@@ -172,10 +173,10 @@ def test_long_prompts_are_measured_once_a_cell(script, chats, monkeypatch):
   measured = []
   yardstick = types.SimpleNamespace(record=lambda name, windows: measured.append(name) or {"kl": 0.5, "seed": 0})
   monkeypatch.setattr(script.baselines, "Yardstick", lambda model, prompts, batch: yardstick)
-  read = lambda cell: json.loads((table.directory(*cell) / "long.json").read_text())
+  read = lambda cell: json.loads((table.directory(*cell) / "long-chats.json").read_text())
   table.long()
   assert measured == ["late", "ftp"] and read(table.cells[1])["seed"] == 1 and read(table.cells[1])["kl"] == 0.5
-  (table.directory(*table.cells[0]) / "long.json").unlink()
+  (table.directory(*table.cells[0]) / "long-chats.json").unlink()
   table.long()
   table.long()
   assert measured == ["late", "ftp", "late"]
@@ -242,11 +243,11 @@ def test_the_plot_has_a_panel_of_what_is_there(script, tmp_path, monkeypatch):
   monkeypatch.setattr(pyplot, "subplots", lambda *args, **options: panels.append(args[1]) or draw(*args, **options))
   rows = [cell("dense", 0.0, 0, 0.5, 0.5, 0.0, 1.0), cell("late", 0.3, 0, 0.4, 0.5, 0.2, 1.3)]
   path = tmp_path / "plot.png"
-  plot = lambda rows, guess: script.plot(script.summarise(rows, guess, [512]), 512, path)
+  plot = lambda rows, guess: script.plot(script.summarise(rows, guess, [512]), 512, path, ["chats"] if rows[1]["long"] else [])
   plot(rows, {})
   assert path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 5000
   plot(rows, GUESS)
-  rows[1]["long"] = {"kl": 0.3}
+  rows[1]["long"] = {"chats": {"kl": 0.3}}
   plot(rows, GUESS)
   rows[1]["quality"] = {}
   plot(rows, {})

@@ -174,9 +174,9 @@ def test_masked_blocks_against_a_loop_over_kept_tokens(kv_mode):
   np.testing.assert_allclose(out.hidden_BxTxD, x, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["global", "per_block"])
-def test_starting_after_a_dense_prefix_is_exact(kind):
-  c = tiny.config()
+@pytest.mark.parametrize("kind, one_pass", [("global", -1), ("per_block", -1), ("global", 2), ("per_block", 1)])
+def test_starting_after_a_dense_prefix_is_exact(kind, one_pass):
+  c, routing = tiny.config(), RoutingConfig(one_pass_block=one_pass)
   p = tiny.params(c)
   router = dynamic(c, kind=kind)
   batch = tiny.batch(c, [9, 5], [12, 9], 12)
@@ -186,10 +186,12 @@ def test_starting_after_a_dense_prefix_is_exact(kind):
   np.testing.assert_allclose(same, last, atol=1e-5)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b[2], atol=1e-5), some[1], entries)
   np.testing.assert_allclose(last, decoder.forward(c, p, batch[0], batch[2]), atol=1e-5)
-  full = tiny.forward(c, RoutingConfig(), p, router, *batch, schedule)
-  for start in (1, 2):
+  full = tiny.forward(c, routing, p, router, *batch, schedule)
+  starts = {masked.late_start(routing, router, first) for first in (1, 2)}
+  assert starts == {1, 2 if one_pass != 1 else 1}  # the block that decides for those after it must be run
+  for start in starts:
     entry = jax.tree.map(lambda a: a[start], entries)
-    out = tiny.forward(c, RoutingConfig(), p, router, *batch, schedule, start=start, entry=entry)
+    out = tiny.forward(c, routing, p, router, *batch, schedule, start=start, entry=entry)
     np.testing.assert_array_equal(out.keep_LxBxT, full.keep_LxBxT)
     np.testing.assert_allclose(out.hidden_BxTxD[full.keep_LxBxT[0]], full.hidden_BxTxD[full.keep_LxBxT[0]], atol=1e-5)
 

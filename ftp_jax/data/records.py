@@ -3,7 +3,7 @@
 Sources, as named by `config.data.source`:
   embedded: the English prose that CPython carries for its own help(); no download, no file.
   text: a file of text, or JSON lines with a "text" field.
-  prompts: JSON lines with instruction / input / output (Alpaca) or context / continuation.
+  prompts: JSON lines with instruction / input / output (Alpaca) or context / continuation, and maybe document.
   hub: a Hugging Face data set whose rows have one of these shapes.
 No boilerplate is put around a prompt: text that is the same in every prompt would reward routers
 that skip the beginning.
@@ -30,6 +30,7 @@ class Pair(NamedTuple):
   prompt: str
   answer: str
   is_instruction: bool  # the answer starts a new line after the prompt when no chat template is used
+  document: str = ""  # what the prompt is about; prompts of one document stay in one set. Empty: each is its own
 
 
 def read_source(data) -> list[str] | list[Pair]:
@@ -99,13 +100,14 @@ def _read_pairs(path: str) -> list[Pair]:
 
 
 def _pair(record: dict[str, Any], where: str) -> Pair:
+  document = _field(record, "document", where) if "document" in record else ""
   if "instruction" in record and "output" in record:
     parts = [_field(record, "instruction", where)]
     if record.get("input"):
       parts.append(_field(record, "input", where))
-    return Pair("\n".join(parts), _field(record, "output", where), is_instruction=True)
+    return Pair("\n".join(parts), _field(record, "output", where), True, document)
   if "context" in record and "continuation" in record:
-    return Pair(_field(record, "context", where), _field(record, "continuation", where), is_instruction=False)
+    return Pair(_field(record, "context", where), _field(record, "continuation", where), False, document)
   raise UserError(
       f"{where} has the fields {', '.join(sorted(record)) or '(none)'}; rename them to instruction, input and output, "
       "or to context and continuation."

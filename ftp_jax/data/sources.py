@@ -1,7 +1,7 @@
 """The four disjoint sets of prompts of a run: search, train, validation and test.
 
-Who goes where is decided by whole documents (a prompt with all its answers counts as one), drawn
-in an order that `data.seed` fixes:
+Who goes where is decided by whole documents (all prompts that name one `document`; else a prompt with
+all its answers), drawn in an order that `data.seed` fixes:
   1. test, validation and search, in this order, take document after document until they have their
      number, at most a quarter of it from one document (half or all of it where documents run out
      otherwise); train draws from all documents left. So while documents suffice, the test prompts
@@ -61,7 +61,7 @@ def load_prompts(data, tokenizer) -> tuple[Prompts, np.ndarray, str]:
   records = read_source(data)
   width = data.max_context + data.continuation
   if isinstance(records[0], Pair):
-    keyed, found = _pair_rows(encode_pairs(records, tokenizer, data.chat), data)
+    keyed, found = _pair_rows(records, encode_pairs(records, tokenizer, data.chat), data)
   else:
     windows = encode_windows(records, tokenizer, width)
     keyed = [(number, window, data.max_context) for number, rows in enumerate(windows) for window in rows]
@@ -74,17 +74,17 @@ def load_prompts(data, tokenizer) -> tuple[Prompts, np.ndarray, str]:
   return pack(list(distinct), width), np.array([numbers[key] for key in distinct.values()], np.int64), found
 
 
-def _pair_rows(encoded, data):
+def _pair_rows(pairs, encoded, data):
   """Rows (document key, ids, context length) of the pairs whose lengths fit, and a count in words."""
   rows, outside, short = [], 0, 0
-  for context, answer in encoded:
+  for pair, (context, answer) in zip(pairs, encoded):
     answer = answer[: data.continuation]
     if not data.min_context <= len(context) <= data.max_context:
       outside += 1
     elif len(answer) < data.min_continuation:
       short += 1
     else:
-      rows.append((tuple(context), context + answer, len(context)))
+      rows.append((pair.document or tuple(context), context + answer, len(context)))
   found = (
       f"{len(encoded)} records, of which {outside} have a context outside {data.min_context}..{data.max_context} "
       f"tokens and {short} an answer below {data.min_continuation}"

@@ -117,9 +117,10 @@ class Judge:
   def _run(self, i: int, router: routers.Router, schedules_PxL: np.ndarray, other) -> Quality:
     rows = self._batches[i][0] if other is None else other[i]
     start, entry = 0, None
-    if other is None and masked.can_start_late(self.routing, router):
+    if other is None:
       skipping = np.flatnonzero(schedules_PxL.max(axis=0) > 0)
-      first = skipping[0] if len(skipping) else self.model.config.num_blocks - 1
+      first = int(skipping[0]) if len(skipping) else self.model.config.num_blocks - 1
+      first = masked.late_start(self.routing, router, first)
       at = max(d for d, depth in enumerate(self.depths) if depth <= first)
       start, entry = self.depths[at], self._entries[i][at]
     params = self.model.params

@@ -111,10 +111,15 @@ def choose_attention(attention: str, config: ModelConfig, routing: RoutingConfig
   return attention
 
 
-def can_start_late(routing: RoutingConfig, router: Router) -> bool:
-  """Whether nothing but the states and the score table passes from block to block."""
-  own = router.kind == "given" or router.recurrent
-  return not own and not routing.decode_sparsity and routing.one_pass_block < 0
+def late_start(routing: RoutingConfig, router: Router, first: int) -> int:
+  """The last block, `first` or one before it, at which a pass can start from a dense `Entry`; 0 where none can.
+
+  More than the states and the score table passes from block to block where a router has a state or every block its
+  given gates, and the block that decides in one pass must be run.
+  """
+  if router.kind == "given" or router.recurrent or routing.decode_sparsity:
+    return 0
+  return first if routing.one_pass_block < 0 else min(first, routing.one_pass_block)
 
 
 def dense_entries(
@@ -213,7 +218,7 @@ def forward(
     length_B: valid lengths n >= m.
     schedule_L: sparsity asked of each block, for context tokens.
     start: blocks before this one are dense and not run: `entry` is what enters block `start`; see
-      `can_start_late`.
+      `late_start`.
     straight_through: let gradients reach the router through the hard gates, as if each gate
       were the sigmoid of its margin.
     input_gradient: let them pass through the states that routers read as well. From block to block these
@@ -283,7 +288,7 @@ def forward(
   if entry is None:
     x = decoder.embed(config, params, tokens_BxT, dtype)
   else:
-    assert can_start_late(routing, router)
+    assert start == late_start(routing, router, start)
     x, scores = entry.x_BxTxD, scores._replace(prefill_BxT=entry.score_BxT)
   state = routers.init_state(router, batch, num_positions) if dynamic else None
   xs = (

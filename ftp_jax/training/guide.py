@@ -27,16 +27,18 @@ from ftp_jax.training.fisher import gate_fisher
 class GuideData(NamedTuple):
   """Router inputs and targets of N prompts, on the host.
 
+  U blocks have inputs of their own: all, or under one-pass routing the one that decides and those before it.
+
   Attributes:
     context_N: context lengths.
-    score_LxNxT: prefill attention scores that enter each block of the dense model.
-    hidden_LxNxTxD: root-mean-square normed hidden states, float16; None for routers without them.
+    score_UxNxT: prefill attention scores that enter each of these blocks in the dense model.
+    hidden_UxNxTxD: root-mean-square normed hidden states, float16; None for routers without them.
     fisher_LxNxT: gate scores, as `joint_scores` gives them.
   """
 
   context_N: np.ndarray
-  score_LxNxT: np.ndarray
-  hidden_LxNxTxD: np.ndarray | None
+  score_UxNxT: np.ndarray
+  hidden_UxNxTxD: np.ndarray | None
   fisher_LxNxT: np.ndarray
 
 
@@ -44,8 +46,7 @@ class GuideData(NamedTuple):
 def _inputs(config, routing, params, tokens, context, length, *, with_hidden, dtype):
   entries, _ = masked.dense_entries(config, routing, params, tokens, context, length, dtype=dtype)
   if routing.one_pass_block >= 0:  # later blocks decide from what enters this one
-    decides = np.minimum(np.arange(config.num_blocks), routing.one_pass_block)
-    entries = jax.tree.map(lambda a: a[decides], entries)
+    entries = jax.tree.map(lambda a: a[: routing.one_pass_block + 1], entries)
   hidden = routers.normed(entries.x_BxTxD).astype(jnp.float16) if with_hidden else None
   return sharding.replicate(entries.score_BxT), hidden
 
@@ -60,7 +61,7 @@ def collect_inputs(
     with_hidden: bool,
     dtype: Any,
 ) -> tuple[np.ndarray, np.ndarray | None]:
-  """(score_LxNxT, hidden_LxNxTxD or None) of a dense pass over all prompts."""
+  """(score_UxNxT, hidden_UxNxTxD or None) of a dense pass over all prompts, as GuideData has them."""
   with sharding.over(params):
     parts = []
     for rows, _ in batches(prompts, batch):
@@ -167,10 +168,12 @@ def warm_up(
     The parameters and the loss of every step.
   """
   optimizer = optax.adamw(optax.cosine_decay_schedule(settings.learning_rate, settings.steps), weight_decay=1e-3)
-  num_positions = data.score_LxNxT.shape[-1]
+  num_inputs, _, num_positions = data.score_UxNxT.shape
+  decides_L = np.minimum(np.arange(len(schedule_L)), num_inputs - 1)
 
   def loss_fn(params, context, score, hidden, fisher, schedule):
     in_context = jnp.arange(num_positions)[None] < context[:, None]
+    score, hidden = jax.tree.map(lambda a: a[decides_L], (score, hidden))
     features = jax.vmap(lambda score, s: context_factors(FACTORS, score, s, context))(score, schedule)
     target = losses.top_targets(fisher, schedule, context, routing.bucket_multiple)
     return losses.guide_loss(margins(router, params, features, hidden), target, schedule, in_context)
@@ -185,9 +188,9 @@ def warm_up(
   state, history = optimizer.init(params), []
   for number in progress(range(settings.steps)):
     rows = indices_at(len(data.context_N), settings.batch, number, seed)
-    hidden = None if data.hidden_LxNxTxD is None else data.hidden_LxNxTxD[:, rows]
+    hidden = None if data.hidden_UxNxTxD is None else data.hidden_UxNxTxD[:, rows]
     params, state, loss = step(
-        params, state, data.context_N[rows], data.score_LxNxT[:, rows], hidden, data.fisher_LxNxT[:, rows], schedule_L
+        params, state, data.context_N[rows], data.score_UxNxT[:, rows], hidden, data.fisher_LxNxT[:, rows], schedule_L
     )
     history.append(loss)
   return params, [float(loss) for loss in history]

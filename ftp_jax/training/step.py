@@ -117,7 +117,7 @@ def loss_fn(spec: StepSpec, params: Any, router: Any, batch: Batch, schedule_L, 
   """w_d L_d + w_s L_s + w_g L_g and its parts."""
   tokens, context, length = batch.tokens_BxT, batch.context_B, batch.length_B
   routed = routers.Router("dynamic", spec.router, router)
-  start = spec.start if masked.can_start_late(spec.routing, routed) else 0
+  start = masked.late_start(spec.routing, routed, spec.start)
   (entry,), dense = jax.lax.stop_gradient(
       masked.dense_entries(
           spec.model, spec.routing, params, tokens, context, length, (start,), dtype=spec.dtype,
