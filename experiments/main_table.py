@@ -48,7 +48,7 @@ from ftp_jax.stages import SETTINGS, describe_changes, load_arrays, read_json, w
 
 TASKS = ("arc_easy", "arc_challenge", "hellaswag", "winogrande", "mmlu")
 METRIC = dict.fromkeys(TASKS[:3], "acc_norm") | dict.fromkeys(TASKS[3:], "acc")
-METHODS = ("truncation", "late", "static", "random", "shortgpt", "blockpruner", "mod", "skipgpt", "ftp")
+METHODS = ("truncation", "late", "static", "random", "fastv", "shortgpt", "blockpruner", "mod", "skipgpt", "ftp")
 TRAINED = ("mod", "skipgpt")
 SEEDED = ("random", "ftp", *TRAINED)  # differ from seed to seed
 STAGES = ("quality", "long", "tasks", "latency", "report")

@@ -19,7 +19,7 @@ from ftp_jax.export.artifact import Artifact
 from ftp_jax.inference import Engine, Sampling
 from ftp_jax.inference import engine as engine_module
 from ftp_jax.models.sources import Model
-from ftp_jax.routing import routers
+from ftp_jax.routing import masked, routers
 from ftp_jax.routing.config import RouterConfig, RoutingConfig
 from tests import tiny
 from tests.test_data import byte_tokenizer
@@ -111,9 +111,9 @@ def test_truncation_reads_the_sink_and_the_latest_tokens(model, yardstick, promp
   assert record["cache_ratio"] < 0.8
 
 
-@pytest.mark.parametrize("name", ["random", "static", "late"])
-def test_routed_methods_measure_as_the_masked_judge(name, model, yardstick, prompts):
-  baseline = baselines.build(name, model, 0.3, seed=3)
+@pytest.mark.parametrize("name", ["random", "static", "late", "fastv"])
+def test_routed_methods_measure_as_the_masked_judge(name, model, yardstick, prompts, calibration):
+  baseline = baselines.build(name, model, 0.3, calibration, seed=3)
   routing = RoutingConfig(**baseline.facts["routing"])
   judge = Judge(Frozen(CONFIG, model.params), routing, prompts, 2, 4)
   expected = judge.quality(baseline.router, np.asarray(baseline.facts["schedule"], np.float32))
@@ -123,7 +123,7 @@ def test_routed_methods_measure_as_the_masked_judge(name, model, yardstick, prom
   assert_close(found.agreement, expected.agreement)
   record = yardstick.record(baseline)
   assert record["achieved"] == pytest.approx(flops.skipped_share(expected.keep_LxNxT, prompts.context))
-  saved = flops.saved_share(CONFIG, expected.keep_LxNxT, prompts.context, routing.kv_mode)
+  saved = flops.saved_share(CONFIG, expected.keep_LxNxT, prompts.context, routing.kv_mode, baseline.router.config)
   assert record["flops_saved"] == pytest.approx(saved)
   assert (record["cache_ratio"] < 0.8) == (routing.kv_mode == "evict")
 
@@ -143,6 +143,24 @@ def test_late_blocks_compute_the_forced_tokens_alone(model):
   np.testing.assert_array_equal(keep[3], [1, 0, 0, 0, 0, 1, 1, 1])
   np.testing.assert_array_equal(keep[4], [1, 0, 0, 0, 0, 0, 0, 1])
   assert group.plan.slots == (8, 8, 8, 4, 2) and group.plan.cache_slots == (8,) * 5
+
+
+def test_fastv_keeps_what_the_last_queries_look_at(model, calibration):
+  baseline = baselines.build("fastv", model, 0.3, calibration)
+  tried, k = baseline.facts["validation_kl"], baseline.routing.one_pass_block
+  assert sorted(tried) == ["1", "2", "3"] and tried[str(k)] == min(tried.values())
+  assert np.mean(baseline.facts["schedule"]) == pytest.approx(0.3)
+  tokens, context = np.array([[5, 9, 2, 7, 7, 3, 1, 8, 6, 4]]), np.array([10])
+  entries, _ = masked.dense_entries(CONFIG, baseline.routing, model.params, tokens, context, context)
+  score = np.array(entries.score_BxT[k, 0])
+  score[[0, 9]] = np.inf  # forced
+  kept = np.sort(np.argsort(-score)[: np.ceil(10 * (1 - baseline.facts["schedule"][-1]) - 1e-4).astype(int)])
+  (group,) = baseline.engine.prefill(tokens.tolist()).groups
+  keep = np.asarray(group.prefilled.cache.keep_LxBxT)[:, 0]
+  for block in range(BLOCKS):
+    np.testing.assert_array_equal(np.flatnonzero(keep[block]), kept if block >= k else np.arange(10))
+  with pytest.raises(UserError, match="ask for less"):
+    baselines.build("fastv", model, 0.9, calibration)
 
 
 def test_shortgpt_removes_silent_blocks_at_no_cost(model, prompts, calibration, windows):
@@ -316,7 +334,7 @@ def test_skipgpt_learns_what_does_nothing(model, prompts, monkeypatch):
   assert skipped[1, 0] + skipped[3, 1] + skipped[4].sum() > 0.7 * skipped.sum()
 
 
-ALL = ("truncation", "random", "static", "late", "shortgpt", "blockpruner", "mod", "skipgpt")
+ALL = ("truncation", "random", "static", "late", "fastv", "shortgpt", "blockpruner", "mod", "skipgpt")
 
 
 @pytest.mark.parametrize("name", ALL)

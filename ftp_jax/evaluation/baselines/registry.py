@@ -14,7 +14,7 @@ from typing import Any
 import jax
 
 from ftp_jax.errors import UserError
-from ftp_jax.evaluation.baselines import blockpruner, mod, shortgpt, skipgpt
+from ftp_jax.evaluation.baselines import blockpruner, fastv, mod, shortgpt, skipgpt
 from ftp_jax.evaluation.baselines.calibration import Calibration
 from ftp_jax.evaluation.baselines.kinds import Baseline, Routed, Smaller, Subblocks, Truncation
 from ftp_jax.evaluation.judge import Frozen
@@ -58,6 +58,7 @@ METHODS = {
     "random": Method(Routed, _uniform("random")),
     "static": Method(Routed, _uniform("static")),
     "late": Method(Routed, _late),
+    "fastv": Method(Routed, fastv.calibrate, calibrated=True),
     "shortgpt": Method(Smaller, shortgpt.calibrate, calibrated=True),
     "blockpruner": Method(Subblocks, blockpruner.calibrate, calibrated=True),
     "mod": Method(Routed, mod.calibrate, calibrated=True),
