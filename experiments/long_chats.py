@@ -4,13 +4,14 @@
 
 `--documents` are text files or JSON Lines with a `text` field; without any it is the prose that Python carries.
 Documents are taken in a seeded order, each once before any a second time, excerpts of one do not overlap. Kinds of
-questions take turns: `general` ones suit any text, `about` asks about a name in it and `quote` for what follows some of
-its words. The answers are greedy. The file is one that `data.source=prompts` reads (with `data.chat=True`, and at most
---answer tokens as `data.continuation`), so that routers can be trained on such chats, and that `main_table.py --long`
-measures all methods on; texts of the two should differ. Its lines name the `document`, so that no two sets of a run
-share one.
+questions take turns: `general` ones suit any text, `about` asks about a name in it (a long word where there is none)
+and `quote` for what follows some of its words. The answers are greedy. The file is one that `data.source=prompts` reads
+(with `data.chat=True`, and at most --answer tokens as `data.continuation`), so that routers can be trained on such
+chats, and that `main_table.py --long` measures all methods on; texts of the two should differ. Its lines name the
+`document`, so that no two sets of a run share one while documents suffice.
 """
 
+import hashlib
 import json
 import pathlib
 import random
@@ -50,25 +51,28 @@ _QUESTIONS = flags.DEFINE_list("questions", list(KINDS), "Kinds of questions, wh
 _SEED = flags.DEFINE_integer("seed", 0, "Which excerpts, and what is asked of them.", lower_bound=0)
 
 
-def excerpts(documents: list[str], tokenizer, tokens: int, count: int, seed: int) -> list[tuple[int, str]]:
-  """`count` excerpts of `tokens` tokens, BOS included, each with the number of its document.
+def excerpts(documents: list[str], tokenizer, tokens: int, count: int, seed: int) -> list[tuple[str, str]]:
+  """`count` excerpts of `tokens` tokens, BOS included, each behind a name of its document, a digest of the text.
 
   Raises:
     UserError: the documents have fewer.
   """
-  windows = [rows for rows in encode_windows(documents, tokenizer, tokens) if rows]
-  if sum(map(len, windows)) < count:
+  name = lambda text: hashlib.sha256(text.encode()).hexdigest()[:12]
+  windows = [(name(text), rows) for text, rows in zip(documents, encode_windows(documents, tokenizer, tokens)) if rows]
+  available = sum(len(rows) for _, rows in windows)
+  if available < count:
     raise UserError(
-        f"--count={count} excerpts of {tokens} tokens are needed, the documents have {sum(map(len, windows))}; "
-        "lower --count or --tokens."
+        f"--count={count} excerpts of {tokens} tokens are needed, the documents have {available}; lower --count or "
+        "--tokens, or name longer documents."
     )
-  left = {at: [windows[at][i] for i in shuffled(len(windows[at]), seed, 1)] for at in shuffled(len(windows), seed)}
+  order = [windows[at] for at in shuffled(len(windows), seed)]
+  left = [(document, [rows[i] for i in shuffled(len(rows), seed, 1)]) for document, rows in order]
   found = []
   while len(found) < count:
-    found += [(at, rows.pop()) for at, rows in left.items() if rows]
-  numbers, rows = zip(*found[:count])
+    found += [(document, rows.pop()) for document, rows in left if rows]
+  names, rows = zip(*found[:count])
   texts = tokenizer.batch_decode(list(rows), skip_special_tokens=True, clean_up_tokenization_spaces=False)
-  return list(zip(map(int, numbers), (text.strip("\ufffd").strip() for text in texts)))  # may be cut within a character
+  return list(zip(names, (text.strip("\ufffd").strip() for text in texts)))  # may be cut within a character
 
 
 def question(kind: str, text: str, number: int, rng: random.Random) -> str:
@@ -90,7 +94,8 @@ def main(argv) -> None:
   unknown = set(_QUESTIONS.value) - set(KINDS)
   if unknown or not _QUESTIONS.value:
     raise UserError(f"--questions={','.join(_QUESTIONS.value)} is unknown; kinds are {', '.join(KINDS)}.")
-  documents = [text for path in _DOCUMENTS.value for text in read_documents(path)] or embedded_documents(held=False)
+  documents = [text for path in _DOCUMENTS.value for text in read_documents(path)]
+  documents = documents if _DOCUMENTS.value else embedded_documents(held=False)
   engine = Engine.load(_MODEL.value)
   found = excerpts(documents, engine.model.tokenizer, _TOKENS.value, _COUNT.value, _SEED.value)
   kinds = len(_QUESTIONS.value)
@@ -105,8 +110,8 @@ def main(argv) -> None:
   for at in tqdm.trange(0, len(ids), _BATCH, desc="answers"):
     answers += engine.generate(ids[at : at + _BATCH], _ANSWER.value)
   lines = [
-      json.dumps({"context": prompt, "continuation": answer.text, "document": f"document {at}"})
-      for prompt, answer, (at, _) in zip(prompts, answers, found) if answer.text.strip()
+      json.dumps({"context": prompt, "continuation": answer.text, "document": document})
+      for prompt, answer, (document, _) in zip(prompts, answers, found) if answer.text.strip()
   ]  # fmt: skip
   if not lines:
     raise UserError(f"{_MODEL.value} answers nothing to any of them; name a chat model.")

@@ -50,6 +50,7 @@ TASKS = ("arc_easy", "arc_challenge", "hellaswag", "winogrande", "mmlu")
 METRIC = dict.fromkeys(TASKS[:3], "acc_norm") | dict.fromkeys(TASKS[3:], "acc")
 METHODS = ("truncation", "late", "static", "random", "fastv", "shortgpt", "blockpruner", "mod", "skipgpt", "ftp")
 TRAINED = ("mod", "skipgpt")
+VALIDATED = (*TRAINED, "fastv")  # look at the validation prompts, fastv at no others
 SEEDED = ("random", "ftp", *TRAINED)  # differ from seed to seed
 STAGES = ("quality", "long", "tasks", "latency", "report")
 _TASK_BUCKETS = 2  # most of the time of short prompts goes into compilation
@@ -119,8 +120,10 @@ class Table:
       where = self.artifact(sparsity, seed)
       found["artifact"] = [digest(str(where / name)) for name in (CONFIG_FILE, WEIGHTS_FILE)]
     elif method != "dense" and baselines.METHODS[method].calibrated:
-      found |= {"calibration prompts": calibration_prompts(method), "training prompts": of_split("train")}
-      found |= {"--steps": _STEPS.value, "validation": of_split("validation")} if method in TRAINED else {}
+      if method != "fastv":
+        found |= {"calibration prompts": calibration_prompts(method), "training prompts": of_split("train")}
+      found |= {"--steps": _STEPS.value} if method in TRAINED else {}
+      found |= {"validation": of_split("validation")} if method in VALIDATED else {}
     return found
 
   def claim(self, cell: Cell) -> None:
@@ -149,7 +152,8 @@ class Table:
     self._measure("quality", missing, self.test, 8, {}, self.windows)
 
   def long(self) -> None:
-    for file in _LONG.value:
+    prompts = {file: self.long_prompts(file) for file in _LONG.value}  # all are looked at before any is measured
+    for file in prompts:
       name, made_of, missing = f"long-{pathlib.Path(file).stem}", {"prompts": digest(file)}, []
       for cell in self.cells:
         path = self.directory(*cell) / f"{name}.json"
@@ -157,7 +161,7 @@ class Table:
           missing.append(cell)
         elif read_json(path)["made of"] != made_of:
           raise UserError(f"{path} was measured on another file than {file} of --long; name another --out.")
-      self._measure(name, missing, self.long_prompts(file), _LONG_BATCH, {"made of": made_of})
+      self._measure(name, missing, prompts[file], _LONG_BATCH, {"made of": made_of})
 
   def _measure(
       self, name: str, missing: list[Cell], prompts: Prompts, batch: int, extra: dict[str, Any],
@@ -494,7 +498,7 @@ def plot(table: list[dict[str, Any]], context: int, path: pathlib.Path, files: S
     there = [entry for entry in known if entry[key] is not None]
     for method in dict.fromkeys(entry["method"] for entry in there):
       own = sorted((entry for entry in there if entry["method"] == method), key=lambda entry: entry["asked"])
-      color = f"C{('dense', *METHODS).index(method)}"  # the same in all panels, which have one legend
+      color = "black" if method == "dense" else f"C{METHODS.index(method)}"  # in all panels, which have one legend
       time, quality = [1 / entry[f"speedup_{context}"] for entry in own], [entry[key] * factor for entry in own]
       panel.plot(time, quality, "o-", label=method, color=color)
     panel.set_xlabel(f"prefill time at {context} tokens, dense = 1")

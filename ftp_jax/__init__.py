@@ -9,6 +9,7 @@ Legend of the axis letters used in array names (`x_BxTxD`, `keep_BxT`, ...):
     N  dimension of one head         F  hidden size of the MLP
     V  vocabulary                    P  candidates of a population
     C  continuation positions that are scored
+    U  blocks with router inputs of their own
 
 Rows are padded on the right: row b is valid at t < length_B[b] and its context is
 t < context_B[b] (see docs/method.md for the semantics of context and continuation).

@@ -145,7 +145,7 @@ def test_late_blocks_compute_the_forced_tokens_alone(model):
   assert group.plan.slots == (8, 8, 8, 4, 2) and group.plan.cache_slots == (8,) * 5
 
 
-def test_fastv_keeps_what_the_last_queries_look_at(model, calibration):
+def test_fastv_keeps_what_the_last_queries_look_at(model, prompts, calibration):
   baseline = baselines.build("fastv", model, 0.3, calibration)
   tried, k = baseline.facts["validation_kl"], baseline.routing.one_pass_block
   assert sorted(tried) == ["1", "2", "3"] and tried[str(k)] == min(tried.values())
@@ -159,6 +159,7 @@ def test_fastv_keeps_what_the_last_queries_look_at(model, calibration):
   keep = np.asarray(group.prefilled.cache.keep_LxBxT)[:, 0]
   for block in range(BLOCKS):
     np.testing.assert_array_equal(np.flatnonzero(keep[block]), kept if block >= k else np.arange(10))
+  assert baseline.perplexity(prompts, 2) == (None, None)  # would be the dense model's: no continuation token skips
   with pytest.raises(UserError, match="ask for less"):
     baselines.build("fastv", model, 0.9, calibration)
 

@@ -240,15 +240,21 @@ def test_windows_of_one_document_stay_in_one_split(tmp_path, tokenizer):
 
 
 def test_prompts_that_name_one_document_stay_in_one_split(tmp_path, tokenizer):
-  records = [{"context": f"{letter}{n}", "continuation": "a", "document": letter} for n in (0, 1) for letter in "abcdefghijkl"]
+  letters = [letter for _ in (0, 1) for letter in "abcdefghijkl"]
+  records = [{"context": f"{x}{n}", "continuation": "a", "document": x} for n, x in enumerate(letters)]
   path = write_jsonl(tmp_path / "a.jsonl", [*records, {"instruction": "g2", "output": "a", "document": "g"}])
   splits = load_splits(data_config(path=path, num_test=4, num_train=4), tokenizer)
   letters = {name: {context[0] for context, _ in rows_as_text(rows, tokenizer)} for name, rows in splits.items()}
   assert sum(map(len, letters.values())) == len(set().union(*letters.values()))
   assert len(letters["test"]) == 4  # at most a quarter of the set from one document
-  path = write_jsonl(tmp_path / "b.jsonl", [{**records[0], "document": 3}])
-  with pytest.raises(UserError, match="'document' of type int"):
-    load_splits(data_config(path=path), tokenizer)
+  unnamed = [{"context": f"q{n}", "continuation": "a", "document": None} for n in range(8)]
+  assert len(load_splits(data_config(path=write_jsonl(tmp_path / "b.jsonl", unnamed)), tokenizer)["test"].tokens) == 2
+
+
+def test_equal_prompts_belong_to_the_document_that_is_named_first(tmp_path, tokenizer):
+  named = [{"context": f"q{n % 6}", "continuation": f"a{n}", "document": f"d{n}"} for n in range(12)]
+  _, documents, _ = load_prompts(data_config(path=write_jsonl(tmp_path / "a.jsonl", named)), tokenizer)
+  assert documents.tolist() == [0, 1, 2, 3, 4, 5] * 2
 
 
 def test_few_documents_are_still_kept_whole(tmp_path, tokenizer):

@@ -10,13 +10,17 @@ from tests.test_data import byte_tokenizer
 
 
 def test_excerpts_come_from_all_documents_and_do_not_overlap():
-  documents = ["abcdefghij", "ABCDEF", "012"]  # 3, 2 and 1 excerpts of three letters
+  documents = ["xy", "abcdefghij", "ABCDEF", "012"]  # 0, 3, 2 and 1 excerpts of three letters
   whole = {text[at : at + 3] for text in documents for at in range(0, len(text) - 2, 3)}
   script, tokenizer = scripts.load("long_chats"), byte_tokenizer()
   found = script.excerpts(documents, tokenizer, 3, 6, seed=0)
   assert {text for _, text in found} == whole and len(found) == 6
-  assert all(text in documents[number] for number, text in found)
-  assert {number for number, _ in found[:3]} == {0, 1, 2}
+  names = {name: [text for own, text in found if own == name] for name, _ in found}
+  assert sorted(map(len, names.values())) == [1, 2, 3] and len({name for name, _ in found[:3]}) == 3
+  assert all(any(set("".join(texts)) <= set(text) for text in documents) for texts in names.values())
+  assert set(names) == {name for name, _ in script.excerpts(documents[::-1], tokenizer, 2, 9, seed=1)} - {
+      name for name, text in script.excerpts(documents[::-1], tokenizer, 2, 9, seed=1) if text == "xy"
+  }  # of the text alone
   assert script.excerpts(documents, tokenizer, 3, 4, seed=0) == found[:4]
   assert any(script.excerpts(documents, tokenizer, 3, 6, seed=seed) != found for seed in (1, 2, 3))
   with pytest.raises(UserError, match="--count=7 excerpts of 3 tokens are needed, the documents have 6"):
@@ -25,7 +29,7 @@ def test_excerpts_come_from_all_documents_and_do_not_overlap():
 
 def test_questions_are_about_the_text():
   script, rng = scripts.load("long_chats"), random.Random(0)
-  text = "In the year after, the good ship Ada Lovelace met Grace near the harbour of Reykjavik. It sailed on to Oslo then."
+  text = "In the year after, the good ship Ada Lovelace met Grace near the port of Reykjavik. It sailed on to Oslo."
   ask = lambda kind, number=0, text=text: script.question(kind, text, number, rng)
   assert [ask("general", n) for n in range(len(script.GENERAL))] == list(script.GENERAL)
   assert {ask("about") for _ in range(50)} == {

@@ -103,7 +103,7 @@ def test_equal_latency_by_hand(script):
 
 
 def test_files_of_long_contexts_at_equal_latency(script):
-  """Beside the KL of short prompts, in the same columns' order, and without accuracy."""
+  """Each file has its own columns and its own table at equal time, without accuracy."""
   rows = [
       cell("dense", 0.0, 0, 0.85, 0.80, 0.0, 1.0),
       cell("late", 0.2, 0, 0.75, 0.80, 0.1, 1.25),
@@ -180,6 +180,12 @@ def test_long_prompts_are_measured_once_a_cell(script, chats, monkeypatch):
   table.long()
   table.long()
   assert measured == ["late", "ftp", "late"]
+  other = table.run / "manuals.jsonl"
+  other.write_text((table.run / "chats.jsonl").read_text())
+  script._LONG.value.append(str(other))
+  table.long()
+  assert measured == ["late", "ftp", "late", "late", "ftp"]
+  assert script.long_files(table.directory(*table.cells[0]))[1].name == "long-manuals.json"
   chats("x" * 5)
   with pytest.raises(UserError, match="was measured on another file"):
     table.long()
@@ -243,7 +249,7 @@ def test_the_plot_has_a_panel_of_what_is_there(script, tmp_path, monkeypatch):
   monkeypatch.setattr(pyplot, "subplots", lambda *args, **options: panels.append(args[1]) or draw(*args, **options))
   rows = [cell("dense", 0.0, 0, 0.5, 0.5, 0.0, 1.0), cell("late", 0.3, 0, 0.4, 0.5, 0.2, 1.3)]
   path = tmp_path / "plot.png"
-  plot = lambda rows, guess: script.plot(script.summarise(rows, guess, [512]), 512, path, ["chats"] if rows[1]["long"] else [])
+  plot = lambda rows, guess: script.plot(script.summarise(rows, guess, [512]), 512, path, script.long_names(rows))
   plot(rows, {})
   assert path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 5000
   plot(rows, GUESS)

@@ -196,6 +196,16 @@ def test_starting_after_a_dense_prefix_is_exact(kind, one_pass):
     np.testing.assert_allclose(out.hidden_BxTxD[full.keep_LxBxT[0]], full.hidden_BxTxD[full.keep_LxBxT[0]], atol=1e-5)
 
 
+@pytest.mark.parametrize("routing, kind, expected", [
+    ({}, "global", 3), ({}, "per_block", 3), ({}, "recurrent", 0), (dict(decode_sparsity=0.5), "global", 0),
+    (dict(one_pass_block=2), "global", 2), (dict(one_pass_block=3), "global", 3), (dict(one_pass_block=0), "global", 0),
+])  # fmt: skip
+def test_where_a_pass_can_start(routing, kind, expected):
+  router = routers.Router("dynamic", RouterConfig(kind), None)
+  assert masked.late_start(RoutingConfig(**routing), router, 3) == expected
+  assert masked.late_start(RoutingConfig(**routing), routers.Router("given"), 3) == 0
+
+
 def test_static_uniform_evict_is_truncation_of_the_oldest_context():
   c = tiny.config()
   p = tiny.params(c)

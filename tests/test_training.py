@@ -648,21 +648,24 @@ def test_inputs_under_one_pass_routing_are_those_of_the_blocks_that_decide():
     np.testing.assert_array_equal(deciding, all_blocks[:3])
 
 
-@pytest.mark.parametrize("factors", [FACTORS, ("position", "score", "rank")])
-def test_a_warm_up_under_one_pass_routing_reads_what_enters_the_block_that_decides(factors):
+@pytest.mark.parametrize("kind, factors", [
+    ("global", FACTORS), ("global", ("position", "score", "rank")), ("per_block", FACTORS), ("recurrent", ("rank",)),
+])  # fmt: skip
+def test_a_warm_up_under_one_pass_routing_reads_what_enters_the_block_that_decides(kind, factors):
   """As if every later block had that block's inputs, which is what the data of two blocks stand for."""
   rows, rng = prompts(10), np.random.default_rng(0)
   hidden = rng.standard_normal((2, 10, 16, CONFIG.hidden_size)).astype(np.float16)
   score, scores = rng.random((2, 10, 16), np.float32), rng.random((4, 10, 16), np.float32)
-  router_config = RouterConfig(kind="global", factors=factors, hidden_states=True, hidden_size=8)
+  router_config = RouterConfig(kind, factors=factors, hidden_states=True, hidden_size=8)
   settings = guide.WarmupSettings(steps=3, batch=4, learning_rate=1e-3)
   fit = lambda *inputs: guide.warm_up(
       router_config, RoutingConfig(one_pass_block=1), settings, new_router(router_config),
-      guide.GuideData(rows.context, *inputs, scores), np.array([0, 0.5, 0.25, 0.75]), seed=0,
+      guide.GuideData(rows.context, *inputs, scores), schedule, seed=0,
   )  # fmt: skip
-  (router, history), (spelled_out, same_history) = fit(score, hidden), fit(score[[0, 1, 1, 1]], hidden[[0, 1, 1, 1]])
-  np.testing.assert_allclose(history, same_history, rtol=1e-4)
-  jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-4), router, spelled_out)
+  for schedule in np.array([[0, 0.5, 0.25, 0.75], [0.25, 0.5, 0.25, 0.75]]):
+    (router, history), (spelled_out, expected) = fit(score, hidden), fit(score[[0, 1, 1, 1]], hidden[[0, 1, 1, 1]])
+    np.testing.assert_allclose(history, expected, rtol=1e-4)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-4), router, spelled_out)
 
 
 @pytest.mark.parametrize("kind, hidden", [("global", True), ("per_block", False), ("recurrent", True)])

@@ -30,7 +30,7 @@ class Pair(NamedTuple):
   prompt: str
   answer: str
   is_instruction: bool  # the answer starts a new line after the prompt when no chat template is used
-  document: str = ""  # what the prompt is about; prompts of one document stay in one set. Empty: each is its own
+  document: str = ""  # what the prompt is about; while documents suffice no two sets share one. Empty: each is its own
 
 
 def read_source(data) -> list[str] | list[Pair]:
@@ -100,7 +100,7 @@ def _read_pairs(path: str) -> list[Pair]:
 
 
 def _pair(record: dict[str, Any], where: str) -> Pair:
-  document = _field(record, "document", where) if "document" in record else ""
+  document = "" if record.get("document") is None else str(record["document"])
   if "instruction" in record and "output" in record:
     parts = [_field(record, "instruction", where)]
     if record.get("input"):

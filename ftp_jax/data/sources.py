@@ -76,15 +76,16 @@ def load_prompts(data, tokenizer) -> tuple[Prompts, np.ndarray, str]:
 
 def _pair_rows(pairs, encoded, data):
   """Rows (document key, ids, context length) of the pairs whose lengths fit, and a count in words."""
-  rows, outside, short = [], 0, 0
+  rows, outside, short, documents = [], 0, 0, {}
   for pair, (context, answer) in zip(pairs, encoded):
-    answer = answer[: data.continuation]
+    answer, asked = answer[: data.continuation], tuple(context)
+    document = documents.setdefault(asked, pair.document or asked)  # answers to one prompt go together, however named
     if not data.min_context <= len(context) <= data.max_context:
       outside += 1
     elif len(answer) < data.min_continuation:
       short += 1
     else:
-      rows.append((pair.document or tuple(context), context + answer, len(context)))
+      rows.append((document, context + answer, len(context)))
   found = (
       f"{len(encoded)} records, of which {outside} have a context outside {data.min_context}..{data.max_context} "
       f"tokens and {short} an answer below {data.min_continuation}"

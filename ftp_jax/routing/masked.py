@@ -112,10 +112,10 @@ def choose_attention(attention: str, config: ModelConfig, routing: RoutingConfig
 
 
 def late_start(routing: RoutingConfig, router: Router, first: int) -> int:
-  """The last block, `first` or one before it, at which a pass can start from a dense `Entry`; 0 where none can.
+  """The latest block up to `first` at which a pass can start from a dense `Entry`.
 
-  More than the states and the score table passes from block to block where a router has a state or every block its
-  given gates, and the block that decides in one pass must be run.
+  It is 0 for a recurrent router, given gates and the causal view: an entry lacks their state, gates and rows of scores.
+  Under one-pass routing the block that decides must be run.
   """
   if router.kind == "given" or router.recurrent or routing.decode_sparsity:
     return 0

@@ -169,20 +169,19 @@ def warm_up(
   """
   optimizer = optax.adamw(optax.cosine_decay_schedule(settings.learning_rate, settings.steps), weight_decay=1e-3)
   num_inputs, _, num_positions = data.score_UxNxT.shape
-  # All blocks, or where a margin follows from a block's inputs alone those that skip, once for all of the same inputs.
-  decides_L = np.minimum(np.arange(len(schedule_L)), num_inputs - 1)
-  if router.kind == "global" and "sparsity" not in router.factors:
-    asked = np.flatnonzero(schedule_L)
-    inputs, first, back = np.unique(decides_L[asked], return_index=True, return_inverse=True)
-  else:
-    asked = first = back = np.arange(len(schedule_L))
-    inputs = decides_L
+  # The loss is of `blocks`, margins are computed from `inputs` (which of U), and `margin_of` says which are a block's.
+  blocks = np.arange(len(schedule_L))
+  inputs = np.minimum(blocks, num_inputs - 1)
+  margin_of = like = blocks  # like: a block that reads an input, whose sparsity is a factor
+  if router.kind == "global" and "sparsity" not in router.factors:  # equal inputs give equal margins
+    blocks = np.flatnonzero(schedule_L)
+    inputs, like, margin_of = np.unique(inputs[blocks], return_index=True, return_inverse=True)
 
   def loss_fn(params, context, score, hidden, fisher, schedule):
     in_context = jnp.arange(num_positions)[None] < context[:, None]
-    features = jax.vmap(lambda score, s: context_factors(FACTORS, score, s, context))(score, schedule[first])
+    features = jax.vmap(lambda score, s: context_factors(FACTORS, score, s, context))(score, schedule[like])
     target = losses.top_targets(fisher, schedule, context, routing.bucket_multiple)
-    return losses.guide_loss(margins(router, params, features, hidden)[back], target, schedule, in_context)
+    return losses.guide_loss(margins(router, params, features, hidden)[margin_of], target, schedule, in_context)
 
   @jax.jit
   def step(params, state, *batch):
@@ -190,14 +189,14 @@ def warm_up(
     updates, state = optimizer.update(grads, state, params)
     return optax.apply_updates(params, updates), state, loss
 
-  schedule = jnp.asarray(schedule_L[asked], jnp.float32)
+  schedule = jnp.asarray(schedule_L[blocks], jnp.float32)
   state, history = optimizer.init(params), []
   for number in progress(range(settings.steps)):
     rows = indices_at(len(data.context_N), settings.batch, number, seed)
-    pick = lambda array, blocks: None if array is None else array[np.ix_(blocks, rows)]
+    pick = lambda array, which: None if array is None else array[np.ix_(which, rows)]
     params, state, loss = step(
         params, state, data.context_N[rows], pick(data.score_UxNxT, inputs), pick(data.hidden_UxNxTxD, inputs),
-        pick(data.fisher_LxNxT, asked), schedule,
+        pick(data.fisher_LxNxT, blocks), schedule,
     )
     history.append(loss)
   return params, [float(loss) for loss in history]

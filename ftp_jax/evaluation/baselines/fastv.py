@@ -1,4 +1,4 @@
-"""FastV (Chen et al. 2024, arXiv 2403.06764), for text: after block K the tokens of least attention leave for good.
+"""FastV (Chen et al. 2024, arXiv 2403.06764), for text: from block K on the tokens of least attention are gone.
 
 What the block before K says of each token's attention ranks the tokens once, and every block from K on computes the
 same share of them; the others are evicted there. Nothing is trained. Deviations: the paper drops image tokens by the
@@ -42,7 +42,7 @@ def schedules(num_blocks: int, sparsity: float) -> dict[int, np.ndarray]:
   after = {k: sparsity * num_blocks / (num_blocks - k) for k in tried}
   found = {k: np.where(np.arange(num_blocks) < k, 0.0, s).round(6) for k, s in after.items() if s < 1}
   if not found:
-    raise UserError(f"The blocks after block {tried[0]} cannot skip S={sparsity} of all {num_blocks}; ask for less.")
+    raise UserError(f"The blocks from block {tried[0]} on cannot skip S={sparsity} of all {num_blocks}; ask for less.")
   return found
 
 
