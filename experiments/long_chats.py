@@ -94,6 +94,9 @@ def main(argv) -> None:
   unknown = set(_QUESTIONS.value) - set(KINDS)
   if unknown or not _QUESTIONS.value:
     raise UserError(f"--questions={','.join(_QUESTIONS.value)} is unknown; kinds are {', '.join(KINDS)}.")
+  out = pathlib.Path(_OUT.value)
+  if not out.absolute().parent.is_dir():  # known now, not after minutes of answers
+    raise UserError(f"--out={out} lies in a directory that does not exist; create it or name another.")
   documents = [text for path in _DOCUMENTS.value for text in read_documents(path)]
   documents = documents if _DOCUMENTS.value else embedded_documents(held=False)
   engine = Engine.load(_MODEL.value)
@@ -115,8 +118,8 @@ def main(argv) -> None:
   ]  # fmt: skip
   if not lines:
     raise UserError(f"{_MODEL.value} answers nothing to any of them; name a chat model.")
-  pathlib.Path(_OUT.value).write_text("\n".join(lines) + "\n", encoding="utf-8")
-  print(f"written {_OUT.value}: {len(lines)} chats of {min(map(len, ids))} to {max(map(len, ids))} context tokens")
+  out.write_text("\n".join(lines) + "\n", encoding="utf-8")
+  print(f"written {out}: {len(lines)} chats of {min(map(len, ids))} to {max(map(len, ids))} context tokens")
 
 
 if __name__ == "__main__":
