@@ -9,7 +9,7 @@ not in smollm2_135m.py, and why they begin so late.
 
 Wall time: about 45 minutes, the sum of its stages, on 2 CPU cores (AMD EPYC), 17 of them for the gate scores; 6 for
 the chats.
-Result: KL to dense 0.096 +- 0.009 nats a token with the dynamic router, 0.370 with the static one, 0.311 for truncation.
+Result: KL to dense 0.096 +- 0.009 nats a token with the dynamic router, 0.370 with a static one, 0.311 for truncation.
 """
 
 from ftp_jax.config import get_config as get_default_config
