@@ -159,10 +159,7 @@ def measure(pipeline: Pipeline, judge: Judge, cell: pathlib.Path) -> list[dict[s
       ("fine-tuned", pipeline.load_router(cell / "finetune"), pipeline.schedule(cell / "finetune")),
   ):
     quality, context = judge.quality(router, schedule), judge.prompts.context
-    saved = flops.saved_share(
-        judge.model.config, quality.keep_LxNxT, context, judge.routing.kv_mode, router.config,
-        judge.routing.score_window,
-    )
+    saved = flops.saved_share(judge.model.config, quality.keep_LxNxT, context, judge.routing, router.config)
     found.append({
         "stage": stage,
         "kl": float(quality.kl.mean()),

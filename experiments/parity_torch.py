@@ -18,6 +18,7 @@ minute: evict 1.37 times as fast as dense (ideal 1.41), project 1.34 (1.34).
 """
 
 import collections
+import dataclasses
 import functools
 import itertools
 import json
@@ -212,13 +213,13 @@ def speed(directory: str, tokens_BxT: torch.Tensor, runs: int) -> dict:
   methods = [TorchPrefill("dense", base, tokens_BxT)]
   for kv_mode in KV_MODES:
     pruned = load_pruned(base, directory)
-    pruned.pruning.routing = pruned.pruning.routing | {"kv_mode": kv_mode}
+    pruned.pruning.routing = pruned.pruning.routing | {"kv_mode": kv_mode, "evict_from": 0}
     methods.append(TorchPrefill(kv_mode, pruned, tokens_BxT))
   seconds = interleave(methods, runs, f"prefill of {context} tokens")
   figures = {"context": context, "torch": torch.__version__, "threads": torch.get_num_threads()}
   figures["dense_seconds"] = sorted(seconds[0])
   flops = lambda keep, kv_mode, router=None: prefill_flops(
-      config, keep, context, kv_mode, router, artifact.routing.score_window
+      config, keep, context, dataclasses.replace(artifact.routing, kv_mode=kv_mode, evict_from=0), router
   )
   for method, own in zip(methods[1:], seconds[1:]):
     keep = method.cache.keep_LxBxT[:, 0].numpy()

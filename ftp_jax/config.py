@@ -48,6 +48,7 @@ def get_config() -> config_dict.ConfigDict:
   c.routing.decode_rule = "threshold"  # when a continuation token skips: threshold (paper) or quantile (causal router)
   c.routing.decode_threshold = 0.5  # skip probability above which it skips under the rule `threshold`
   c.routing.one_pass_block = -1  # block whose input decides the gates of all blocks from there on; -1: each its own
+  c.routing.evict_from = 0  # under evict the first block that does; those before it project
 
   c.router = config_dict.ConfigDict()
   c.router.kind = "per_block"  # global, per_block or recurrent

@@ -77,7 +77,7 @@ def yardstick(model, prompts):
 
 def dense_flops(blocks, contexts):
   smaller = dataclasses.replace(CONFIG, num_blocks=blocks)
-  return sum(flops.prefill_flops(smaller, np.ones((blocks, m)), m, "project") for m in contexts)
+  return sum(flops.prefill_flops(smaller, np.ones((blocks, m)), m) for m in contexts)
 
 
 def scores(engine):
@@ -123,7 +123,7 @@ def test_routed_methods_measure_as_the_masked_judge(name, model, yardstick, prom
   assert_close(found.agreement, expected.agreement)
   record = yardstick.record(baseline)
   assert record["achieved"] == pytest.approx(flops.skipped_share(expected.keep_LxNxT, prompts.context))
-  saved = flops.saved_share(CONFIG, expected.keep_LxNxT, prompts.context, routing.kv_mode, baseline.router.config)
+  saved = flops.saved_share(CONFIG, expected.keep_LxNxT, prompts.context, routing, baseline.router.config)
   assert record["flops_saved"] == pytest.approx(saved)
   assert (record["cache_ratio"] < 0.8) == (routing.kv_mode == "evict")
 

@@ -161,10 +161,11 @@ def test_prefill(model_directory, tmp_path, capsys):
   assert dense["speedup"] == dense["ideal_speedup"] == 1 and dense["sparsity"] == 0
   assert torch["ideal_speedup"] is None and torch["efficiency"] is None and torch["device"] == "cpu"
   config = load_model(str(model_directory)).config
-  all_kept = prefill_flops(config, np.ones((4, 16), bool), 16, "project")
+  all_kept = prefill_flops(config, np.ones((4, 16), bool), 16)
   assert (evict["sparsity"], evict["shape"], evict["router"]) == (0.4875, "late", "static")
   assert evict["achieved_sparsity"] == pytest.approx(1 - late_routes().mean())
-  assert evict["ideal_speedup"] == pytest.approx(all_kept / prefill_flops(config, late_routes(), 16, "evict"))
+  taken = prefill_flops(config, late_routes(), 16, RoutingConfig("evict"))
+  assert evict["ideal_speedup"] == pytest.approx(all_kept / taken)
   assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
   out, err = capsys.readouterr()
   assert "torch_dense" in out and "efficiency" in out and "bench.png" in out and "as fast as dense" in err
@@ -184,8 +185,8 @@ def test_prefill_with_an_untrained_router_in_bfloat16(model_directory, tmp_path)
   assert (dense["method"], ftp["method"], ftp["router"], ftp["dtype"]) == ("dense", "ftp", "dynamic", "bfloat16")
   assert plot.stat().st_size > 5_000 and not (tmp_path / "bench.png").exists()
   config, router = load_model(str(model_directory)).config, RouterConfig(hidden_states=True)
-  taken = prefill_flops(config, late_routes(), 16, "evict", router)  # with the router's own
-  assert ftp["ideal_speedup"] == pytest.approx(prefill_flops(config, np.ones((4, 16), bool), 16, "evict") / taken)
+  taken = prefill_flops(config, late_routes(), 16, RoutingConfig("evict"), router)  # with the router's own
+  assert ftp["ideal_speedup"] == pytest.approx(prefill_flops(config, np.ones((4, 16), bool), 16) / taken)
 
 
 def test_an_artifact_replaces_the_built_in_schedules(model_directory, artifact_directory, tmp_path, capsys):
@@ -206,7 +207,7 @@ def test_baselines_stand_beside_dense(model_directory, tmp_path, monkeypatch):
   )["records"]
   assert [r["method"] for r in found] == ["dense", "ftp", "truncation", "random", "shortgpt"]
   cost = lambda blocks, tokens: prefill_flops(
-      tiny.config(num_blocks=blocks, vocab_size=len(byte_tokenizer())), np.ones((blocks, tokens)), tokens, "project"
+      tiny.config(num_blocks=blocks, vocab_size=len(byte_tokenizer())), np.ones((blocks, tokens)), tokens
   )
   _, _, truncation, chance, shortgpt = found
   assert truncation["ideal_speedup"] == pytest.approx(cost(4, 16) / cost(4, 12))

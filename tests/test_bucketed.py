@@ -99,6 +99,21 @@ ROUTED = (
         "per_block_evict", MHA, RouterConfig("per_block", ("sparsity", "score"), hidden_states=True, hidden_size=8),
         RoutingConfig("evict", "topk", bucket_multiple=3, decode_sparsity=0.4, one_pass_block=2), (8, 3, 3, 11), 2,
     ),
+    Case(
+        "static_evict_from_2", WINDOW, "static", RoutingConfig("evict", evict_from=2), (DENSE, 6, 9, 6), at_once=False
+    ),
+    Case(
+        "global_evict_from_2", GQA, RouterConfig(factors=("position", "score", "rank")),
+        RoutingConfig("evict", decode_sparsity=0.4, one_pass_block=1, evict_from=2), (DENSE, 6, 4, 3),
+    ),
+    Case(
+        "per_block_evict_from_3", QWEN, RouterConfig("per_block", ("rank", "score")),
+        RoutingConfig("evict", "argmax", decode_sparsity=0.4, decode_rule="quantile", evict_from=3), (8, 5, 5, 6), 2,
+    ),
+    Case(
+        "recurrent_evict_from_1", MHA, RouterConfig("recurrent", hidden_states=True),
+        RoutingConfig("evict", decode_sparsity=0.4, one_pass_block=2, evict_from=1), (7, 7, 4, DENSE), 2, at_once=False,
+    ),
 )
 CASE = {case.name: case for case in ROUTED}
 all_cases = pytest.mark.parametrize("case", ROUTED, ids=lambda case: case.name)
@@ -215,7 +230,8 @@ def test_prefill_equals_masked_and_the_cache_holds_what_is_kept(case):
     np.testing.assert_array_equal(out.cache.keep_LxBxT, keep)
     assert_close(out.logits_BxV, logits[np.arange(ROWS), x.context - 1])
 
-    held = keep if case.routing.kv_mode == "evict" else np.broadcast_to(in_context, keep.shape)
+    evicts = np.arange(len(keep)) >= (case.routing.evict_from if case.routing.kv_mode == "evict" else len(keep))
+    held = np.where(evicts[:, None, None], keep, in_context)
     position = np.asarray(out.cache.position_BxS)
     assert position.shape[1] == sum(plan.cache_slots) == out.cache.k_BxGxNxS.shape[3] == out.cache.v_BxGxSxN.shape[2]
     for i, (offset, slots) in enumerate(zip(plan.offsets, plan.cache_slots)):
@@ -223,8 +239,7 @@ def test_prefill_equals_masked_and_the_cache_holds_what_is_kept(case):
         own = np.flatnonzero(held[i, b])
         expected = np.concatenate([own, np.full(slots - len(own), EMPTY)])
         np.testing.assert_array_equal(position[b, offset : offset + slots], expected)
-    if case.routing.kv_mode == "project":
-      assert plan.cache_slots == (CONTEXT,) * len(case.slots)
+    assert plan.cache_slots == tuple(own if evict else CONTEXT for own, evict in zip(plan.slots, evicts))
     kept.append(keep[:, in_context].mean())
 
   law()

@@ -86,27 +86,27 @@ def test_prefill_flops_by_hand():
   last_block = linear + 3 * key + 3 * pair  # one query: all keys
   project = head + (2 * linear + 3 * key + (1 + 3) * pair) + last_block
   evict = head + (2 * linear + 2 * key + (1 + 2) * pair) + last_block
-  assert flops.prefill_flops(c, keep, 3, "project") == project
-  assert flops.prefill_flops(c, keep, 3, "evict") == evict
-  cost = lambda mode, router, *window: flops.prefill_flops(c, keep, 3, mode, router, *window)
+  cost = lambda kv, router=None, **routing: flops.prefill_flops(c, keep, 3, RoutingConfig(kv, **routing), router)
+  assert flops.prefill_flops(c, keep, 3) == cost("project") == project
+  assert cost("evict") == evict and cost("evict", evict_from=1) == project  # of the two only the first block skips
   unscored = RouterConfig(factors=("position", "sparsity"))
   mlp = 3 * 2 * (2 * 64 + 64 * 2)
   assert cost("evict", unscored) - evict == mlp  # only the first block skips
   assert cost("evict", dataclasses.replace(unscored, kind="recurrent")) - evict == 2 * (mlp + 3 * 2 * 64 * 64)
   # Scores of the first block: two late queries, which see 2 and 3 keys, or with the second token gone 1 and 2.
-  scored, query, pair = cost("project", RouterConfig(), 2) - project, 2 * 4 * 4, 2 * 4
+  scored, query, pair = cost("project", RouterConfig(), score_window=2) - project, 2 * 4 * 4, 2 * 4
   assert scored - 3 * 2 * (4 * 64 + 64 * 2) == 2 * query + (2 + 3) * pair
-  assert cost("evict", RouterConfig(), 2) - evict == scored - 2 * pair
-  assert flops.prefill_flops(c, np.ones((2, 3)), 3, "project", RouterConfig()) == flops.prefill_flops(
-      c, np.ones((2, 3)), 3, "project"
-  )
+  assert cost("evict", RouterConfig(), score_window=2) - evict == scored - 2 * pair
+  dense = flops.prefill_flops(c, np.ones((2, 3)), 3)
+  assert flops.prefill_flops(c, np.ones((2, 3)), 3, RoutingConfig(), RouterConfig()) == dense
 
 
 def test_shares_of_a_hand_made_route():
   keep = np.ones((2, 1, 4), bool)
   keep[0, 0, 1] = False
   assert flops.skipped_share(keep, np.array([3])) == pytest.approx(1 / 6)
-  assert flops.saved_share(tiny.config(num_blocks=2), np.ones((2, 1, 4), bool), np.array([3]), "evict") == 0
+  c = tiny.config(num_blocks=2)
+  assert flops.saved_share(c, np.ones((2, 1, 4), bool), np.array([3]), RoutingConfig("evict")) == 0
 
 
 def test_dense_perplexity_equals_the_definition(model):

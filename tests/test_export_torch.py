@@ -75,6 +75,13 @@ CASES = {
         "qwen3", RoutingConfig("evict", one_pass_block=1, decode_sparsity=0.4, decode_threshold=0.3),
         RouterConfig("per_block"),
     ),
+    "one_pass_evict_from_2": (
+        "llama-gqa", RoutingConfig("evict", one_pass_block=1, evict_from=2), RouterConfig(hidden_states=True)
+    ),
+    "evict_from_1_skipping": (
+        "mistral-window", RoutingConfig("evict", evict_from=1, decode_sparsity=0.4, decode_threshold=0.4),
+        RouterConfig("per_block"),
+    ),
     "some_blocks_dense": (
         "mistral-full", RoutingConfig("evict", decode_sparsity=0.2, decode_threshold=0.3), RouterConfig("recurrent"),
         (0.0, 0.7, 0.0),

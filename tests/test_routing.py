@@ -151,21 +151,22 @@ def test_schedule_zero_equals_dense_exactly(kv_mode, router_kind):
   np.testing.assert_array_equal(np.asarray(out.hidden_BxTxD)[valid], np.asarray(dense)[valid])
 
 
-@pytest.mark.parametrize("kv_mode", ["evict", "project"])
-def test_masked_blocks_against_a_loop_over_kept_tokens(kv_mode):
+@pytest.mark.parametrize("kv_mode, first", [("evict", 0), ("evict", 2), ("evict", 3), ("project", 4)])
+def test_masked_blocks_against_a_loop_over_kept_tokens(kv_mode, first):
   """The definition, token by token: kept tokens run through the block, alone (evict) or seeing all keys (project)."""
   c = tiny.config()
   p = tiny.params(c)
   tokens, context, length = tiny.batch(c, [8], [8], 8)
   schedule = jnp.array([0.0, 0.5, 0.25, 0.5])
-  out = tiny.forward(c, RoutingConfig(kv_mode), p, routers.STATIC, tokens, context, length, schedule)
+  routing = RoutingConfig(kv_mode, evict_from=first if kv_mode == "evict" else 0)
+  out = tiny.forward(c, routing, p, routers.STATIC, tokens, context, length, schedule)
   block = decoder.Block(c)
   x = decoder.embed(c, p, tokens)
   sin, cos = decoder.angles(c, jnp.arange(8)[None])
   for i, slots in enumerate([8, 4, 6, 4]):
     kept = np.array([0] + list(range(8 - slots + 1, 8)))
     weights = {"params": jax.tree.map(lambda a: a[i], p["blocks"])}
-    if kv_mode == "evict":
+    if i >= first:
       y = block.apply(weights, x[:, kept], sin[:, kept], cos[:, kept], jnp.tril(jnp.ones((1, slots, slots), bool)))
     else:
       y = block.apply(weights, x, sin, cos, jnp.tril(jnp.ones((1, 8, 8), bool)))[:, kept]
@@ -174,9 +175,12 @@ def test_masked_blocks_against_a_loop_over_kept_tokens(kv_mode):
   np.testing.assert_allclose(out.hidden_BxTxD, x, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind, one_pass", [("global", -1), ("per_block", -1), ("global", 2), ("per_block", 1)])
-def test_starting_after_a_dense_prefix_is_exact(kind, one_pass):
-  c, routing = tiny.config(), RoutingConfig(one_pass_block=one_pass)
+@pytest.mark.parametrize("kind, one_pass, kv", [
+    ("global", -1, {}), ("per_block", -1, {}), ("global", 2, {}), ("per_block", 1, {}),
+    ("global", 2, dict(kv_mode="evict", evict_from=3)), ("global", -1, dict(kv_mode="evict", evict_from=2)),
+])  # fmt: skip
+def test_starting_after_a_dense_prefix_is_exact(kind, one_pass, kv):
+  c, routing = tiny.config(), RoutingConfig(one_pass_block=one_pass, **kv)
   p = tiny.params(c)
   router = dynamic(c, kind=kind)
   batch = tiny.batch(c, [9, 5], [12, 9], 12)
@@ -395,5 +399,14 @@ def test_wrong_settings_are_named():
     RouterConfig(factors=())
   with pytest.raises(UserError, match="kv_mode"):
     RoutingConfig(kv_mode="drop")
+  with pytest.raises(UserError, match="evict_from=-1 must be a block"):
+    RoutingConfig("evict", evict_from=-1)
+  with pytest.raises(UserError, match="evict_from=2 needs routing.kv_mode=evict; with project no block evicts"):
+    RoutingConfig("project", evict_from=2)
+  for name in ("one_pass_block", "evict_from"):
+    routing = RoutingConfig("evict", **{name: 4})
+    routing.check_blocks(5)
+    with pytest.raises(UserError, match=f"{name}=4 does not exist: the model has blocks 0 to 3"):
+      routing.check_blocks(4)
   with pytest.raises(UserError, match="router.kind"):
     dataclasses.replace(RouterConfig(), kind="local")

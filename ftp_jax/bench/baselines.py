@@ -51,7 +51,7 @@ class BaselinePrefill(Prefill):
     """For its record: as `Prefill.describe`."""
     keep, config = np.asarray(self.keep), self.baseline.model.config
     costs = [self.baseline.costs(keep[..., b, :], self.context) for b in range(keep.shape[-2])]
-    dense = prefill_flops(config, np.ones((config.num_blocks, self.context)), self.context, "project")
+    dense = prefill_flops(config, np.ones((config.num_blocks, self.context)), self.context)
     ideal = dense * len(costs) / sum(cost.flops for cost in costs)
     achieved = float(np.mean([cost.skipped for cost in costs]))
     return {"method": self.baseline.name, **self.case.labels, "achieved_sparsity": achieved, "ideal_speedup": ideal}

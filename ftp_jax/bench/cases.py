@@ -136,9 +136,7 @@ class Prefill:
     keep_LxBxT = np.asarray(self.keep_LxBxT)
     spec, router = self.case.spec, self.case.weights.router
     batch, context = keep_LxBxT.shape[1:]
-    flops = lambda keep_LxT: prefill_flops(
-        spec.model, keep_LxT, context, spec.routing.kv_mode, router.config, spec.routing.score_window
-    )
+    flops = lambda keep_LxT: prefill_flops(spec.model, keep_LxT, context, spec.routing, router.config)
     taken = sum(flops(keep_LxBxT[:, b]) for b in range(batch))
     ideal = batch * flops(np.ones_like(keep_LxBxT[:, 0])) / taken
     achieved = float(1 - keep_LxBxT.mean())

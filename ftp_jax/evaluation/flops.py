@@ -43,19 +43,20 @@ def prefill_flops(
     config: ModelConfig,
     keep_LxT: np.ndarray,
     context: int,
-    kv_mode: str,
+    routing: RoutingConfig = RoutingConfig(),
     router: RouterConfig | None = None,
-    score_window: int = RoutingConfig.score_window,
 ) -> float:
   """FLOPs to prefill one context of `context` tokens under the routes keep_LxT (boolean).
 
   Args:
-    router: what decides them, where that costs anything; score_window: of its routing.
+    router: what decides them, where that costs anything.
   """
   keep_LxT = np.asarray(keep_LxT, bool)[:, :context]
   computed = keep_LxT.copy()
   computed[-1, : context - 1] = False
-  key_LxT = keep_LxT if kv_mode == "evict" else np.ones_like(keep_LxT)
+  key_LxT = np.ones_like(keep_LxT)
+  evicting = slice(routing.first_evicting(config.num_blocks), None)
+  key_LxT[evicting] = keep_LxT[evicting]
   total, routed = computed_flops(config, computed, computed, key_LxT), np.sum(~keep_LxT.all(axis=1))
   if router is None or not routed:
     return total
@@ -64,20 +65,18 @@ def prefill_flops(
     inputs, asked = inputs + router.hidden_size, len(keep_LxT)
   total += 2.0 * context * router.hidden_size * (inputs + 2) * asked
   if {"score", "rank"} & set(router.factors):
-    width, rows = config.num_heads * config.head_dim, min(score_window, context)
+    width, rows = config.num_heads * config.head_dim, min(routing.score_window, context)
     for key in key_LxT[:-1]:
       total += 2.0 * width * (config.hidden_size * rows + _visible(config, key)[context - rows :].sum())
   return total
 
 
-def saved_share(
-    config, keep_LxNxT, context_N, kv_mode, router=None, score_window: int = RoutingConfig.score_window
-) -> float:
+def saved_share(config, keep_LxNxT, context_N, routing: RoutingConfig, router=None) -> float:
   """Share of dense prefill FLOPs that the routes save, over all prompts; arguments as `prefill_flops`."""
   dense = pruned = 0.0
   for n, context in enumerate(context_N):
-    dense += prefill_flops(config, np.ones((config.num_blocks, context), bool), context, kv_mode)
-    pruned += prefill_flops(config, keep_LxNxT[:, n], context, kv_mode, router, score_window)
+    dense += prefill_flops(config, np.ones((config.num_blocks, context), bool), context, routing)
+    pruned += prefill_flops(config, keep_LxNxT[:, n], context, routing, router)
   return 1 - pruned / dense
 
 

@@ -50,8 +50,8 @@ class Bench:
     quality = self.judge.quality(routers.STATIC, np.zeros(self.blocks), shorter)
     config, before, after = self.judge.model.config, 0.0, 0.0
     for m, kept in zip(self.judge.prompts.context, shorter.context):
-      before += flops.prefill_flops(config, np.ones((self.blocks, m), bool), m, "project")
-      after += flops.prefill_flops(config, np.ones((self.blocks, kept), bool), kept, "project")
+      before += flops.prefill_flops(config, np.ones((self.blocks, m), bool), m)
+      after += flops.prefill_flops(config, np.ones((self.blocks, kept), bool), kept)
     perplexity = truncated_perplexity(self.judge.model, sparsity, self.windows, self.batch)
     dropped = 1 - shorter.context.sum() / self.judge.prompts.context.sum()
     return self._record("truncation", sparsity, None, quality, perplexity, float(dropped), 1 - after / before)
@@ -75,10 +75,7 @@ class Bench:
           judge.model, judge.routing, router, schedule, self.windows, self.batch
       )
     context = judge.prompts.context
-    saved = flops.saved_share(
-        judge.model.config, quality.keep_LxNxT, context, judge.routing.kv_mode, router.config,
-        judge.routing.score_window,
-    )
+    saved = flops.saved_share(judge.model.config, quality.keep_LxNxT, context, judge.routing, router.config)
     achieved = flops.skipped_share(quality.keep_LxNxT, context)
     return self._record(method, sparsity, seed, quality, perplexity, achieved, saved, perplexity_achieved)
 

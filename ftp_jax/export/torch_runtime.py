@@ -45,7 +45,7 @@ _CHOICES = {
     "kind": ("global", "per_block", "recurrent"),
 }  # fmt: skip
 _VALUES = (
-    "bucket_multiple", "score_window", "decode_sparsity", "decode_threshold", "one_pass_block", "factors",
+    "bucket_multiple", "score_window", "decode_sparsity", "decode_threshold", "one_pass_block", "evict_from", "factors",
     "hidden_states", "hidden_size",
 )  # fmt: skip
 _FACTORS = ("position", "score", "rank", "sparsity")
@@ -108,12 +108,13 @@ def read_artifact(directory) -> Artifact:
     raise ValueError(f"{directory} has the layout {layout!r}; convert it with `ftp-jax export --artifact={directory}`.")
   weights = _read(file.with_name(WEIGHTS_FILE), load_file)
   try:
-    schedule, options = torch.tensor(said["schedule"], dtype=torch.float32), said["routing"] | said["router"]
+    routing = {"evict_from": 0} | said["routing"]  # absent in older artifacts
+    schedule, options = torch.tensor(said["schedule"], dtype=torch.float32), routing | said["router"]
     unknown = set(options) ^ {*_CHOICES, *_VALUES} | set(options["factors"]) - set(_FACTORS)
     unknown |= {name for name, known in _CHOICES.items() if options[name] not in known}
     if unknown or not ((schedule >= 0) & (schedule < 1)).all():
       raise ValueError(", ".join(sorted(unknown)) or "its schedule")
-    return Artifact(said["base_model"], said["fingerprint"], schedule, said["routing"], said["router"], weights)
+    return Artifact(said["base_model"], said["fingerprint"], schedule, routing, said["router"], weights)
   except (KeyError, TypeError, ValueError) as error:
     raise ValueError(f"{file} says what is not known here ({error}); update this file or export again.") from None
 
@@ -537,7 +538,7 @@ class PrunedModel:
     """States that leave the last block, right where they are wanted; appends to the cache."""
     window = self.config.sliding_window if self.config.model_type == "mistral" else None
     window = window if window and cache.longest > window else 0
-    evict = self.pruning.routing["kv_mode"] == "evict"
+    evicting = self.pruning.routing["kv_mode"] == "evict"
     cos, sin = (a[0] for a in self.model.rotary_emb(x_PxD[None], tokens.position_P[None]))
     first, blocks, routes = not cache.slots, self.model.layers, []
     for i, block in enumerate(blocks):
@@ -546,8 +547,8 @@ class PrunedModel:
       keep_P = torch.ones_like(tokens.row_P, dtype=torch.bool) if keep_P is None else keep_P
       routes.append(keep_P)
 
-      # Keys and values: of all tokens, or under `evict` of those computed.
-      keyed = computed if evict else tokens
+      # Keys and values: of all tokens, or where the block evicts of those computed.
+      keyed = computed if evicting and i >= self.pruning.routing["evict_from"] else tokens
       y = block.input_layernorm(keyed.of(x_PxD))
       k = _rotated(attention, "k", y, keyed.of(cos), keyed.of(sin))
       v = attention.v_proj(y).unflatten(-1, (-1, attention.head_dim))

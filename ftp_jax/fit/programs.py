@@ -196,7 +196,7 @@ def _prefill(case: Case, mesh: Mesh) -> Traced:
   slots = np.arange(case.context)[None] < np.asarray(plan.slots)[:, None]
   computed = slots.copy()
   computed[-1, 1:] = False
-  keys = slots if plan.evict else np.ones_like(slots)
+  keys = np.arange(case.context)[None] < np.asarray(plan.cache_slots)[:, None]
   count = case.batch * computed_flops(case.model, computed, computed, keys)
   return Traced(_trace(mesh, programs.prefill, spec, plan, abstract, tokens, context), flops=count)
 

@@ -67,7 +67,7 @@ class Spec:
     if self.routing.decode_sparsity and weights.router.kind != "static":
       return self, plan, weights
     bodies = tuple((slots, False) for slots in sorted(set(plan.cache_slots)))
-    plan = Plan(plan.num_positions, bodies, tuple(bodies.index((n, False)) for n in plan.cache_slots), evict=True)
+    plan = Plan(plan.num_positions, bodies, tuple(bodies.index((n, False)) for n in plan.cache_slots), evict_from=0)
     return dataclasses.replace(self, routing=RoutingConfig()), plan, weights._replace(router=routers.STATIC)
 
 

@@ -267,8 +267,9 @@ class Pipeline:
       write_json(directory / "redundancy.json", redundancy.summary(similarity, some))
       write_json(directory / "influence.json", redundancy.block_influence(similarity).tolist())
       if self.needs_fisher:
+        routing = RoutingConfig(self.routing.kv_mode)  # evict_from aside: one set of scores serves all of them
         fisher = guide.collect_fisher(
-            self.frozen.config, self.routing, self.frozen.params, self.prompts("train"), self.config.train.batch,
+            self.frozen.config, routing, self.frozen.params, self.prompts("train"), self.config.train.batch,
             self.config.data.seed, num_scored=self.num_scored, draws=self.config.train.fisher_draws,
             dtype=self.frozen.dtype, remat_policy=self.config.model.remat,
             progress=functools.partial(tqdm.tqdm, desc="fisher scores"),

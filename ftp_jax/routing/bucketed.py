@@ -147,10 +147,10 @@ def prefill(
     new = factor_lib.window_scores(q, k, visible(at, key, config.sliding_window), counts)
     return jnp.where(keep, to_positions(new), score)
 
-  def gates(x, score, state, inputs, used, planned):
-    """What blocks with the bodies `used` share: (keep, slots of the kept tokens), (keep, least), state."""
-    routed = [plan.bodies[i][1] for i in used]
-    most = max((plan.bodies[i][0] for i in used if compact(*plan.bodies[i])), default=0)
+  def gates(x, score, state, inputs, bodies, planned):
+    """What blocks with these bodies share: (keep, slots of the kept tokens), (keep, least), state."""
+    routed = [body.routed for body in bodies]
+    most = max((body.slots for body in bodies if body.gathers), default=0)
 
     def decided(x, score, state, inputs):
       keep, least, state = (*inputs["decided"], state) if planned else decide(x, score, state, inputs)
@@ -170,8 +170,7 @@ def prefill(
       keep, filled, least, state = jax.lax.cond(inputs["routed"], decided, undecided, x, score, state, inputs)
     return (keep, filled), (keep, least), state
 
-  evict, in_xla = routing.kv_mode == "evict", kernels.resolve(attention) == "xla"
-  compact = lambda slots, routed: routed and (slots < num_positions or evict)
+  in_xla = kernels.resolve(attention) == "xla"
   part_of = lambda index: lambda method, *args: block.apply(
       {"params": decoder.block_at(blocks, index)}, *args, method=method
   )
@@ -187,7 +186,7 @@ def prefill(
   def put(buffers, tiles, inputs, fits=True):
     return tuple(write(b, tile, inputs["offset"], axis, fits) for b, tile, axis in zip(buffers, tiles, (3, 2, 1)))
 
-  def project(x, score, gate, buffers, inputs, scores):
+  def project(x, score, gate, buffers, inputs, evict, scores):
     """Keys and values of all tokens, alike in every body: the score table, the cache, and where bodies find them."""
     if evict:
       return score, buffers, None
@@ -210,9 +209,9 @@ def prefill(
   class Body:
     """A block at one bucket: what comes before attention, and after it."""
 
-    def __init__(self, slots: int, routed: bool, last: bool = False, scores: bool = False):
-      self.slots, self.routed, self.last, self.scores = slots, routed, last, scores
-      self.gathers = compact(slots, routed)
+    def __init__(self, slots: int, routed: bool, evict: bool, last: bool = False, scores: bool = False):
+      self.slots, self.routed, self.evict, self.last, self.scores = slots, routed, evict, last, scores
+      self.gathers = routed and (slots < num_positions or evict)
 
     def chosen(self, x, filled):
       """The tokens that the block computes, where they stand (-1: nowhere), and their angles."""
@@ -226,7 +225,7 @@ def prefill(
       apply, (keep, filled) = part_of(inputs["index"]), gate
       chosen, query, angles = self.chosen(x, filled)
       key, tiles = key_BxT, None
-      if evict:
+      if self.evict:
         k, v = apply(decoder.Block.keys_values, chosen, *angles)
         key = jnp.where(query < 0, EMPTY, query)
         if self.scores:
@@ -258,7 +257,7 @@ def prefill(
     def whole(self, x, score, gate, held, inputs):
       """The block with its attention: (x, score, tiles)."""
       operands, score, tiles = self.before(x, score, gate, held, inputs)
-      attended = attend(*operands, aligned=not self.last and (evict or not self.gathers))
+      attended = attend(*operands, aligned=not self.last and (self.evict or not self.gathers))
       return self.after(x, gate, attended, inputs), score, tiles
 
   def run_body(bodies, which, x, score, gate, held, inputs):
@@ -278,7 +277,7 @@ def prefill(
     operands = x, score, gate, held, inputs
     if len(bodies) == 1:
       return bodies[0].whole(*operands)
-    width = max(body.slots for body in bodies)
+    width, evict = max(body.slots for body in bodies), bodies[0].evict
 
     def padded_before(body, *operands):
       (q, _, _, query, _), score, tiles = body.before(*operands)
@@ -306,14 +305,14 @@ def prefill(
   def run(carry, inputs, begin, end, planned):
     """Blocks [begin, end), with bodies for the buckets they have."""
     used = sorted(set(plan.body_of[begin:end]))
-    scores = scored and not planned
-    bodies = [Body(*plan.bodies[i], scores=scores) for i in used]
+    scores, evict = scored and not planned, begin >= plan.evict_from
+    bodies = [Body(*plan.bodies[i], evict, scores=scores) for i in used]
     inputs = inputs | {"body": jnp.asarray([used.index(i) for i in plan.body_of[begin:end]], jnp.int32)}
 
     def step(carry, inputs):
       x, score, state, buffers = carry
-      gate, decided, state = gates(x, score, state, inputs, used, planned)
-      score, buffers, held = project(x, score, gate, buffers, inputs, scores)
+      gate, decided, state = gates(x, score, state, inputs, bodies, planned)
+      score, buffers, held = project(x, score, gate, buffers, inputs, evict, scores)
       x, score, tiles = run_body(bodies, inputs["body"], x, score, gate, held, inputs)
       return (x, score, state, put(buffers, tiles, inputs, fits) if tiles else buffers), decided
 
@@ -333,26 +332,29 @@ def prefill(
       routers.init_state(router, batch, num_positions),
       empty_cache(config, plan, batch, dtype),
   )
-  last, decided = config.num_blocks - 1, []
+  last, decided, planned = config.num_blocks - 1, [], None
   for begin, end in routing.phases(config.num_blocks):
-    planned = begin == routing.one_pass_block and any(plan.bodies[i][1] for i in plan.body_of[begin:])
     some = jax.tree.map(lambda a: a[begin:end], inputs)
-    if planned:  # all gates from here on, before any of these blocks is computed
-      x, score, state, _ = carry
+    if begin == routing.one_pass_block and any(plan.bodies[i][1] for i in plan.body_of[begin:]):
+      x, score, state, _ = carry  # all gates from here on, before any of these blocks is computed
 
       def plan_block(state, inputs):
         keep, least, state = decide(x, score, state, inputs)
         return state, (keep, least)
 
-      _, some["decided"] = jax.lax.scan(plan_block, state, some)
+      _, planned = jax.lax.scan(plan_block, state, jax.tree.map(lambda a: a[begin:], inputs))
+    if planned:
+      first = begin - routing.one_pass_block
+      some["decided"] = jax.tree.map(lambda a: a[first : first + end - begin], planned)
     if begin < min(end, last):
-      carry, out = run(carry, jax.tree.map(lambda a: a[: last - begin], some), begin, min(end, last), planned)
+      carry, out = run(carry, jax.tree.map(lambda a: a[: last - begin], some), begin, min(end, last), bool(planned))
       decided.append(out)
   x, score, state, buffers = carry
   some = jax.tree.map(lambda a: a[-1], some)
-  gate, out, _ = gates(x, score, state, some, plan.body_of[-1:], planned)
-  score, buffers, held = project(x, score, gate, buffers, some, False)
-  x, _, tiles = Body(*plan.bodies[plan.body_of[-1]], last=True).whole(x, score, gate, held, some)
+  body = Body(*plan.bodies[plan.body_of[-1]], last >= plan.evict_from, last=True)
+  gate, out, _ = gates(x, score, state, some, [body], bool(planned))
+  score, buffers, held = project(x, score, gate, buffers, some, body.evict, False)
+  x, _, tiles = body.whole(x, score, gate, held, some)
   buffers = put(buffers, tiles, some) if tiles else buffers
   decided.append(jax.tree.map(lambda a: a[None], out))
   keep, least = jax.tree.map(lambda *a: jnp.concatenate(a), *decided)

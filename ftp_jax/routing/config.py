@@ -61,6 +61,7 @@ class RoutingConfig:
     decode_threshold: see there.
     one_pass_block: one-pass routing: the gates of this block and all after it are decided from what enters this
       block, so that the whole plan is known there; -1: every block decides from what enters it.
+    evict_from: under `evict`, the first block that evicts; those before it project.
   """
 
   kv_mode: str = "project"
@@ -71,6 +72,7 @@ class RoutingConfig:
   decode_rule: str = "threshold"
   decode_threshold: float = 0.5
   one_pass_block: int = -1
+  evict_from: int = 0
 
   def __post_init__(self):
     if self.kv_mode not in KV_MODES:
@@ -87,16 +89,27 @@ class RoutingConfig:
       raise UserError(f"routing.decode_threshold={self.decode_threshold} must lie between 0 and 1.")
     if self.one_pass_block < -1:
       raise UserError(f"routing.one_pass_block={self.one_pass_block} must be a block, counted from 0, or -1 for none.")
+    if self.evict_from < 0:
+      raise UserError(f"routing.evict_from={self.evict_from} must be a block, counted from 0.")
+    if self.evict_from and self.kv_mode != "evict":
+      raise UserError(
+          f"routing.evict_from={self.evict_from} needs routing.kv_mode=evict; with {self.kv_mode} no block evicts."
+      )
 
   def check_blocks(self, num_blocks: int) -> None:
     """UserError if a block is named that a model of `num_blocks` does not have."""
-    if self.one_pass_block >= num_blocks:
-      raise UserError(
-          f"routing.one_pass_block={self.one_pass_block} does not exist: the model has blocks 0 to {num_blocks - 1}."
-      )
+    for name in ("one_pass_block", "evict_from"):
+      if getattr(self, name) >= num_blocks:
+        raise UserError(
+            f"routing.{name}={getattr(self, name)} does not exist: the model has blocks 0 to {num_blocks - 1}."
+        )
+
+  def first_evicting(self, num_blocks: int) -> int:
+    """The block from which on skipped tokens have no keys and values; `num_blocks` if there is none."""
+    return self.evict_from if self.kv_mode == "evict" else num_blocks
 
   def phases(self, num_blocks: int, start: int = 0) -> list[tuple[int, int]]:
-    """The runs of blocks [begin, end) from `start` on; the second, if any, decides from what enters its first."""
-    if start < self.one_pass_block < num_blocks:
-      return [(start, self.one_pass_block), (self.one_pass_block, num_blocks)]
-    return [(start, num_blocks)]
+    """The runs of blocks [begin, end) from `start` on, cut where a plan is made and where eviction begins."""
+    cuts = {block for block in (self.one_pass_block, self.first_evicting(num_blocks)) if start < block < num_blocks}
+    bounds = [start, *sorted(cuts), num_blocks]
+    return list(zip(bounds, bounds[1:]))

@@ -61,7 +61,6 @@ def extend(
   position_BxC = cache.context_B[:, None] + steps_C[None]
   sin, cos = decoder.angles(config, position_BxC)
   block = decoder.Block(config)
-  evict = routing.kv_mode == "evict"
   routes = bool(routing.decode_sparsity) and router.kind != "static"
   scored = routes and router.reads_scores
   room_M = jnp.arange(room)
@@ -97,7 +96,7 @@ def extend(
   sizes = sorted(set(plan.cache_slots))
   branches = [attend_to(slots) for slots in sizes]
 
-  def body(plan_from, carry, inputs):
+  def body(plan_from, evict, carry, inputs):
     x, seen, state = carry
     index = inputs["index"]
     # Indexed where they are used: inside the branch that a skipped block does not take.
@@ -160,11 +159,12 @@ def extend(
       jnp.zeros((batch, num_new, num_context + room if scored else 0)),
       routers.init_state(router, batch, num_new),
   )
-  parts = []
+  plan_from, parts = None, []
   for begin, end in routing.phases(config.num_blocks):
-    plan_from = carry[:2] if begin == routing.one_pass_block else None
-    some = jax.tree.map(lambda a: a[begin:end], inputs)
-    carry, part = jax.lax.scan(functools.partial(body, plan_from), carry, some)
+    if begin == routing.one_pass_block:
+      plan_from = carry[:2]
+    some, evict = jax.tree.map(lambda a: a[begin:end], inputs), begin >= routing.first_evicting(config.num_blocks)
+    carry, part = jax.lax.scan(functools.partial(body, plan_from, evict), carry, some)
     parts.append(part)
   x = carry[0]
   keep, k, v = jax.tree.map(lambda *a: jnp.concatenate(a), *parts) if len(parts) > 1 else parts[0]

@@ -239,7 +239,7 @@ def forward(
   mask = decoder.causal_mask(config, length_B, num_positions)
   forced = forced_tokens(context_B, num_positions)
   block = decoder.Block(config)
-  dynamic, evict = router.kind == "dynamic", routing.kv_mode == "evict"
+  dynamic = router.kind == "dynamic"
   splash = choose_attention(attention, config, routing, num_positions) == "splash"
   names = FACTORS if collect_factors else router.factors
   position = jnp.broadcast_to(t, tokens_BxT.shape)
@@ -263,7 +263,7 @@ def forward(
       gate += jnp.where(decided, soft - jax.lax.stop_gradient(soft), 0.0)
     return keep, gate, margin, state, features
 
-  def body(plan_from, carry, xs):
+  def body(plan_from, evict, carry, xs):
     x, scores, state = carry
     block_params, sparsity, decode_sparsity, index, router_slice = xs
     keep, gate, margin, state, features = route(
@@ -299,18 +299,20 @@ def forward(
       router.params if router.per_block else None,
   )
 
-  def run(carry, begin, end):
-    plan_from = carry[:2] if begin == routing.one_pass_block else None
+  def run(plan_from, carry, begin, end):
+    evict = begin >= routing.first_evicting(num_blocks)
 
     def scanned(carry, xs):
       *rest, router_slice = xs
-      return body(plan_from, carry, (*rest, router_slice if router.per_block else router.params))
+      return body(plan_from, evict, carry, (*rest, router_slice if router.per_block else router.params))
 
     return jax.lax.scan(decoder.remat(scanned, remat_policy), carry, jax.tree.map(lambda a: a[begin:end], xs))
 
-  carry, parts = (x, scores, state), []
+  plan_from, carry, parts = None, (x, scores, state), []
   for begin, end in routing.phases(num_blocks, start):
-    carry, out = run(carry, begin, end)
+    if begin == routing.one_pass_block:
+      plan_from = carry[:2]
+    carry, out = run(plan_from, carry, begin, end)
     parts.append(out)
   x = carry[0]
   keep, margin, features = jax.tree.map(lambda *a: jnp.concatenate(a), *parts) if len(parts) > 1 else parts[0]

@@ -26,13 +26,14 @@ class Plan:
     num_positions: T, slots of the padded context.
     bodies: distinct (slots, routed) pairs; a block of which nothing is asked has T slots and is not routed.
     body_of: for each block the index of its body.
-    evict: whether the cache of a block has the block's own slots, or T.
+    evict_from: the first block whose cache has the block's own slots; those before have T, and so have all where it is
+      the number of blocks.
   """
 
   num_positions: int
   bodies: tuple[tuple[int, bool], ...]
   body_of: tuple[int, ...]
-  evict: bool
+  evict_from: int
 
   @property
   def slots(self) -> tuple[int, ...]:
@@ -42,7 +43,7 @@ class Plan:
   @property
   def cache_slots(self) -> tuple[int, ...]:
     """Key and value slots of each block's cache, (L)."""
-    return self.slots if self.evict else (self.num_positions,) * len(self.body_of)
+    return (self.num_positions,) * self.evict_from + self.slots[self.evict_from :]
 
   @property
   def offsets(self) -> tuple[int, ...]:
@@ -83,9 +84,8 @@ def make_plan(
     rooms = merge(sorted({n for n, r in zip(needed, routed) if r}), np.bincount(needed), max_buckets) + [num_positions]
   room = [min(next(size for size in rooms if size >= n), num_positions) if r else n for n, r in zip(needed, routed)]
   bodies = sorted(set(zip(room, routed)))
-  return Plan(
-      num_positions, tuple(bodies), tuple(bodies.index(pair) for pair in zip(room, routed)), routing.kv_mode == "evict"
-  )
+  body_of = tuple(bodies.index(pair) for pair in zip(room, routed))
+  return Plan(num_positions, tuple(bodies), body_of, routing.first_evicting(len(body_of)))
 
 
 def merge(sizes: Sequence[int], count, most: int) -> list[int]:

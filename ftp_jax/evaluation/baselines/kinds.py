@@ -121,7 +121,7 @@ class Truncation(Baseline):
 
   def costs(self, keep, context) -> Costs:
     kept, config = len(truncated(context, self.sparsity)), self.model.config
-    return Costs(1 - kept / context, flops.prefill_flops(config, np.ones((config.num_blocks, kept)), kept, "project"))
+    return Costs(1 - kept / context, flops.prefill_flops(config, np.ones((config.num_blocks, kept)), kept))
 
   def perplexity(self, windows, batch):
     return truncated_perplexity(self.frozen, self.sparsity, windows, batch), self.sparsity
@@ -146,7 +146,7 @@ class Smaller(Baseline):
 
   def costs(self, keep, context) -> Costs:
     smaller = self.engine.model.config
-    done = flops.prefill_flops(smaller, np.ones((smaller.num_blocks, context)), context, "project")
+    done = flops.prefill_flops(smaller, np.ones((smaller.num_blocks, context)), context)
     return Costs(self.skipped_after, done)
 
   def perplexity(self, windows, batch):
@@ -175,9 +175,7 @@ class Routed(Baseline):
 
   def costs(self, keep, context) -> Costs:
     keep = np.asarray(keep)[:, :context]
-    done = flops.prefill_flops(
-        self.model.config, keep, context, self.routing.kv_mode, self.router.config, self.routing.score_window
-    )
+    done = flops.prefill_flops(self.model.config, keep, context, self.routing, self.router.config)
     return Costs(float(1 - keep.mean()), done)
 
   def perplexity(self, windows, batch):

@@ -108,7 +108,7 @@ class Yardstick:
             m = int(rows.context[at])
             costs.append(baseline.costs(keep[..., row, :], m))
             lengths.append(m)
-            before += prefill_flops(config, np.ones((config.num_blocks, m)), m, "project")
+            before += prefill_flops(config, np.ones((config.num_blocks, m)), m)
     perplexity = perplexity_achieved = None
     if windows is not None:
       perplexity, perplexity_achieved = baseline.perplexity(windows, batch)
