@@ -190,6 +190,18 @@ def test_one_pass_of_a_global_router_is_trained_for_nested_routes(model_director
   assert (keep[2] <= keep[1]).all() and (keep[1] <= keep[3]).all()
 
 
+def test_routers_a_block_learn_the_scores_of_their_blocks_whichever_block_evicts_first(model_directory, tmp_path):
+  runs = []
+  for first in (0, 2):
+    config = tiny_run(model_directory)
+    config.routing.update(kv_mode="evict", one_pass_block=1, evict_from=first)
+    config.router.kind = "per_block"
+    pipeline.run(config, str(tmp_path / str(first)), pipeline.STAGES[:2])
+    runs.append(Pipeline(config, tmp_path / str(first)))
+  np.testing.assert_array_equal(runs[0].guide_scores, runs[0].fisher)
+  np.testing.assert_array_equal(runs[1].guide_scores, runs[0].fisher)
+
+
 @pytest.mark.parametrize("change,named", [
     (lambda c: c.update(sparsities=(0.99,)), "out of reach"),
     (lambda c: c.update(sparsities=()), "sparsities"),

@@ -177,7 +177,8 @@ class Pipeline:
 
   @functools.cached_property
   def guide_scores(self) -> np.ndarray:
-    return guide.joint_scores(self.fisher, self.routing.one_pass_block)
+    nested = self.router_config.kind == "global"  # one ranking; others rank the tokens anew for each block
+    return guide.joint_scores(self.fisher, self.routing.one_pass_block) if nested else self.fisher
 
   @functools.cached_property
   def guide_data(self) -> guide.GuideData:
