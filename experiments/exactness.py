@@ -79,7 +79,7 @@ def compare(engine: Engine, prompts: list[list[int]], new_tokens: int) -> dict:
       "largest_logit_difference": difference,
       "largest_logit": float(jnp.abs(group.prefilled.logits_BxV).max()),
       "skipped": float(1 - keep.sum() / (keep.shape[0] * context.sum())),
-      "kv_mode": spec.routing.kv_mode,
+      "kv_mode": spec.routing.kv,
       "artifact": _ARTIFACT.value,
   }
 

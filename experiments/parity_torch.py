@@ -157,7 +157,7 @@ def exact(directory: str, engine: Engine, prompts: list[list[int]], new_tokens: 
       "logit_differences_of_all_steps": figures,
       "largest_logit": float(np.abs(logits).max()),
       "skipped": float(1 - kept / (len(keep) * context.sum())),
-      "kv_mode": spec.routing.kv_mode,
+      "kv_mode": spec.routing.kv,
   }
 
 

@@ -108,11 +108,16 @@ ROUTED = (
     ),
     Case(
         "per_block_evict_from_3", QWEN, RouterConfig("per_block", ("rank", "score")),
-        RoutingConfig("evict", "argmax", decode_sparsity=0.4, decode_rule="quantile", evict_from=3), (8, 5, 5, 6), 2,
+        RoutingConfig("evict", "argmax", decode_sparsity=0.4, decode_rule="quantile", one_pass_block=1, evict_from=3),
+        (8, 5, 5, 6), 2,
     ),
     Case(
         "recurrent_evict_from_1", MHA, RouterConfig("recurrent", hidden_states=True),
         RoutingConfig("evict", decode_sparsity=0.4, one_pass_block=2, evict_from=1), (7, 7, 4, DENSE), 2, at_once=False,
+    ),
+    Case(
+        "hidden_evict_from_the_plan", GQA, RouterConfig(factors=(), hidden_states=True),
+        RoutingConfig("evict", one_pass_block=2, evict_from=2), (DENSE, 9, 6, 3), at_once=False,
     ),
 )
 CASE = {case.name: case for case in ROUTED}
@@ -412,12 +417,14 @@ def test_a_skipped_block_reads_no_weight_but_those_of_keys_and_values(name, read
 def test_a_plan_by_hand():
   routing = RoutingConfig("evict")
   plan = make_plan([0.0, 0.5, 0.3, 0.5, 0.0], 10, routing)
-  assert plan == Plan(10, ((5, True), (7, True), (10, False)), (2, 0, 1, 0, 2), True)
+  assert plan == Plan(10, ((5, True), (7, True), (10, False)), (2, 0, 1, 0, 2), 0)
   assert plan.slots == plan.cache_slots == (10, 5, 7, 5, 10)
   assert plan.offsets == (0, 10, 15, 22, 27)
   project = make_plan([0.0, 0.5, 0.3, 0.5, 0.0], 10, RoutingConfig("project"))
   assert project.slots == plan.slots and project.cache_slots == (10,) * 5
-  assert project.offsets == (0, 10, 20, 30, 40)
+  assert project.offsets == (0, 10, 20, 30, 40) and project.evict_from == 5
+  later = make_plan([0.0, 0.5, 0.3, 0.5, 0.0], 10, RoutingConfig("evict", evict_from=2))
+  assert (later.slots, later.cache_slots, later.offsets) == (plan.slots, (10, 10, 7, 5, 10), (0, 10, 20, 27, 32))
   assert make_plan([0.0, 0.5, 0.3], 10, RoutingConfig("evict", bucket_multiple=4)).slots == (10, 8, 8)
   assert make_plan([0.9, 0.99, 0.05], 10, routing).slots == (2, 2, 10)
   # A block that is asked for a little needs every slot, but its gates are still decided.

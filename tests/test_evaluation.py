@@ -89,6 +89,9 @@ def test_prefill_flops_by_hand():
   cost = lambda kv, router=None, **routing: flops.prefill_flops(c, keep, 3, RoutingConfig(kv, **routing), router)
   assert flops.prefill_flops(c, keep, 3) == cost("project") == project
   assert cost("evict") == evict and cost("evict", evict_from=1) == project  # of the two only the first block skips
+  both = np.array([[1, 0, 1], [1, 0, 1]], bool)
+  half = flops.prefill_flops(c, both, 3, RoutingConfig("evict", evict_from=1))
+  assert half == project - key - pair  # the last query has one key less there
   unscored = RouterConfig(factors=("position", "sparsity"))
   mlp = 3 * 2 * (2 * 64 + 64 * 2)
   assert cost("evict", unscored) - evict == mlp  # only the first block skips

@@ -436,8 +436,21 @@ def test_the_way_back_gives_the_identical_artifact(kind, tmp_path):
     assert (again / name).read_bytes() == (out / name).read_bytes()
 
 
+def test_an_export_that_says_nothing_of_evict_from_evicts_everywhere(tmp_path):
+  out = exported(tmp_path, "llama-gqa", RoutingConfig("evict"), RouterConfig(), with_weights=True)
+  said = json.loads((out / "ftp_config.json").read_text())
+  logits = lambda: load_pruned(out)(torch.tensor([prompts_of()[0]])).logits
+  expected = logits()
+  del said["routing"]["evict_from"]
+  (out / "ftp_config.json").write_text(json.dumps(said))
+  assert torch.equal(logits(), expected) and artifacts.load(out).routing == RoutingConfig("evict")
+  said["routing"]["evict_from"] = 2
+  (out / "ftp_config.json").write_text(json.dumps(said))
+  assert not torch.equal(logits(), expected)
+
+
 def test_weights_are_those_of_the_source_bit_for_bit_and_in_its_shards(tmp_path, capsys):
-  made, config = make("llama-gqa", RoutingConfig("evict"), RouterConfig(), figures={"kl": 0.25})
+  made, config = make("llama-gqa", RoutingConfig("evict", evict_from=1), RouterConfig(), figures={"kl": 0.25})
   source = tmp_path / "source"
   hf = json.loads((pathlib.Path(directory_of("llama-gqa")) / "config.json").read_text())
   save_params(load_params(directory_of("llama-gqa"), config), config, source, hf, max_shard_bytes=50_000)
@@ -455,6 +468,7 @@ def test_weights_are_those_of_the_source_bit_for_bit_and_in_its_shards(tmp_path,
     assert (out / file.name).read_bytes() == file.read_bytes()
   card = (out / "README.md").read_text()
   assert card.startswith("---\n") and "| kl | 0.25 |" in card and "0.3, 0.5, 0.6" in card
+  assert "| evict from block 1 on |" in card
   # The directory alone is enough, for both frameworks.
   model, engine = load_pruned(out), Engine.load(str(out), str(out), fallback="never")
   logits = model(torch.tensor([prompts_of()[0]])).logits[0, -1]

@@ -401,7 +401,7 @@ def test_wrong_settings_are_named():
     RoutingConfig(kv_mode="drop")
   with pytest.raises(UserError, match="evict_from=-1 must be a block"):
     RoutingConfig("evict", evict_from=-1)
-  with pytest.raises(UserError, match="evict_from=2 needs routing.kv_mode=evict; with project no block evicts"):
+  with pytest.raises(UserError, match="evict_from=2 needs routing.kv_mode=evict; set it to 0"):
     RoutingConfig("project", evict_from=2)
   for name in ("one_pass_block", "evict_from"):
     routing = RoutingConfig("evict", **{name: 4})

@@ -1,4 +1,4 @@
-"""SmolLM2-135M on chat-formatted instructions, with a late plan: faster at lower KL than smollm2_135m.py, without a search.
+"""SmolLM2-135M on chat-formatted instructions, with a late plan: faster than smollm2_135m.py, no search.
 
   ftp-jax run --config=smollm2_135m_late --workdir=runs/smollm2_135m_late
 
@@ -18,7 +18,7 @@ def get_config():
   config.seeds = (0, 1, 2)
   config.sparsities = (0.22, 0.30, 0.40)
   config.data.num_train = 640
-  config.routing.one_pass_block = 13  # the routers of all blocks from there on read what enters it; those before are dense
+  config.routing.one_pass_block = 13  # routers of later blocks read what enters this one; those before are dense
   config.search.schedule = "fisher"
   config.train.warmup_guide_prompts = 640
   config.train.input_gradient = False
@@ -26,5 +26,5 @@ def get_config():
   config.train.warmup = 4
   config.train.validate_every = 16
   config.train.checkpoint_every = 16
-  config.finetune.rounds = 0  # found nothing better than the Fisher schedule
+  config.finetune.rounds = 0  # from the Fisher schedule it found nothing better
   return config

@@ -28,7 +28,7 @@ def get_config():
   config.data.num_validation = 32
   config.data.num_test = 48
   config.routing.kv_mode = "evict"
-  config.routing.evict_from = 23  # tokens that left lately are still seen, those that left long ago are not
+  config.routing.evict_from = 23  # blocks 17 to 22 still see what they skip, later ones do not
   config.routing.one_pass_block = 17  # one ranking of the tokens for all blocks from there on; those before are dense
   config.router.kind = "global"
   config.router.factors = ("position", "score", "rank")  # none that differs from block to block

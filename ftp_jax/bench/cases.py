@@ -83,7 +83,7 @@ def pruned(model: Model, settings: Settings, artifact: Artifact | None) -> list[
 
 
 def _pruned(base: Case, schedule_L, routing: RoutingConfig, router: Router, shape: str, sparsity: float) -> Case:
-  labels = {"sparsity": round(float(sparsity), 6), "shape": shape, "kv": routing.kv_mode, "router": router.kind}
+  labels = {"sparsity": round(float(sparsity), 6), "shape": shape, "kv": routing.kv, "router": router.kind}
   spec = dataclasses.replace(base.spec, routing=routing)
   return Case("ftp", spec, Weights(base.weights.params, router, jnp.asarray(schedule_L, jnp.float32)), labels)
 

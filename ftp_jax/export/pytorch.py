@@ -91,7 +91,6 @@ def card(artifact: Artifact, with_weights: bool) -> str:
   """The README.md of the directory: its files, how to use them, and the figures measured, as a model card."""
   routing, router = artifact.routing, artifact.router
   inputs = [*router.factors, *(["hidden states"] if router.hidden_states else [])]
-  kept = f"{routing.kv_mode}, from block {routing.evict_from} on" if routing.evict_from else routing.kv_mode
   base = artifact.base_model
   weights = "| `*.safetensors`, `config.json`, tokenizer files | the base model, unchanged |\n" if with_weights else ""
   new_tokens = f"asked to skip {routing.decode_sparsity:g}" if routing.decode_sparsity else "computed in every block"
@@ -145,7 +144,7 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens=16)[0]))
 |---|---|
 | mean sparsity asked | {sum(artifact.schedule) / len(artifact.schedule):.4g} |
 | sparsity asked of each block | {", ".join(f"{s:g}" for s in artifact.schedule)} |
-| keys and values of skipped tokens | {kept} |
+| keys and values of skipped tokens | {routing.kv} |
 | selection | {routing.selection} |
 | router | {router.kind}, {router.hidden_size} wide, reads {", ".join(inputs)} |
 | new tokens | {new_tokens} |

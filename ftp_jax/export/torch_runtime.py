@@ -285,7 +285,7 @@ def attention_rows(queries: Packed, q_KxHxN, slots: Slots, window: int) -> torch
 
 
 class PrunedCache(transformers.Cache):
-  """The cache of a PrunedModel: under `evict` a block has slots for the tokens it keeps alone.
+  """The cache of a PrunedModel: a block that evicts has slots for the tokens it keeps alone.
 
   Attributes:
     columns: of the inputs so far, padding included. length_B: tokens of each row. longest: at least their maximum.

@@ -141,6 +141,11 @@ class Pipeline:
 
   @functools.cached_property
   def model(self) -> Model:
+    loaded = self._load_model()
+    self.routing.check_blocks(loaded.config.num_blocks)
+    return loaded
+
+  def _load_model(self) -> Model:
     mesh = self.mesh
     if mesh is None:
       return load_model(self.config.model.source, self.config.model.dtype)
@@ -162,7 +167,6 @@ class Pipeline:
 
   @functools.cached_property
   def frozen(self) -> Frozen:
-    self.routing.check_blocks(self.model.config.num_blocks)
     return Frozen(self.model.config, self.model.params, DTYPES[self.config.model.dtype])
 
   def _prompts(self, split: str) -> Prompts:

@@ -9,6 +9,7 @@ import pathlib
 from ftp_jax.report import tables
 from ftp_jax.report.plots import Plot
 from ftp_jax.report.rundir import Run
+from ftp_jax.routing.config import RoutingConfig
 
 _CSS = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #1c1c1c; background: #fff; max-width: 66rem; margin: 2rem auto;
@@ -37,9 +38,10 @@ def write_html(results: dict, run: Run, plots: list[Plot], path: str) -> None:
   config, machine = results["config"], results["machine"]
   escape = html.escape
   seeds = len(config["seeds"])
+  kv = RoutingConfig(**config["routing"]).kv
   facts = (
       f"{len(run.cells[0].schedule)} blocks · S = {', '.join(f'{s:.2f}' for s in config['sparsities'])} · "
-      f"{seeds} seed{'s' if seeds > 1 else ''} · {config['routing']['kv_mode']} · data: {config['data']['source']}"
+      f"{seeds} seed{'s' if seeds > 1 else ''} · {kv} · data: {config['data']['source']}"
   )
   place = (
       f"{machine['devices']} × {machine['device']}, {machine['cpu']}, {machine['cores']} cores, "

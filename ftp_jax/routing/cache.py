@@ -1,7 +1,7 @@
 """The KV cache of a routed prefill, and the room for tokens generated after it.
 
 The context cache is one buffer for all blocks: block i owns the slots [offset_i, offset_i + size_i) of the
-plan. Under `evict` a block has slots for the tokens it keeps only, so the buffer is really smaller. It is
+plan. A block that evicts has slots for the tokens it keeps only, so the buffer is really smaller. It is
 read-only after the prefill, so decode loops carry the small `Recent` alone.
 """
 

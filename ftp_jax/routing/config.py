@@ -93,8 +93,14 @@ class RoutingConfig:
       raise UserError(f"routing.evict_from={self.evict_from} must be a block, counted from 0.")
     if self.evict_from and self.kv_mode != "evict":
       raise UserError(
-          f"routing.evict_from={self.evict_from} needs routing.kv_mode=evict; with {self.kv_mode} no block evicts."
+          f"routing.evict_from={self.evict_from} needs routing.kv_mode=evict; set it to 0, as with {self.kv_mode} no "
+          "block evicts."
       )
+
+  @property
+  def kv(self) -> str:
+    """The KV mode in words, for people."""
+    return f"{self.kv_mode} from block {self.evict_from} on" if self.evict_from else self.kv_mode
 
   def check_blocks(self, num_blocks: int) -> None:
     """UserError if a block is named that a model of `num_blocks` does not have."""

@@ -2,7 +2,7 @@
 
 Routes never depend on the plan: how many tokens of a row a block keeps follows from the schedule and
 the row's own context (`selection.capacity`). A bucket is the room that the compiled program reserves,
-at least what the longest context it takes can need; a program has one block body for each distinct one.
+at least what the longest context it takes can need; each phase of a program has one block body for each distinct one.
 """
 
 import dataclasses

@@ -33,7 +33,7 @@ class GuideData(NamedTuple):
     context_N: context lengths.
     score_UxNxT: prefill attention scores that enter each of these blocks in the dense model.
     hidden_UxNxTxD: root-mean-square normed hidden states, float16; None for routers without them.
-    fisher_LxNxT: gate scores, as `joint_scores` gives them.
+    fisher_LxNxT: gate scores, for a global router as `joint_scores` gives them.
   """
 
   context_N: np.ndarray
@@ -100,7 +100,7 @@ def collect_fisher(
 
 
 def joint_scores(fisher_LxNxT: np.ndarray, one_pass_block: int) -> np.ndarray:
-  """What the guide ranks tokens by, (L,N,T): a gate's own score, or under one-pass routing a sum over blocks.
+  """What a global router's guide ranks tokens by, (L,N,T): own scores, or under one-pass routing sums over blocks.
 
   From block p = `one_pass_block` on one ranking serves all blocks, so that a token is worth the sum of its scores
   there. A block before p decides by the sum over all blocks from itself on, as what skips it enters those.
