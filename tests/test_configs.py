@@ -104,6 +104,11 @@ def _reads() -> set[tuple[str, str]]:
       makers = [f.args.args[1].arg for f in node.body if isinstance(f, ast.FunctionDef) and f.name == "from_config"]
       fields = {f.target.id for f in node.body if isinstance(f, ast.AnnAssign)}
       found |= {(maker.removesuffix("_config"), name) for maker in makers for name in fields & settings}
+      if node.name == "RoutingConfig":  # the section itself: what its methods read, but for those that only check
+        functions = [f for f in node.body if isinstance(f, ast.FunctionDef)]
+        methods = [f for f in functions if f.name not in ("__post_init__", "check_blocks")]
+        inner = [n for f in methods for n in ast.walk(f) if isinstance(n, ast.Attribute)]
+        found |= {("routing", n.attr) for n in inner if _name(n.value) == "self"}
     elif isinstance(node, ast.Call) and _name(node.func) == "getattr" and isinstance(node.args[1], ast.JoinedStr):
       parts = (re.escape(part.value) if isinstance(part, ast.Constant) else r"\w+" for part in node.args[1].values)
       found.add((_name(node.args[0]), "".join(parts)))
