@@ -1,4 +1,4 @@
-"""SmolLM2-135M on chat-formatted instructions, with a late plan: faster than smollm2_135m.py, no search.
+"""SmolLM2-135M on chat-formatted instructions, with a late plan instead of a search.
 
   ftp-jax run --config=smollm2_135m_late --workdir=runs/smollm2_135m_late
 
