@@ -100,6 +100,14 @@ ROUTED = (
         RoutingConfig("evict", "topk", bucket_multiple=3, decode_sparsity=0.4, one_pass_block=2), (8, 3, 3, 11), 2,
     ),
     Case(
+        "per_block_late_plan", WINDOW, RouterConfig("per_block", ("rank", "score")),
+        RoutingConfig("project", decode_sparsity=0.4, one_pass_block=2), (DENSE, DENSE, 5, 9), 2,
+    ),
+    Case(
+        "global_evict_late", GQA, RouterConfig(factors=("score",), hidden_states=True), RoutingConfig("evict"),
+        (DENSE, DENSE, 7, 4), at_once=False,
+    ),
+    Case(
         "static_evict_from_2", WINDOW, "static", RoutingConfig("evict", evict_from=2), (DENSE, 6, 9, 6), at_once=False
     ),
     Case(

@@ -96,10 +96,15 @@ def test_prefill_flops_by_hand():
   mlp = 3 * 2 * (2 * 64 + 64 * 2)
   assert cost("evict", unscored) - evict == mlp  # only the first block skips
   assert cost("evict", dataclasses.replace(unscored, kind="recurrent")) - evict == 2 * (mlp + 3 * 2 * 64 * 64)
-  # Scores of the first block: two late queries, which see 2 and 3 keys, or with the second token gone 1 and 2.
-  scored, query, pair = cost("project", RouterConfig(), score_window=2) - project, 2 * 4 * 4, 2 * 4
-  assert scored - 3 * 2 * (4 * 64 + 64 * 2) == 2 * query + (2 + 3) * pair
-  assert cost("evict", RouterConfig(), score_window=2) - evict == scored - 2 * pair
+  four_factors, window = 3 * 2 * (4 * 64 + 64 * 2), {"score_window": 2}
+  assert cost("project", RouterConfig(), **window) - project == four_factors  # no router after it to read scores
+  # With two blocks that skip, scores of the first: two late queries, which see 2 and 3 keys, or without the second
+  # token 1 and 2. A plan made before them reads none.
+  cost = lambda kv, router=None, **routing: flops.prefill_flops(c, both, 3, RoutingConfig(kv, **routing), router)
+  scored, query, pair = cost("project", RouterConfig(), **window) - cost("project"), 2 * 4 * 4, 2 * 4
+  assert scored - 2 * four_factors == 2 * query + (2 + 3) * pair
+  assert cost("evict", RouterConfig(), **window) - cost("evict") == scored - 2 * pair
+  assert cost("project", RouterConfig(), one_pass_block=0, **window) - cost("project") == 2 * four_factors
   dense = flops.prefill_flops(c, np.ones((2, 3)), 3)
   assert flops.prefill_flops(c, np.ones((2, 3)), 3, RoutingConfig(), RouterConfig()) == dense
 

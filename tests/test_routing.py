@@ -107,6 +107,24 @@ def test_factors_of_the_causal_view_by_hand():
   np.testing.assert_allclose(values[0, 3], [1.0, 0.8 / 1.8, 2 / 3, 0.0], atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    "routed, one_pass, recurrent, scored",
+    [
+        ((0, 0, 1, 1, 0), -1, False, (0, 1, 1, 0, 0)),  # a dense block's scores are replaced in the next one
+        ((1, 0, 1, 0, 0), -1, False, (1, 1, 0, 0, 0)),
+        ((0, 0, 1, 1, 1), -1, True, (1, 1, 1, 1, 0)),
+        ((0, 0, 1, 1, 1), 2, False, (0, 1, 0, 0, 0)),
+        ((0, 0, 0, 1, 1), 2, False, (0, 1, 0, 0, 0)),
+        ((0, 1, 1, 1, 1), 3, False, (1, 1, 1, 0, 0)),
+        ((0, 1, 1, 1, 1), 0, False, (0, 0, 0, 0, 0)),
+        ((0, 0, 0, 0, 0), 2, False, (0, 0, 0, 0, 0)),
+    ],
+)
+def test_which_blocks_have_their_scores_read(routed, one_pass, recurrent, scored):
+  routing = RoutingConfig(one_pass_block=one_pass)
+  assert routing.scored_blocks(routed, recurrent) == [bool(some) for some in scored]
+
+
 def test_skipped_tokens_keep_their_latest_score():
   q = jax.random.normal(jax.random.key(0), (1, 4, 2, 8))
   k = jax.random.normal(jax.random.key(1), (1, 4, 2, 8))

@@ -4,8 +4,8 @@ A multiply-add counts two. Per block and computed token: query and output projec
 token with a key: key and value projections; per (query, visible key) pair: 4 H N. In the last block only
 the last token's output is used, so dense and pruned prefill alike compute nothing but keys and values
 for the others there. The output head runs for the last token. The router is counted where a block skips (a recurrent
-one in every block), and where it reads attention scores, those: in every block but the last the queries of the score
-window and their products with the keys.
+one in every block), and in the blocks whose attention scores it reads the queries of the score window and their
+products with the keys.
 """
 
 import numpy as np
@@ -57,16 +57,16 @@ def prefill_flops(
   key_LxT = np.ones_like(keep_LxT)
   evicting = slice(routing.first_evicting(config.num_blocks), None)
   key_LxT[evicting] = keep_LxT[evicting]
-  total, routed = computed_flops(config, computed, computed, key_LxT), np.sum(~keep_LxT.all(axis=1))
-  if router is None or not routed:
+  total, routed_L = computed_flops(config, computed, computed, key_LxT), ~keep_LxT.all(axis=1)
+  if router is None or not routed_L.any():
     return total
-  inputs, asked = len(router.factors) + router.hidden_states * config.hidden_size, routed
-  if router.kind == "recurrent":
-    inputs, asked = inputs + router.hidden_size, len(keep_LxT)
+  recurrent = router.kind == "recurrent"
+  inputs = len(router.factors) + router.hidden_states * config.hidden_size + recurrent * router.hidden_size
+  asked = len(keep_LxT) if recurrent else routed_L.sum()
   total += 2.0 * context * router.hidden_size * (inputs + 2) * asked
   if {"score", "rank"} & set(router.factors):
     width, rows = config.num_heads * config.head_dim, min(routing.score_window, context)
-    for key in key_LxT[:-1]:
+    for key in key_LxT[routing.scored_blocks(routed_L, recurrent)]:
       total += 2.0 * width * (config.hidden_size * rows + _visible(config, key)[context - rows :].sum())
   return total
 

@@ -125,7 +125,8 @@ def prefill(
     )
 
   quantile = bool(routing.decode_sparsity) and routing.decode_rule == "quantile"
-  scored = router.reads_scores and any(routed for _, routed in plan.bodies)
+  scored = routing.scored_blocks([plan.bodies[i][1] for i in plan.body_of], router.recurrent)
+  scored = [router.reads_scores and some for some in scored]
 
   def decide(x, score, state, inputs):
     """Gates (B,T) of the context tokens, the margin (B) that the decode rule `quantile` reads, and the state."""
@@ -139,13 +140,17 @@ def prefill(
     least = least_kept_margin(margin, inputs["decode_sparsity"], context_B) if quantile else jnp.zeros(batch)
     return keep_context(margin, inputs["sparsity"], context_B, routing), least, state
 
-  def scores_of(apply, x, k, key, keep, score, to_positions):
-    """The score table after a block whose keys `k` stand at positions `key`."""
-    at = jnp.maximum(window_BxW, 0)
-    q = apply(decoder.Block.queries, gather(x, at), *rope(at))
-    counts = (window_BxW >= 0) & jnp.take_along_axis(keep, at, axis=1)
-    new = factor_lib.window_scores(q, k, visible(at, key, config.sliding_window), counts)
-    return jnp.where(keep, to_positions(new), score)
+  def scores_of(apply, x, k, key, keep, score, scored, to_positions):
+    """The score table after a block whose keys `k` stand at positions `key`; the old one where no router reads it."""
+
+    def new():
+      at = jnp.maximum(window_BxW, 0)
+      q = apply(decoder.Block.queries, gather(x, at), *rope(at))
+      counts = (window_BxW >= 0) & jnp.take_along_axis(keep, at, axis=1)
+      own = factor_lib.window_scores(q, k, visible(at, key, config.sliding_window), counts)
+      return jnp.where(keep, to_positions(own), score)
+
+    return jax.lax.cond(scored, new, lambda: score)
 
   def gates(x, score, state, inputs, bodies, planned):
     """What blocks with these bodies share: (keep, slots of the kept tokens), (keep, least), state."""
@@ -192,7 +197,7 @@ def prefill(
       return score, buffers, None
     apply, (keep, _) = part_of(inputs["index"]), gate
     k, v = apply(decoder.Block.keys_values, x, sin, cos)
-    score = scores_of(apply, x, k, key_BxT, keep, score, lambda a: a) if scores else score
+    score = scores_of(apply, x, k, key_BxT, keep, score, inputs["scored"], lambda a: a) if scores else score
     buffers = put(buffers, as_tiles(k, v, key_BxT, num_positions), inputs)
     return score, buffers, buffers[:2] if in_xla else (k, v)
 
@@ -230,7 +235,7 @@ def prefill(
         key = jnp.where(query < 0, EMPTY, query)
         if self.scores:
           spread = (lambda a: jnp.take_along_axis(a, filled.slot_BxT, axis=1)) if self.gathers else (lambda a: a)
-          score = scores_of(apply, x, k, key, keep, score, spread)
+          score = scores_of(apply, x, k, key, keep, score, inputs["scored"], spread)
         tiles = as_tiles(k, v, key, key.shape[1] if self.last else num_positions)
       else:
         k, v = projected(held, inputs)
@@ -305,7 +310,7 @@ def prefill(
   def run(carry, inputs, begin, end, planned):
     """Blocks [begin, end), with bodies for the buckets they have."""
     used = sorted(set(plan.body_of[begin:end]))
-    scores, evict = scored and not planned, begin >= plan.evict_from
+    scores, evict = any(scored[begin:end]), begin >= plan.evict_from
     bodies = [Body(*plan.bodies[i], evict, scores=scores) for i in used]
     inputs = inputs | {"body": jnp.asarray([used.index(i) for i in plan.body_of[begin:end]], jnp.int32)}
 
@@ -324,6 +329,7 @@ def prefill(
       "index": jnp.arange(config.num_blocks),
       "routed": jnp.asarray([plan.bodies[i][1] for i in plan.body_of]),
       "router": router.params if router.per_block else None,
+      "scored": jnp.asarray(scored),
       "offset": jnp.asarray(plan.offsets, jnp.int32),
   }
   carry = (

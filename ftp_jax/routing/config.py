@@ -1,6 +1,7 @@
 """How tokens are routed: the static description shared by every execution."""
 
 import dataclasses
+from collections.abc import Sequence
 
 from ftp_jax.errors import UserError
 
@@ -113,6 +114,18 @@ class RoutingConfig:
   def first_evicting(self, num_blocks: int) -> int:
     """The block from which on skipped tokens have no keys and values; `num_blocks` if there is none."""
     return self.evict_from if self.kv_mode == "evict" else num_blocks
+
+  def scored_blocks(self, routed_L: Sequence[bool], recurrent: bool = False) -> list[bool]:
+    """Whether a router that reads attention scores ever reads those of each block, (L).
+
+    Those of a dense block are replaced, for all tokens, in the next one.
+
+    Args:
+      routed_L: which blocks have gates to decide; a recurrent router is asked in every block.
+    """
+    last = self.one_pass_block if self.one_pass_block >= 0 else len(routed_L)
+    reads = [min(block, last) for block, routed in enumerate(routed_L) if routed or recurrent]
+    return [bool(reads) and min(reads) - 1 <= block < max(reads) for block in range(len(routed_L))]
 
   def phases(self, num_blocks: int, start: int = 0) -> list[tuple[int, int]]:
     """The runs of blocks [begin, end) from `start` on, cut where a plan is made and where eviction begins."""
