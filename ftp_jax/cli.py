@@ -148,14 +148,14 @@ def _parser() -> argparse.ArgumentParser:
   bench.add_argument("kind", metavar="KIND", help="prefill, decode, overhead, compile or crossover")
   bench.add_argument("--model", default="smollm2-135m", help="any model source (default: smollm2-135m)")
   for name, metavar, summary in (
-      ("artifact", "DIR", "schedule, router and kv mode of a trained artifact, in place of a built-in schedule"),
+      ("artifact", "DIR[,DIR]", "schedule, router and kv mode of trained artifacts, in place of built-in schedules"),
       ("baseline", "NAME|DIR[,..]", "prefill: also measure saved baselines, or truncation, random, static, late"),
       ("context", "N[,N]", "context lengths (default: 512,2048; crossover: 64 to 2048)"),
       ("batch", "N[,N]", "rows (default: 1)"),
       ("sparsity", "S[,S]", "mean sparsities of the built-in schedules (default: 0.3,0.5)"),
       ("shape", "NAME[,NAME]", "built-in schedules, middle or late (default: late)"),
       ("kv", "MODE[,MODE]", "evict or project (default: project)"),
-      ("router", "NAME", "static, or dynamic, an untrained one (default: static; overhead measures both)"),
+      ("router", "NAME", "static, or dynamic, an untrained one (default: static; overhead always takes it)"),
       ("dtype", "NAME", "float32 or bfloat16 (default: float32)"),
       ("runs", "N", "measurements of each method; medians are compared (default: 5)"),
       ("steps", "N", "decode steps of a measurement (default: 32)"),

@@ -1,5 +1,6 @@
 """The bench command: the clock, the rules, every kind end to end on a tiny model, and mistakes."""
 
+import dataclasses
 import importlib.util
 import json
 import types
@@ -19,13 +20,15 @@ from ftp_jax.evaluation.flops import prefill_flops
 from ftp_jax.export import artifact as artifacts
 from ftp_jax.export.artifact import Artifact
 from ftp_jax.inference import programs
+from ftp_jax.inference.programs import Spec, Weights
 from ftp_jax.inference.engine import Engine
 from ftp_jax.inference.sampling import Sampling
 from ftp_jax.models.huggingface import fingerprint, save_params
 from ftp_jax.models.sources import load_model
+from ftp_jax.routing.bucketed import block_inputs, decide_context
 from ftp_jax.routing.config import RouterConfig, RoutingConfig
 from ftp_jax.routing.plan import make_plan
-from ftp_jax.routing.routers import init_router
+from ftp_jax.routing.routers import Router, init_router, init_state
 from tests import tiny
 from tests.test_data import byte_tokenizer
 
@@ -197,6 +200,16 @@ def test_an_artifact_replaces_the_built_in_schedules(model_directory, artifact_d
   assert "--sparsity is not used" in capsys.readouterr().out
 
 
+def test_artifacts_are_timed_side_by_side(model_directory, artifact_directory, tmp_path):
+  first, second = artifacts.load(artifact_directory), tmp_path / "second"
+  half = dataclasses.replace(first, schedule=(0.0, 0.0, 0.0, 0.75), routing=RoutingConfig("project"))
+  artifacts.save(half, second)
+  found = bench(tmp_path, model_directory, "prefill", *SIZE, f"--artifact={artifact_directory},{second}", "--no-torch")
+  assert [(r["shape"], r["kv"], r["sparsity"]) for r in found["records"]] == [
+      (None, None, 0), ("artifact 1", "evict", np.mean(SCHEDULE)), ("artifact 2", "project", 0.1875),
+  ]  # fmt: skip
+
+
 def test_baselines_stand_beside_dense(model_directory, tmp_path, monkeypatch):
   facts = {"removed": [1, 2]}
   smaller = METHODS["shortgpt"].kind("shortgpt", 0.5, 0, load_model(str(model_directory)), facts)
@@ -269,31 +282,50 @@ def test_gather_scatter_moves_the_kept_tokens_alone():
 
 def test_overhead(model_directory, tmp_path):
   found = bench(tmp_path, model_directory, "overhead", *LATE, "--kv=evict", "--runs=2")
-  dense, s0, dynamic, static, moving = found["records"]
-  assert [r["method"] for r in found["records"]] == [
-      "dense", "s0", "dynamic_router", "static_router", "gather_scatter",
-  ]  # fmt: skip
+  dense, s0, ftp, deciding, moving = found["records"]
+  assert [r["method"] for r in found["records"]] == ["dense", "s0", "ftp", "decide", "gather_scatter"]
   assert (s0["sparsity"], s0["achieved_sparsity"], s0["ideal_speedup"], s0["router"]) == (0, 0, 1, "dynamic")
-  assert (dynamic["router"], static["router"]) == ("dynamic", "static")
-  assert dynamic["achieved_sparsity"] == static["achieved_sparsity"] > 0.4
+  assert ftp["router"] == "dynamic" and ftp["achieved_sparsity"] > 0.4
   seconds = lambda record: record["seconds_median"]
   for record, extra, whole in (
-      (s0, seconds(s0) - seconds(dense), s0),
-      (dynamic, seconds(dynamic) - seconds(static), dynamic),
-      (moving, seconds(moving), dynamic),
-  ):
+      (s0, seconds(s0) - seconds(dense), s0), (deciding, seconds(deciding), ftp), (moving, seconds(moving), ftp),
+  ):  # fmt: skip
     assert record["extra_seconds"] == pytest.approx(extra)
     assert record["share"] == pytest.approx(extra / seconds(whole))
     assert record["share_of_dense"] == pytest.approx(extra / seconds(dense))
-  assert dense["extra_seconds"] is static["extra_seconds"] is moving["speedup"] is None
+  assert dense["extra_seconds"] is ftp["extra_seconds"] is moving["speedup"] is deciding["speedup"] is None
   assert moving["slots"] == [2, 2]
+
+
+@pytest.mark.parametrize("one_pass, kind", [(-1, "per_block"), (2, "per_block"), (1, "recurrent"), (-1, "global")])
+def test_decisions_alone_are_those_of_the_router(model_directory, one_pass, kind):
+  """With a router that reads no scores, of states that stay as they are but for the first token, which is forced."""
+  model = load_model(str(model_directory))
+  config = RouterConfig(kind, ("position", "sparsity"), hidden_states=True)
+  router = Router("dynamic", config, init_router(config, jax.random.key(1), 4, model.config.hidden_size))
+  spec = Spec(model.config, RoutingConfig(one_pass_block=one_pass))
+  weights = Weights(model.params, router, jnp.array([0.0, 0.25, 0.5, 0.5]))
+  x = np.random.default_rng(2).standard_normal((2, 16, model.config.hidden_size)).astype(np.float32)
+  keys = np.zeros((2, 16, model.config.num_kv_heads, model.config.head_dim), np.float32)
+  context, plan = jnp.array([16, 9]), spec.plan(Weights(*weights), 16)
+  keep = overhead.decide(spec, plan, weights, x, keys, context)
+  state, inputs, expected = init_state(router, 2, 16), block_inputs(spec.routing, router, weights.schedule_L), []
+  position = jnp.broadcast_to(jnp.arange(16), (2, 16))
+  for index in range(4):
+    own = jax.tree.map(lambda a: a[index], inputs)
+    kept, _, state = decide_context(
+        spec.routing, router, own, x, jnp.zeros((2, 16)), state, position, context, jnp.zeros(2, int)
+    )
+    expected += [kept] if index or kind == "recurrent" else []
+  np.testing.assert_array_equal(keep, expected)
+  assert keep[-1].sum(axis=1).tolist() == [8, 5]
 
 
 def test_every_shape_kv_mode_and_sparsity_is_a_case(model_directory):
   asked = types.SimpleNamespace(
       sparsity=(0.3, 0.5), shape=("late", "middle"), kv=("evict", "project"), router="dynamic", dtype="float32"
   )
-  made = cases.pruned(load_model(str(model_directory)), asked, None)
+  made = cases.pruned(load_model(str(model_directory)), asked, [])
   assert len({case.name for case in made}) == 8
   for case in made:
     labels = case.labels
@@ -304,9 +336,9 @@ def test_every_shape_kv_mode_and_sparsity_is_a_case(model_directory):
 def test_plans_to_compile(model_directory):
   model = load_model(str(model_directory))
   asked = types.SimpleNamespace(
-      sparsity=(0.3, 0.5), shape=("late", "middle"), kv=("evict",), router="static", dtype="float32", artifact=None
+      sparsity=(0.3, 0.5), shape=("late", "middle"), kv=("evict",), router="static", dtype="float32", artifact=()
   )
-  plans = compiling._plans(model, cases.pruned(model, asked, None), asked, 32)
+  plans = compiling._plans(model, cases.pruned(model, asked, []), asked, 32)
   assert [(case.labels["shape"], case.labels["sparsity"], compiling.buckets(plan)) for case, plan in plans] == [
       (None, 0, 0), ("late", 0.3, 2), ("late", 0.5, 2), ("middle", 0.3, 1), ("middle", 0.5, 1),
       ("ramp", 0.3, 1), ("ramp", 0.3, 2), ("ramp", 0.3, 3),  # its first block skips nothing
@@ -328,7 +360,7 @@ def test_crossover_is_written_into_the_artifact_and_obeyed(model_directory, arti
   assert str(artifact_directory) in capsys.readouterr().out
 
   model = load_model(str(model_directory))
-  options = types.SimpleNamespace(artifact=str(artifact_directory), batch=(1,), dtype="float32")
+  options = types.SimpleNamespace(artifact=(str(artifact_directory),), batch=(1,), dtype="float32")
   for speedups, pruned in (((0.9, 1.2), (False, True)), ((1.1, 1.2), (True, True)), ((1.1, 0.9), (False, False))):
     faked = [{"method": "ftp", "context": c, "speedup": s} for c, s in zip((16, 32), speedups)]
     crossover.write(faked, options, {})
@@ -366,6 +398,7 @@ def test_without_torch_its_rows_are_left_out(model_directory, tmp_path, capsys, 
         (["compile", "--plot=b.png"], ["leave out --plot"]),
         (["crossover"], ["--artifact=DIR"]),
         (["crossover", "--artifact=here", "--batch=1,2"], ["single --batch"]),
+        (["crossover", "--artifact=here,there"], ["single --artifact"]),
         (["decode", "--baseline=late"], ["bench decode", "bench prefill"]),
         (["prefill", "--depth=3"], ["--depth=3", "--help"]),
     ],

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -63,19 +64,22 @@ def dense(model: Model, dtype: str) -> Case:
   return Case("dense", spec, Weights(model.params, STATIC, jnp.zeros(model.config.num_blocks)), labels)
 
 
-def pruned(model: Model, settings: Settings, artifact: Artifact | None) -> list[Case]:
-  """The cases that settings ask for: the artifact, or built-in schedules.
+def pruned(model: Model, settings: Settings, artifacts: Sequence[Artifact]) -> list[Case]:
+  """The cases that settings ask for: the artifacts, numbered where there are several, or built-in schedules.
 
   Raises:
-    UserError: the artifact belongs to another model.
+    UserError: an artifact belongs to another model.
   """
   base = dense(model, settings.dtype)
-  if artifact:
+  found = []
+  for number, artifact in enumerate(artifacts, 1):
     Engine(model, artifact)  # compares fingerprints
     router = Router("dynamic", artifact.router, jax.tree.map(jnp.asarray, artifact.params))
-    return [_pruned(base, artifact.schedule, artifact.routing, router, "artifact", np.mean(artifact.schedule))]
+    shape = "artifact" if len(artifacts) == 1 else f"artifact {number}"
+    found.append(_pruned(base, artifact.schedule, artifact.routing, router, shape, np.mean(artifact.schedule)))
+  if found:
+    return found
   router = STATIC if settings.router == "static" else untrained_router(model)
-  found = []
   for shape, kv, sparsity in itertools.product(settings.shape, settings.kv, settings.sparsity):
     schedule_L = builtin(shape, model.config.num_blocks, sparsity)
     found.append(_pruned(base, schedule_L, RoutingConfig(kv_mode=kv), router, shape, sparsity))

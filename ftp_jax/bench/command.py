@@ -31,10 +31,10 @@ def run(arguments: argparse.Namespace) -> None:
     UserError: a flag is wrong, the model or artifact unusable, or memory too small.
   """
   settings = read(arguments)
-  artifact = load_artifact(settings.artifact) if settings.artifact else None
+  artifacts = [load_artifact(directory) for directory in settings.artifact]
   model = load_model(settings.model, settings.dtype)
   settings.check_positions(model.config.max_positions)
-  cases = pruned(model, settings, artifact)
+  cases = pruned(model, settings, artifacts)
   machine = describe_machine()
   try:
     with _torch(model, settings) as torch:
@@ -62,9 +62,9 @@ def _torch(model: Model, settings: Settings) -> contextlib.AbstractContextManage
 
 def _report_crossover(context: int | None, settings: Settings) -> None:
   if context is None:
-    print(f"Never faster than dense at the longest context measured; {settings.artifact} says so now.")
+    print(f"Never faster than dense at the longest context measured; {settings.artifact[0]} says so now.")
   else:
-    print(f"Faster than dense from {context} tokens on; {settings.artifact} says so now.")
+    print(f"Faster than dense from {context} tokens on; {settings.artifact[0]} says so now.")
 
 
 def _write(machine: dict[str, Any], found: list[dict[str, Any]], settings: Settings) -> None:

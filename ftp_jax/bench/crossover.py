@@ -29,6 +29,7 @@ def write(records: Sequence[dict[str, Any]], settings: Settings, machine: dict[s
   described = {
       "context": found, "batch": settings.batch[0], "dtype": settings.dtype, "machine": machine, "measured": measured,
   }  # fmt: skip
-  artifact = dataclasses.replace(artifacts.load(settings.artifact), crossover=described)
-  artifacts.save(artifact, settings.artifact, artifacts.read_config(settings.artifact)["layout"])
+  directory, = settings.artifact
+  artifact = dataclasses.replace(artifacts.load(directory), crossover=described)
+  artifacts.save(artifact, directory, artifacts.read_config(directory)["layout"])
   return found

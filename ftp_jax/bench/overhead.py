@@ -14,10 +14,13 @@ from ftp_jax.bench import records
 from ftp_jax.bench.cases import Case, Prefill, dense, random_tokens, untrained_router
 from ftp_jax.bench.settings import Settings
 from ftp_jax.bench.timing import interleave, seconds_of
+from ftp_jax.inference.programs import Spec, Weights
+from ftp_jax.models import decoder
+from ftp_jax.models.attention import visible
 from ftp_jax.models.sources import Model
-from ftp_jax.routing.bucketed import fill_slots, gather
+from ftp_jax.routing import factors, routers
+from ftp_jax.routing.bucketed import block_inputs, decide_context, fill_slots, gather
 from ftp_jax.routing.plan import Plan
-from ftp_jax.routing.routers import STATIC
 
 
 @functools.partial(jax.jit, static_argnames="plan")
@@ -36,16 +39,84 @@ def gather_scatter(plan: Plan, x_BxTxD: jax.Array, keep_LxBxT: jax.Array) -> jax
   return x_BxTxD
 
 
-class _GatherScatter:
-  name = "gather_scatter"
+@functools.partial(jax.jit, static_argnames=("spec", "plan"))
+def decide(spec: Spec, plan: Plan, weights: Weights, x_BxTxD, k_BxTxGxN, context_B) -> jax.Array:
+  """The decisions of a prefill without its blocks, (routed blocks,B,T): scores, factors, router and selection.
+
+  Args:
+    x_BxTxD, k_BxTxGxN: states that stand for those entering every block, and keys for those of every block.
+  """
+  config, routing, router = spec.model, spec.routing, weights.router
+  batch, num_positions = x_BxTxD.shape[:2]
+  position = jnp.broadcast_to(jnp.arange(num_positions), (batch, num_positions))
+  row_B, rows_BxW = jnp.zeros(batch, int), factors.window_rows(context_B, routing.score_window)
+  at = jnp.maximum(rows_BxW, 0)
+  inputs = block_inputs(routing, router, weights.schedule_L)
+  routed = [plan.bodies[i][1] for i in plan.body_of]
+  scored = routing.scored_blocks(routed, router.recurrent)
+
+  def scores_of(x, index):
+    of_block = {"params": decoder.block_at(weights.params["blocks"], index)}
+    angles = decoder.angles(config, at)
+    q = decoder.Block(config).apply(of_block, gather(x, at), *angles, method=decoder.Block.queries)
+    return factors.window_scores(q, k_BxTxGxN, visible(at, position, config.sliding_window), rows_BxW >= 0)
+
+  def step(carry, inputs, decides, scores, planned):
+    x, score, state = carry
+    keep = None
+    if decides:
+      keep, _, state = decide_context(routing, router, inputs, x, score, state, position, context_B, row_B)
+    if scores:
+      score = scores_of(x, inputs["index"])
+    if not planned:  # nothing may be the same in the next block, or XLA computes it once
+      x = x.at[:, 0].add(1)
+    return (x, score, state), keep
+
+  carry = x_BxTxD, jnp.zeros(position.shape), routers.init_state(router, batch, num_positions)
+  found, begin = [], 0
+  while begin < len(routed):  # runs of blocks that do the same
+    what = lambda i: (
+        routed[i] or router.recurrent, router.reads_scores and scored[i], 0 <= routing.one_pass_block <= i
+    )  # fmt: skip
+    end = next((i for i in range(begin, len(routed)) if what(i) != what(begin)), len(routed))
+    decides, scores, planned = what(begin)
+    some = jax.tree.map(lambda a: a[begin:end], inputs)
+    run = functools.partial(step, decides=decides, scores=scores, planned=planned)
+    carry, keep = jax.lax.scan(run, carry, some)
+    found, begin = found + [keep] * decides, end
+  return jnp.concatenate(found)
+
+
+class _Alone:
+  """A part of a prefill by itself, with random states and the routes that the prefill took."""
 
   def __init__(self, prefill: Prefill):
     self.prefill, spec = prefill, prefill.case.spec
-    self.x = jnp.zeros((*prefill.arguments[1].shape, spec.model.hidden_size), spec.dtype)
+    random = lambda *shape: jnp.asarray(np.random.default_rng(0).standard_normal(shape), spec.dtype)
+    batch, context = prefill.arguments[1].shape
+    self.x = random(batch, context, spec.model.hidden_size)
+    self.k = random(batch, context, spec.model.num_kv_heads, spec.model.head_dim)
 
   def measure(self) -> float:
-    keep = self.prefill.keep_LxBxT
-    return seconds_of(lambda: gather_scatter(self.prefill.plan, self.x, keep))[0]
+    return seconds_of(self.run)[0]
+
+
+class _Decide(_Alone):
+  name = "decide"
+
+  def run(self) -> jax.Array:
+    weights, _, context_B = self.prefill.arguments
+    return decide(self.prefill.case.spec, self.prefill.plan, weights, self.x, self.k, context_B)
+
+  def describe(self) -> dict[str, Any]:
+    return {"method": self.name, **self.prefill.case.labels}
+
+
+class _GatherScatter(_Alone):
+  name = "gather_scatter"
+
+  def run(self) -> jax.Array:
+    return gather_scatter(self.prefill.plan, self.x, self.prefill.keep_LxBxT)
 
   def describe(self) -> dict[str, Any]:
     plan = self.prefill.plan
@@ -56,9 +127,8 @@ class _GatherScatter:
 def bench(model: Model, cases: Sequence[Case], settings: Settings, torch: None = None) -> list[dict[str, Any]]:
   """Records of every batch and context.
 
-  Beside the usual figures: `extra_seconds`, what the named part adds (s0: over dense; dynamic_router: over the static
-  router under the same schedule; gather_scatter: its own time), as `share` of the prefill it is part of (for
-  gather_scatter that with the dynamic router) and as `share_of_dense`, of a dense prefill.
+  Beside the usual figures: `extra_seconds`, what the named part adds (s0: over dense; decide and gather_scatter: their
+  own time without the rest), as `share` of the prefill it is part of and as `share_of_dense`, of a dense prefill.
   """
   del torch
   found = []
@@ -69,26 +139,26 @@ def bench(model: Model, cases: Sequence[Case], settings: Settings, torch: None =
 
 def _measure(model: Model, cases: Sequence[Case], settings: Settings, tokens_BxT: np.ndarray) -> list[dict[str, Any]]:
   batch, context = tokens_BxT.shape
-  router = cases[0].weights.router if settings.artifact else untrained_router(model)
-  nothing_asked = cases[0].replace("s0", router, np.zeros(model.config.num_blocks), sparsity=0.0, shape=None)
+  untrained = None if settings.artifact else untrained_router(model)
+  router_of = lambda case: untrained or case.weights.router
+  asked_nothing = np.zeros(model.config.num_blocks)
+  nothing_asked = cases[0].replace("s0", router_of(cases[0]), asked_nothing, sparsity=0.0, shape=None)
   methods: list[Any] = [Prefill(case, tokens_BxT) for case in (dense(model, settings.dtype), nothing_asked)]
   for case in cases:
-    dynamic = Prefill(case.replace("dynamic_router", router), tokens_BxT)
-    methods += [dynamic, Prefill(case.replace("static_router", STATIC), tokens_BxT), _GatherScatter(dynamic)]
+    dynamic = Prefill(case.replace("ftp", router_of(case)), tokens_BxT)
+    methods += [dynamic, _Decide(dynamic), _GatherScatter(dynamic)]
   seconds = interleave(methods, settings.runs, f"overhead context {context} batch {batch}")
   medians = list(map(statistics.median, seconds))
 
   found = []
   for i, (method, own) in enumerate(zip(methods, seconds)):
-    extra, whole = None, medians[i]
-    if method.name == "gather_scatter":
-      extra, whole = medians[i], medians[i - 2]
-    elif method.case.method == "dynamic_router":
-      extra = medians[i] - medians[i + 1]
+    alone, extra, whole = isinstance(method, _Alone), None, medians[i]
+    if alone:
+      extra, whole = medians[i], medians[[m is method.prefill for m in methods].index(True)]
     elif method is methods[1]:
       extra = medians[1] - medians[0]
     shares = {} if extra is None else {"share": extra / whole, "share_of_dense": extra / medians[0]}
-    reference = None if method.name == "gather_scatter" else seconds[0]
+    reference = None if alone else seconds[0]
     found.append(records.make(
         "overhead", context=context, batch=batch, seconds=own, dense=reference, dtype=settings.dtype,
         extra_seconds=extra, **shares, **method.describe(),

@@ -30,7 +30,7 @@ class Settings:
     router: of the built-in schedules, `static` or `dynamic`.
     runs: measurements of each method.
     steps: decode steps of one measurement.
-    artifact: replaces the built-in schedules.
+    artifact: directories; they replace the built-in schedules.
     baseline: directories of saved baselines, or names of those that need no calibration, at every sparsity.
     torch: also measure transformers on torch.
     json, plot: files to write.
@@ -47,7 +47,7 @@ class Settings:
   runs: int
   steps: int
   dtype: str
-  artifact: str | None
+  artifact: tuple[str, ...]
   baseline: tuple[str, ...]
   torch: bool
   json: pathlib.Path | None
@@ -76,6 +76,9 @@ def read(arguments: argparse.Namespace) -> Settings:
     print(f"--{given[0]} is not used: the artifact brings its schedule, its router and its kv mode.")
   if kind == "crossover" and not arguments.artifact:
     raise UserError("bench crossover measures an artifact; name its directory with --artifact=DIR.")
+  artifact = tuple(dict.fromkeys(arguments.artifact.split(","))) if arguments.artifact else ()
+  if kind == "crossover" and len(artifact) > 1:
+    raise UserError("bench crossover writes into one artifact; give a single --artifact=DIR.")
   value = lambda name, default: default if getattr(arguments, name) is None else getattr(arguments, name)
   contexts = _CROSSOVER_CONTEXTS if kind == "crossover" else _CONTEXTS
   batch = _numbers("batch", value("batch", "1"), int, 1)
@@ -116,7 +119,7 @@ def read(arguments: argparse.Namespace) -> Settings:
       runs=_number("runs", value("runs", "5")),
       steps=_number("steps", value("steps", "32")),
       dtype=_one_of(value("dtype", "float32"), "--dtype", tuple(DTYPES)),
-      artifact=arguments.artifact,
+      artifact=artifact,
       baseline=tuple(dict.fromkeys(arguments.baseline.split(","))) if arguments.baseline else (),
       torch=arguments.torch and kind in WITH_TORCH,
       json=json,

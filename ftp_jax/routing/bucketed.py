@@ -79,6 +79,41 @@ def in_parts(function: Callable[[jax.Array], jax.Array], x_BxKxD: jax.Array, lar
   return y.reshape(y.shape[0], parts * size, -1)[:, :num_slots]
 
 
+def block_inputs(routing: RoutingConfig, router: Router, schedule_L: jax.Array) -> dict[str, Any]:
+  """What `decide_context` reads of every block, each with a leading L axis."""
+  schedule_L = jnp.asarray(schedule_L, jnp.float32)
+  return {
+      "sparsity": schedule_L,
+      "decode_sparsity": decode_schedule(schedule_L, routing.decode_sparsity),
+      "index": jnp.arange(len(schedule_L)),
+      "router": router.params if router.per_block else None,
+  }
+
+
+def decide_context(
+    routing: RoutingConfig, router: Router, inputs: dict[str, Any], x_BxTxD, score_BxT, state_BxTxR, position_BxT,
+    context_B, row_B,
+) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
+  """One block's gates (B,T) of the context tokens, the margin (B) that the decode rule `quantile` reads, and the state.
+
+  Args:
+    inputs: the block's slice of `block_inputs`.
+    x_BxTxD, score_BxT: states and score table that it is decided from.
+    state_BxTxR, row_B: as `routers.margin` takes them.
+  """
+  features = None
+  if router.factors:
+    features = factor_lib.context_factors(router.factors, score_BxT, inputs["sparsity"], context_B)
+  margin_BxT, state_BxTxR = routers.margin(
+      router, inputs["router"] if router.per_block else router.params, features, x_BxTxD, state_BxTxR, position_BxT,
+      row_B, inputs["index"],
+  )  # fmt: skip
+  least_B = jnp.zeros(len(context_B))
+  if routing.decode_sparsity and routing.decode_rule == "quantile":
+    least_B = least_kept_margin(margin_BxT, inputs["decode_sparsity"], context_B)
+  return keep_context(margin_BxT, inputs["sparsity"], context_B, routing), least_B, state_BxTxR
+
+
 def prefill(
     config: ModelConfig,
     routing: RoutingConfig,
@@ -124,21 +159,11 @@ def prefill(
         jnp.broadcast_to(cos, (batch,) + cos.shape[1:]), position
     )
 
-  quantile = bool(routing.decode_sparsity) and routing.decode_rule == "quantile"
   scored = routing.scored_blocks([plan.bodies[i][1] for i in plan.body_of], router.recurrent)
   scored = [router.reads_scores and some for some in scored]
 
   def decide(x, score, state, inputs):
-    """Gates (B,T) of the context tokens, the margin (B) that the decode rule `quantile` reads, and the state."""
-    features = None
-    if router.factors:
-      features = factor_lib.context_factors(router.factors, score, inputs["sparsity"], context_B)
-    margin, state = routers.margin(
-        router, inputs["router"] if router.per_block else router.params, features, x, state, position_BxT, row_B,
-        inputs["index"],
-    )
-    least = least_kept_margin(margin, inputs["decode_sparsity"], context_B) if quantile else jnp.zeros(batch)
-    return keep_context(margin, inputs["sparsity"], context_B, routing), least, state
+    return decide_context(routing, router, inputs, x, score, state, position_BxT, context_B, row_B)
 
   def scores_of(apply, x, k, key, keep, score, scored, to_positions):
     """The score table after a block whose keys `k` stand at positions `key`; the old one where no router reads it."""
@@ -323,12 +348,8 @@ def prefill(
 
     return jax.lax.scan(step, carry, inputs)
 
-  inputs = {
-      "sparsity": jnp.asarray(schedule_L, jnp.float32),
-      "decode_sparsity": decode_schedule(jnp.asarray(schedule_L, jnp.float32), routing.decode_sparsity),
-      "index": jnp.arange(config.num_blocks),
+  inputs = block_inputs(routing, router, schedule_L) | {
       "routed": jnp.asarray([plan.bodies[i][1] for i in plan.body_of]),
-      "router": router.params if router.per_block else None,
       "scored": jnp.asarray(scored),
       "offset": jnp.asarray(plan.offsets, jnp.int32),
   }
