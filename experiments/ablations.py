@@ -21,6 +21,7 @@ from typing import Any
 import jax
 import numpy as np
 from absl import app, flags
+from absl import logging as absl_logging
 from ml_collections import config_dict
 
 from ftp_jax.config import get_config
@@ -259,6 +260,7 @@ def run_variants(
 
 
 def main(argv) -> None:
+  absl_logging.set_verbosity(absl_logging.WARNING)  # below it orbax tells of every step of a save
   if len(argv) > 1:
     raise app.UsageError(f"The argument {argv[1]!r} is not understood.")
   given = flags.FLAGS

@@ -24,6 +24,7 @@ import matplotlib
 import numpy as np
 import tqdm
 from absl import app, flags
+from absl import logging as absl_logging
 from ml_collections import config_dict
 
 from ftp_jax.bench.baselines import BaselinePrefill
@@ -513,6 +514,7 @@ def plot(table: list[dict[str, Any]], context: int, path: pathlib.Path, files: S
 
 
 def main(argv) -> None:
+  absl_logging.set_verbosity(absl_logging.WARNING)  # below it orbax tells of every step of a save
   if len(argv) > 1:
     raise app.UsageError(f"The argument {argv[1]!r} is not understood.")
   unknown = set(_METHODS.value) - set(METHODS) or set(_STAGES.value) - set(STAGES) or set(_TASKS.value) - set(TASKS)
