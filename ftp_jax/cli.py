@@ -22,7 +22,7 @@ Exit status: 0 done, 2 a mistake to mend, 75 another process was lost, 130 Ctrl-
 _BENCHES = """\
 prefill    time to first token: dense, torch_dense (transformers) and ftp, in turns
 decode     tokens a second and size of the KV cache
-overhead   what routing costs by itself: nothing skipped, the router, gathering and scattering
+overhead   what routing costs by itself: nothing skipped, decisions, gathering and scattering
 compile    compile time and memory against the number of buckets
 crossover  the context from which on --artifact is faster than dense, written into the artifact"""
 
@@ -148,7 +148,7 @@ def _parser() -> argparse.ArgumentParser:
   bench.add_argument("kind", metavar="KIND", help="prefill, decode, overhead, compile or crossover")
   bench.add_argument("--model", default="smollm2-135m", help="any model source (default: smollm2-135m)")
   for name, metavar, summary in (
-      ("artifact", "DIR[,DIR]", "schedule, router and kv mode of trained artifacts, in place of built-in schedules"),
+      ("artifact", "DIR[,DIR]", "trained artifacts (numbered in this order) in place of built-in schedules"),
       ("baseline", "NAME|DIR[,..]", "prefill: also measure saved baselines, or truncation, random, static, late"),
       ("context", "N[,N]", "context lengths (default: 512,2048; crossover: 64 to 2048)"),
       ("batch", "N[,N]", "rows (default: 1)"),

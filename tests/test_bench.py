@@ -20,13 +20,16 @@ from ftp_jax.evaluation.flops import prefill_flops
 from ftp_jax.export import artifact as artifacts
 from ftp_jax.export.artifact import Artifact
 from ftp_jax.inference import programs
-from ftp_jax.inference.programs import Spec, Weights
 from ftp_jax.inference.engine import Engine
+from ftp_jax.inference.programs import Spec, Weights
 from ftp_jax.inference.sampling import Sampling
+from ftp_jax.models import decoder
+from ftp_jax.models.attention import visible
 from ftp_jax.models.huggingface import fingerprint, save_params
 from ftp_jax.models.sources import load_model
 from ftp_jax.routing.bucketed import block_inputs, decide_context
 from ftp_jax.routing.config import RouterConfig, RoutingConfig
+from ftp_jax.routing.factors import window_scores
 from ftp_jax.routing.plan import make_plan
 from ftp_jax.routing.routers import Router, init_router, init_state
 from tests import tiny
@@ -307,8 +310,8 @@ def test_decisions_alone_are_those_of_the_router(model_directory, one_pass, kind
   weights = Weights(model.params, router, jnp.array([0.0, 0.25, 0.5, 0.5]))
   x = np.random.default_rng(2).standard_normal((2, 16, model.config.hidden_size)).astype(np.float32)
   keys = np.zeros((2, 16, model.config.num_kv_heads, model.config.head_dim), np.float32)
-  context, plan = jnp.array([16, 9]), spec.plan(Weights(*weights), 16)
-  keep = overhead.decide(spec, plan, weights, x, keys, context)
+  context, plan = jnp.array([16, 9]), spec.plan(weights, 16)
+  keep, least = overhead.decide(spec, plan, weights, x, keys, context)
   state, inputs, expected = init_state(router, 2, 16), block_inputs(spec.routing, router, weights.schedule_L), []
   position = jnp.broadcast_to(jnp.arange(16), (2, 16))
   for index in range(4):
@@ -318,7 +321,35 @@ def test_decisions_alone_are_those_of_the_router(model_directory, one_pass, kind
     )
     expected += [kept] if index or kind == "recurrent" else []
   np.testing.assert_array_equal(keep, expected)
-  assert keep[-1].sum(axis=1).tolist() == [8, 5]
+  assert keep[-1].sum(axis=1).tolist() == [8, 5] and least.shape == (len(keep), 2)
+
+
+@pytest.mark.parametrize("one_pass, schedule, decided", [
+    (-1, (0.0, 0.5, 0.5, 0.0), (1, 2)), (2, (0.0, 0.0, 0.5, 0.0), (2, 3)), (-1, (0.0, 0.0, 0.0, 0.0), ()),
+])  # fmt: skip
+def test_decisions_alone_read_scores_of_the_block_before(model_directory, one_pass, schedule, decided):
+  model = load_model(str(model_directory))
+  config = RouterConfig("global", ("score", "rank"))
+  router = Router("dynamic", config, init_router(config, jax.random.key(1), 4, model.config.hidden_size))
+  spec = Spec(model.config, RoutingConfig(one_pass_block=one_pass))
+  weights, rng = Weights(model.params, router, jnp.array(schedule)), np.random.default_rng(2)
+  x = rng.standard_normal((1, 16, model.config.hidden_size)).astype(np.float32)
+  keys = rng.standard_normal((1, 16, model.config.num_kv_heads, model.config.head_dim)).astype(np.float32)
+  keep, _ = overhead.decide(spec, spec.plan(weights, 16), weights, x, keys, jnp.array([16]))
+  block, at, position = decoder.Block(model.config), jnp.arange(8, 16)[None], jnp.arange(16)[None]
+  expected = []
+  for index in decided:  # the states of the late tokens, whose queries score, are those given; one plan for its blocks
+    before = (index if one_pass < 0 else one_pass) - 1
+    of_block = {"params": decoder.block_at(model.params["blocks"], before)}
+    q = block.apply(of_block, x[:, 8:], *decoder.angles(model.config, at), method=decoder.Block.queries)
+    score = window_scores(q, keys, visible(at, position, 0), jnp.ones((1, 8), bool))
+    own = jax.tree.map(lambda a: a[index], block_inputs(spec.routing, router, weights.schedule_L))
+    state = init_state(router, 1, 16)
+    expected.append(decide_context(
+        spec.routing, router, own, x, score, state, position, jnp.array([16]), jnp.zeros(1, int)
+    )[0])
+  assert keep.shape == (len(decided), 1, 16)
+  np.testing.assert_array_equal(keep, np.reshape(expected, keep.shape))
 
 
 def test_every_shape_kv_mode_and_sparsity_is_a_case(model_directory):

@@ -422,6 +422,28 @@ def test_a_skipped_block_reads_no_weight_but_those_of_keys_and_values(name, read
 # --- plans -------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    "name, scored",
+    [("per_block_late_plan", 1), ("global_evict_late", 2), ("global_project", 3), ("per_block_evict", 2)],
+)
+def test_scores_are_computed_where_a_router_reads_them_alone(name, scored, monkeypatch):
+  case, calls, window_scores = CASE[name], [], bucketed.factor_lib.window_scores
+
+  def counted(*arguments):
+    jax.debug.callback(lambda: calls.append(None))
+    return window_scores(*arguments)
+
+  monkeypatch.setattr(bucketed.factor_lib, "window_scores", counted)
+  schedule = schedule_of(case.slots, np.full(len(case.slots), 0.5))
+  tokens, context = np.ones((1, CONTEXT), np.int32), np.array([CONTEXT], np.int32)
+  bucketed.prefill(
+      case.model, case.routing, plan_of(case, schedule), model_params(case.model, 0), make_router(case, 0), tokens,
+      context, schedule,
+  )
+  jax.effects_barrier()
+  assert len(calls) == scored
+
+
 def test_a_plan_by_hand():
   routing = RoutingConfig("evict")
   plan = make_plan([0.0, 0.5, 0.3, 0.5, 0.0], 10, routing)

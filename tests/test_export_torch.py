@@ -86,6 +86,18 @@ CASES = {
         "mistral-full", RoutingConfig("evict", decode_sparsity=0.2, decode_threshold=0.3), RouterConfig("recurrent"),
         (0.0, 0.7, 0.0),
     ),
+    "late_plan_quantile": (
+        "qwen3", RoutingConfig("project", one_pass_block=2, decode_sparsity=0.4, decode_rule="quantile"),
+        RouterConfig("per_block", ("rank", "score")), (0.0, 0.0, 0.7),
+    ),
+    "last_block_skipping": (
+        "llama-gqa", RoutingConfig("evict", decode_sparsity=0.2, decode_threshold=0.4),
+        RouterConfig(factors=("score", "rank")), (0.0, 0.0, 0.7),
+    ),
+    "dense_between": (
+        "llama-mha", RoutingConfig("evict", decode_sparsity=0.3, decode_threshold=0.4),
+        RouterConfig(factors=("score", "rank")), (0.6, 0.0, 0.7),
+    ),
 }  # fmt: skip
 WITH_ENGINE = ("evict", "per_block_quantile", "window_evict_quantile")
 

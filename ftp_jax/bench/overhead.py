@@ -1,4 +1,4 @@
-"""What routing costs by itself: the bucketed path when nothing is skipped, the router, gathering and scattering."""
+"""What routing costs by itself: the bucketed path when nothing is skipped, decisions, gathering and scattering."""
 
 import functools
 import itertools
@@ -40,11 +40,15 @@ def gather_scatter(plan: Plan, x_BxTxD: jax.Array, keep_LxBxT: jax.Array) -> jax
 
 
 @functools.partial(jax.jit, static_argnames=("spec", "plan"))
-def decide(spec: Spec, plan: Plan, weights: Weights, x_BxTxD, k_BxTxGxN, context_B) -> jax.Array:
-  """The decisions of a prefill without its blocks, (routed blocks,B,T): scores, factors, router and selection.
+def decide(spec: Spec, plan: Plan, weights: Weights, x_BxTxD, k_BxTxGxN, context_B) -> tuple[jax.Array, jax.Array]:
+  """The decisions of a prefill without its blocks: scores, factors, router and selection.
 
   Args:
-    x_BxTxD, k_BxTxGxN: states that stand for those entering every block, and keys for those of every block.
+    x_BxTxD, k_BxTxGxN: states that stand for those entering every block, and keys for those of every block; of all
+      tokens, though where a block evicts it scores fewer.
+
+  Returns:
+    Gates (decided blocks,B,T), and the margins that the decode rule `quantile` reads (decided blocks,B).
   """
   config, routing, router = spec.model, spec.routing, weights.router
   batch, num_positions = x_BxTxD.shape[:2]
@@ -63,28 +67,27 @@ def decide(spec: Spec, plan: Plan, weights: Weights, x_BxTxD, k_BxTxGxN, context
 
   def step(carry, inputs, decides, scores, planned):
     x, score, state = carry
-    keep = None
+    decided = None
     if decides:
-      keep, _, state = decide_context(routing, router, inputs, x, score, state, position, context_B, row_B)
+      *decided, state = decide_context(routing, router, inputs, x, score, state, position, context_B, row_B)
     if scores:
       score = scores_of(x, inputs["index"])
     if not planned:  # nothing may be the same in the next block, or XLA computes it once
       x = x.at[:, 0].add(1)
-    return (x, score, state), keep
+    return (x, score, state), decided
 
   carry = x_BxTxD, jnp.zeros(position.shape), routers.init_state(router, batch, num_positions)
-  found, begin = [], 0
+  found, begin = [[jnp.zeros((0, batch, num_positions), bool), jnp.zeros((0, batch))]], 0
   while begin < len(routed):  # runs of blocks that do the same
-    what = lambda i: (
-        routed[i] or router.recurrent, router.reads_scores and scored[i], 0 <= routing.one_pass_block <= i
-    )  # fmt: skip
+    planned = lambda i: 0 <= routing.one_pass_block <= i and any(routed[routing.one_pass_block :])
+    what = lambda i: (routed[i] or router.recurrent or planned(i), router.reads_scores and scored[i], planned(i))
     end = next((i for i in range(begin, len(routed)) if what(i) != what(begin)), len(routed))
-    decides, scores, planned = what(begin)
-    some = jax.tree.map(lambda a: a[begin:end], inputs)
-    run = functools.partial(step, decides=decides, scores=scores, planned=planned)
-    carry, keep = jax.lax.scan(run, carry, some)
-    found, begin = found + [keep] * decides, end
-  return jnp.concatenate(found)
+    decides, scores, fixed = what(begin)
+    run = functools.partial(step, decides=decides, scores=scores, planned=fixed)
+    carry, decided = jax.lax.scan(run, carry, jax.tree.map(lambda a: a[begin:end], inputs))
+    found, begin = found + [decided] * decides, end
+  keep, least = map(jnp.concatenate, zip(*found))
+  return keep, least
 
 
 class _Alone:
@@ -104,7 +107,7 @@ class _Alone:
 class _Decide(_Alone):
   name = "decide"
 
-  def run(self) -> jax.Array:
+  def run(self) -> tuple[jax.Array, jax.Array]:
     weights, _, context_B = self.prefill.arguments
     return decide(self.prefill.case.spec, self.prefill.plan, weights, self.x, self.k, context_B)
 
@@ -154,7 +157,7 @@ def _measure(model: Model, cases: Sequence[Case], settings: Settings, tokens_BxT
   for i, (method, own) in enumerate(zip(methods, seconds)):
     alone, extra, whole = isinstance(method, _Alone), None, medians[i]
     if alone:
-      extra, whole = medians[i], medians[[m is method.prefill for m in methods].index(True)]
+      extra, whole = medians[i], medians[methods.index(method.prefill)]
     elif method is methods[1]:
       extra = medians[1] - medians[0]
     shares = {} if extra is None else {"share": extra / whole, "share_of_dense": extra / medians[0]}

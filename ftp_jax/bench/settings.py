@@ -71,7 +71,8 @@ def read(arguments: argparse.Namespace) -> Settings:
     UserError: a flag has no meaning, or a file could not be written afterwards.
   """
   kind = _one_of(arguments.kind, "bench", KINDS)
-  given = [name for name in ("sparsity", "shape", "kv", "router") if getattr(arguments, name) is not None]
+  ours = ("shape", "kv", "router") if arguments.baseline else ("sparsity", "shape", "kv", "router")
+  given = [name for name in ours if getattr(arguments, name) is not None]
   if arguments.artifact and given:
     print(f"--{given[0]} is not used: the artifact brings its schedule, its router and its kv mode.")
   if kind == "crossover" and not arguments.artifact:

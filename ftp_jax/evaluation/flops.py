@@ -5,7 +5,8 @@ token with a key: key and value projections; per (query, visible key) pair: 4 H 
 the last token's output is used, so dense and pruned prefill alike compute nothing but keys and values
 for the others there. The output head runs for the last token. The router is counted where a block skips (a recurrent
 one in every block), and in the blocks whose attention scores it reads the queries of the score window and their
-products with the keys.
+products with the keys. A block whose routes keep every token counts as one without gates, even where something was
+asked of it, as of a short prompt.
 """
 
 import numpy as np

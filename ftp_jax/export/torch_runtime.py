@@ -365,17 +365,17 @@ class _Gates:
   def __init__(self, pruning: Artifact, tokens: Packed, cache: PrunedCache, schedule: torch.Tensor, known_P):
     self.routing, self.router, self.pruning = pruning.routing, pruning.router, pruning
     self.tokens, self.cache, self.schedule, self.known_P = tokens, cache, schedule.tolist(), known_P.float()
-    routed, one_pass = [i for i, s in enumerate(self.schedule) if s > 0], self.routing["one_pass_block"]
-    self.last_routed = max(routed, default=-1)
-    first = 0 if self.router["kind"] == "recurrent" else min(routed, default=0)
-    self.first_read = first if one_pass < 0 else min(first, one_pass)
+    self.last_routed = max((i for i, s in enumerate(self.schedule) if s > 0), default=-1)
     self.scored = self.last_routed >= 0 and bool({"score", "rank"} & set(self.router["factors"]))
     self.state_PxR = self.known_P.new_zeros(len(known_P), self.router["hidden_size"])
     self.frozen_PxD = None  # one-pass routing: what the gates of all later blocks are decided from
 
   def observes(self, block: int) -> bool:
     """Whether a later decision reads the scores of this block."""
-    return self.scored and self.frozen_PxD is None and self.first_read - 1 <= block < self.last_routed
+    following = block + 1  # a decision reads them there, or a dense block replaces them
+    decides = self.router["kind"] == "recurrent" or following == self.routing["one_pass_block"]
+    asked = following <= self.last_routed and (decides or self.schedule[following] > 0)
+    return self.scored and self.frozen_PxD is None and asked
 
   def decide(self, block: int, x_PxD) -> torch.Tensor | None:
     """Which tokens (P) are computed in a block; None: all."""

@@ -165,7 +165,7 @@ def prefill(
   def decide(x, score, state, inputs):
     return decide_context(routing, router, inputs, x, score, state, position_BxT, context_B, row_B)
 
-  def scores_of(apply, x, k, key, keep, score, scored, to_positions):
+  def scores_of(apply, x, k, key, keep, score, inputs, to_positions):
     """The score table after a block whose keys `k` stand at positions `key`; the old one where no router reads it."""
 
     def new():
@@ -175,7 +175,7 @@ def prefill(
       own = factor_lib.window_scores(q, k, visible(at, key, config.sliding_window), counts)
       return jnp.where(keep, to_positions(own), score)
 
-    return jax.lax.cond(scored, new, lambda: score)
+    return jax.lax.cond(inputs["scored"], new, lambda: score)
 
   def gates(x, score, state, inputs, bodies, planned):
     """What blocks with these bodies share: (keep, slots of the kept tokens), (keep, least), state."""
@@ -222,7 +222,7 @@ def prefill(
       return score, buffers, None
     apply, (keep, _) = part_of(inputs["index"]), gate
     k, v = apply(decoder.Block.keys_values, x, sin, cos)
-    score = scores_of(apply, x, k, key_BxT, keep, score, inputs["scored"], lambda a: a) if scores else score
+    score = scores_of(apply, x, k, key_BxT, keep, score, inputs, lambda a: a) if scores else score
     buffers = put(buffers, as_tiles(k, v, key_BxT, num_positions), inputs)
     return score, buffers, buffers[:2] if in_xla else (k, v)
 
@@ -260,7 +260,7 @@ def prefill(
         key = jnp.where(query < 0, EMPTY, query)
         if self.scores:
           spread = (lambda a: jnp.take_along_axis(a, filled.slot_BxT, axis=1)) if self.gathers else (lambda a: a)
-          score = scores_of(apply, x, k, key, keep, score, inputs["scored"], spread)
+          score = scores_of(apply, x, k, key, keep, score, inputs, spread)
         tiles = as_tiles(k, v, key, key.shape[1] if self.last else num_positions)
       else:
         k, v = projected(held, inputs)

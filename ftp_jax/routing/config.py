@@ -116,16 +116,17 @@ class RoutingConfig:
     return self.evict_from if self.kv_mode == "evict" else num_blocks
 
   def scored_blocks(self, routed_L: Sequence[bool], recurrent: bool = False) -> list[bool]:
-    """Whether a router that reads attention scores ever reads those of each block, (L).
+    """Whether a router that reads attention scores reads those of each block, (L): it is asked in the next one.
 
-    Those of a dense block are replaced, for all tokens, in the next one.
+    Where nothing is decided in the next block, it is dense, and its own scores replace all before them.
 
     Args:
-      routed_L: which blocks have gates to decide; a recurrent router is asked in every block.
+      routed_L: which blocks have gates to decide; a recurrent router is asked in all blocks up to the last of them.
     """
-    last = self.one_pass_block if self.one_pass_block >= 0 else len(routed_L)
-    reads = [min(block, last) for block, routed in enumerate(routed_L) if routed or recurrent]
-    return [bool(reads) and min(reads) - 1 <= block < max(reads) for block in range(len(routed_L))]
+    last = max((block for block, routed in enumerate(routed_L) if routed), default=-1)
+    plan = self.one_pass_block if self.one_pass_block >= 0 else len(routed_L)
+    asked = {min(block, plan) for block in range(last + 1) if routed_L[block] or recurrent}
+    return [block + 1 in asked for block in range(len(routed_L))]
 
   def phases(self, num_blocks: int, start: int = 0) -> list[tuple[int, int]]:
     """The runs of blocks [begin, end) from `start` on, cut where a plan is made and where eviction begins."""
