@@ -471,6 +471,7 @@ def test_retrieval_documents_state_what_they_ask_for():
   documents = retrieval.documents(words, (150, 400), (0.0, 0.5, 1.0), 12, seed=1)
   assert documents == retrieval.documents(words, (150, 400), (0.0, 0.5, 1.0), 12, seed=1)
   assert len({d["text"] for d in documents}) == 72 and len({d["label"] for d in documents}) == 4
+  assert len({tuple(sorted(d["choices"])) for d in documents}) == 72  # none is asked twice
   cells = [(length, depth) for length in (150, 400) for depth in (0.0, 0.5, 1.0) for _ in range(12)]
   for document, (length, depth) in zip(documents, cells):
     story, question = document["text"].split("\n\n")

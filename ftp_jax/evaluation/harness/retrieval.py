@@ -60,8 +60,8 @@ def documents(
 
 
 def _document(encode, length: int, depth: float, n: int, seed: int) -> Item:
-  """One document; things, numbers and the order of phrases follow from (seed, n) alone."""
-  draw = random.Random(f"{seed}/{n}")
+  """One document. No other has its things and numbers: what a model likes to answer would count in all of them."""
+  draw = random.Random(f"{seed}/{length}/{depth}/{n}")
   pick = lambda options: options[int(draw.random() * len(options))]  # only random() is fixed across Pythons
   names, keys = [], []
   while len(names) < _CHOICES:

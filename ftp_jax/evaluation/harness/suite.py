@@ -111,6 +111,7 @@ def _retrieval(wanted: Suite) -> Job:
   count = retrieval.COUNT if wanted.limit is None else wanted.limit
   make = lambda encode: retrieval.documents(encode, wanted.lengths, wanted.depths, count, wanted.seed)
   settings = {"limit": count, "seed": wanted.seed, "lengths": wanted.lengths, "depths": wanted.depths}
+  settings |= {"things and numbers": "drawn for each item"}  # once lengths and depths shared them
   return Job(RETRIEVAL, RETRIEVAL, settings, make)
 
 
