@@ -350,8 +350,9 @@ def summarise(rows: list[dict[str, Any]], guess: dict[str, float], contexts: lis
   """One entry a method and S: means over the seeds that have a figure, None where none has it, and spreads.
 
   `<figure>_spread` is the sample standard deviation over seeds. `average_interval` is the 95 % interval of the
-  difference to the dense average, items drawn anew, the same for both (paired bootstrap). What is retained above
-  chance is left out unless the dense average lies three standard errors above chance.
+  difference to the dense average, items drawn anew, the same for both (paired bootstrap); `retained_interval` that of
+  what is retained above chance. The latter is left out unless the dense average lies three standard errors above
+  chance.
 
   Args:
     guess: chance of every task.
@@ -381,7 +382,7 @@ def summarise(rows: list[dict[str, Any]], guess: dict[str, float], contexts: lis
   table = []
   for method, asked in dict.fromkeys((row["method"], row["asked"]) for row in rows):
     own = [row for row in rows if (row["method"], row["asked"]) == (method, asked)]
-    entry: dict[str, Any] = {"method": method, "asked": asked, "average_interval": None}
+    entry: dict[str, Any] = {"method": method, "asked": asked, "average_interval": None, "retained_interval": None}
     for name, figure in figures.items():
       values = [value for value in map(figure, own) if value is not None]
       entry[name] = statistics.fmean(values) if values else None
@@ -390,8 +391,11 @@ def summarise(rows: list[dict[str, Any]], guess: dict[str, float], contexts: lis
     entry["items"] = {task: len(row["correct"][task]) for row in own for task in guess if row["correct"].get(task)}
     done = [row for row in own if whole(row)]
     if against and done and method != "dense":
-      difference = resampled(done, guess) - resampled([dense], guess)
-      entry["average_interval"] = np.percentile(difference, (2.5, 97.5)).tolist()
+      interval = lambda drawn: np.percentile(drawn, (2.5, 97.5)).tolist()
+      own_average, dense_average = resampled(done, guess), resampled([dense], guess)
+      entry["average_interval"] = interval(own_average - dense_average)
+      if clear:
+        entry["retained_interval"] = interval((own_average - base) / (dense_average - base))
     table.append(entry)
   return table
 
@@ -421,7 +425,8 @@ _COLUMNS = (  # heading, key, factor, digits
 def markdown(table: list[dict[str, Any]], contexts: list[int], files: Sequence[str] = ()) -> str:
   """The table without the columns that nothing fills; `files`: names of the files of --long.
 
-  Behind ± the sample standard deviation over seeds; in brackets the interval of the average's difference to dense.
+  Behind ± the sample standard deviation over seeds; in brackets the intervals of the average's difference to dense and
+  of what is retained above chance.
   """
   of_file = lambda file: (
       (f"KL, {file}", f"kl, {file}", 1, 3), (f"agreement %, {file}", f"agreement, {file}", 100, 1),
@@ -440,6 +445,9 @@ def markdown(table: list[dict[str, Any]], contexts: list[int], files: Sequence[s
     if key == "average" and entry["average_interval"]:
       low, high = entry["average_interval"]
       text += f" [{100 * low:+.1f}, {100 * high:+.1f}]"
+    if key == "retained_above_chance" and entry["retained_interval"]:
+      low, high = entry["retained_interval"]
+      text += f" [{100 * low:.1f}, {100 * high:.1f}]"
     return text
 
   lines = [["method", *(heading for heading, *_ in columns)], ["---"] * (len(columns) + 1)]

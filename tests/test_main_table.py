@@ -58,13 +58,26 @@ def test_the_interval_is_that_of_paired_items(script):
   assert (low + high) / 2 == pytest.approx(-0.025, abs=0.003)
   assert high - low == pytest.approx(2 * 1.96 * deviation, rel=0.1)
   same = script.summarise([rows[0], rows[2]], GUESS, [512])[1]
-  assert same["average_interval"] == [0, 0]
+  assert same["average_interval"] == [0, 0] and same["retained_interval"] == [1, 1]
+
+
+def test_the_interval_of_what_is_retained(script):
+  """Ten items of one task turn wrong: 5 points of an average that lies 45 above chance, 90 items of 100 right."""
+  rows = [cell("dense", 0.0, 0, 0.85, 0.80, 0.0, 1.0), cell("ftp", 0.3, 0, 0.75, 0.80, 0.1, 1.3)]
+  dense, ftp = script.summarise(rows, GUESS, [512])
+  low, high = ftp["retained_interval"]
+  deviation = (0.1 * 0.9 / 100) ** 0.5 / 2 / 0.45  # of the loss; that of the dense average adds little
+  assert (low + high) / 2 == pytest.approx(1 - 0.05 / 0.45, abs=0.01)
+  assert high - low == pytest.approx(2 * 1.96 * deviation, rel=0.15)
+  assert dense["retained_interval"] is None
+  text = script.markdown([dense, ftp], [512])
+  assert f"{100 * ftp['retained_above_chance']:.1f} [{100 * low:.1f}, {100 * high:.1f}]" in text
 
 
 def test_what_is_above_chance_needs_a_margin(script):
   rows = [cell("dense", 0.0, 0, 0.30, 0.55, 0.0, 1.0), cell("ftp", 0.3, 0, 0.30, 0.50, 0.1, 1.3)]
   dense, ftp = script.summarise(rows, GUESS, [512])  # the dense average is 0.05 above chance, at an error of 0.034
-  assert dense["retained_above_chance"] is ftp["retained_above_chance"] is None
+  assert dense["retained_above_chance"] is ftp["retained_above_chance"] is ftp["retained_interval"] is None
   assert ftp["retained"] == pytest.approx(0.40 / 0.425)
 
 

@@ -5,7 +5,7 @@
 Blocks 0 to 12 are dense. What enters block 13 decides all gates from there on, a router a block, in the schedule of the
 gate scores; docs/recipe.md says why. `data.path` as in smollm2_135m.py.
 
-Wall time: about 50 minutes on 2 CPU cores (AMD EPYC): 5 for the gate scores and 5 for each of the nine cells.
+Wall time: about 50 minutes on 2 CPU cores (AMD EPYC) by its parts: 5 for the gate scores and 5 for each of nine cells.
 Result: KL to dense 0.025 / 0.064 / 0.158 nats a token (+- 0.001, 0.004 and 0.006 over seeds), below
 every baseline in docs/results.md at equal measured prefill time.
 """

@@ -77,15 +77,17 @@ def decide(spec: Spec, plan: Plan, weights: Weights, x_BxTxD, k_BxTxGxN, context
     return (x, score, state), decided
 
   carry = x_BxTxD, jnp.zeros(position.shape), routers.init_state(router, batch, num_positions)
-  found, begin = [[jnp.zeros((0, batch, num_positions), bool), jnp.zeros((0, batch))]], 0
-  while begin < len(routed):  # runs of blocks that do the same
-    planned = lambda i: 0 <= routing.one_pass_block <= i and any(routed[routing.one_pass_block :])
-    what = lambda i: (routed[i] or router.recurrent or planned(i), router.reads_scores and scored[i], planned(i))
-    end = next((i for i in range(begin, len(routed)) if what(i) != what(begin)), len(routed))
-    decides, scores, fixed = what(begin)
-    run = functools.partial(step, decides=decides, scores=scores, planned=fixed)
-    carry, decided = jax.lax.scan(run, carry, jax.tree.map(lambda a: a[begin:end], inputs))
-    found, begin = found + [decided] * decides, end
+  found = [[jnp.zeros((0, batch, num_positions), bool), jnp.zeros((0, batch))]]
+
+  def what(i):  # a block does
+    planned = 0 <= routing.one_pass_block <= i and any(routed[routing.one_pass_block :])
+    return routed[i] or router.recurrent or planned, router.reads_scores and scored[i], planned
+
+  for (decides, scores, planned), run in itertools.groupby(range(len(routed)), what):
+    run = np.array(list(run))
+    same = functools.partial(step, decides=decides, scores=scores, planned=planned)
+    carry, decided = jax.lax.scan(same, carry, jax.tree.map(lambda a: a[run], inputs))
+    found += [decided] if decides else []
   keep, least = map(jnp.concatenate, zip(*found))
   return keep, least
 
