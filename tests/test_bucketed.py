@@ -419,9 +419,6 @@ def test_a_skipped_block_reads_no_weight_but_those_of_keys_and_values(name, read
   law()
 
 
-# --- plans -------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     "name, scored",
     [("per_block_late_plan", 1), ("global_evict_late", 2), ("global_project", 3), ("per_block_evict", 2)],
@@ -442,6 +439,9 @@ def test_scores_are_computed_where_a_router_reads_them_alone(name, scored, monke
   )
   jax.effects_barrier()
   assert len(calls) == scored
+
+
+# --- plans -------------------------------------------------------------------------------------
 
 
 def test_a_plan_by_hand():
