@@ -46,7 +46,7 @@ from ftp_jax.models import decoder
 from ftp_jax.models.config import ModelConfig
 from ftp_jax.models.rope import rope_frequencies
 from ftp_jax.models.tokenizer import load_tokenizer
-from ftp_jax.routing import masked
+from ftp_jax.routing.cache import empty_recent
 from ftp_jax.routing.config import KV_MODES
 
 _PART = flags.DEFINE_enum("part", "exact", ["exact", "rounding", "speed"], "What to show.")
@@ -87,6 +87,23 @@ def apart(a, b) -> tuple[float, float, int]:
   return difference.max(), difference.mean(), int((difference.max(axis=-1) > 1e-4).sum())
 
 
+def decoded(engine: Engine, prompts: list[list[int]], new_BxN: np.ndarray) -> np.ndarray:
+  """Logits (B,N,V) that predict N given tokens after each prompt: one prefill, then single steps of the decode loop."""
+  (group,) = engine.prefill(prompts).groups
+  spec, weights = group.spec, group.weights
+
+  @jax.jit
+  def steps(weights, cache, tokens_NxB):
+    def step(recent, token_B):
+      out = spec.extend(group.plan, weights, cache, recent, token_B[:, None])
+      return out.recent, decoder.unembed(spec.model, weights.params, out.hidden_BxCxD[:, 0])
+
+    return jax.lax.scan(step, empty_recent(spec.model, len(prompts), len(tokens_NxB), spec.dtype), tokens_NxB)[1]
+
+  later = np.asarray(steps(weights, group.prefilled.cache, new_BxN.T[:-1])).swapaxes(0, 1)
+  return np.concatenate([np.asarray(group.prefilled.logits_BxV)[:, None], later], axis=1)
+
+
 def exact(directory: str, engine: Engine, prompts: list[list[int]], new_tokens: int) -> dict:
   """Figures over all prompts; `engine` must not fall back."""
   base, base64 = transformers.AutoModelForCausalLM.from_pretrained(directory), in_fp64(directory)
@@ -106,22 +123,15 @@ def exact(directory: str, engine: Engine, prompts: list[list[int]], new_tokens: 
   tokens = np.zeros((len(prompts), length.max()), np.int32)
   for row, prompt, new in zip(tokens, prompts, found):
     row[: len(prompt) + new_tokens] = prompt + new
-  spec, weights = group.spec, group.weights
+  dense_engine = Engine(engine.model)
 
-  @jax.jit
-  def reference(params, router, tokens, context, length, schedule_L):
-    """Logits of the pruned and of the dense model."""
-    pruned = masked.forward(spec.model, spec.routing, params, router, tokens, context, length, schedule_L).hidden_BxTxD
-    dense = decoder.forward(spec.model, params, tokens, length)
-    return tuple(decoder.unembed(spec.model, params, hidden) for hidden in (pruned, dense))
-
-  # Every step, from the prompt's last token on, of the masked reference, of torch and of torch in fp64, on the same
-  # tokens; a few rows at a time, as all their logits are held.
+  # Every step, from the prompt's last token on, of our engine, of torch and of torch in fp64, on the same tokens; a few
+  # rows at a time, as all their logits are held.
   differences, same_routes64 = collections.defaultdict(list), 0
   for at in range(0, len(prompts), 4):
     rows = slice(at, at + 4)
     inputs = tokens[rows], context[rows], length[rows]
-    pruned, dense = map(np.asarray, reference(weights.params, weights.router, *inputs, weights.schedule_L))
+    pruned, dense = (decoded(one, prompts[rows], np.array(found[rows], np.int32)) for one in (engine, dense_engine))
     with torch.inference_mode():
       ids, contexts, lengths = map(torch.from_numpy, inputs)
       present = torch.arange(ids.shape[1])[None] < lengths[:, None]
@@ -132,8 +142,8 @@ def exact(directory: str, engine: Engine, prompts: list[list[int]], new_tokens: 
       same_routes64 += np.array_equal(routes64[:, b, :m], keep[:, at + b, :m])
       scored = slice(m - 1, m - 1 + new_tokens)
       for name, ours, theirs, exactly in (
-          ("pruned", pruned[b, scored], logits[at + b], out64.logits[b, scored]),
-          ("dense", dense[b, scored], dense_torch[b, scored], dense64[b, scored]),
+          ("pruned", pruned[b], logits[at + b], out64.logits[b, scored]),
+          ("dense", dense[b], dense_torch[b, scored], dense64[b, scored]),
       ):
         differences[name, "jax_torch"].append(apart(ours, theirs))
         differences[name, "jax_fp64"].append(apart(ours, exactly))
@@ -157,7 +167,7 @@ def exact(directory: str, engine: Engine, prompts: list[list[int]], new_tokens: 
       "logit_differences_of_all_steps": figures,
       "largest_logit": float(np.abs(logits).max()),
       "skipped": float(1 - kept / (len(keep) * context.sum())),
-      "kv_mode": spec.routing.kv,
+      "kv_mode": group.spec.routing.kv,
   }
 
 

@@ -283,12 +283,13 @@ def test_gather_scatter_moves_the_kept_tokens_alone():
   np.testing.assert_allclose(moved, x + keep[1:].sum(0)[:, :, None], rtol=1e-6)  # the first block moves nothing
 
 
-def test_overhead(model_directory, tmp_path):
-  found = bench(tmp_path, model_directory, "overhead", *LATE, "--kv=evict", "--runs=2")
+@pytest.mark.parametrize("flags, router", [([], "dynamic"), (["--router=factors"], "factors")])
+def test_overhead(model_directory, tmp_path, flags, router):
+  found = bench(tmp_path, model_directory, "overhead", *LATE, "--kv=evict", "--runs=2", *flags)
   dense, s0, ftp, deciding, moving = found["records"]
   assert [r["method"] for r in found["records"]] == ["dense", "s0", "ftp", "decide", "gather_scatter"]
-  assert (s0["sparsity"], s0["achieved_sparsity"], s0["ideal_speedup"], s0["router"]) == (0, 0, 1, "dynamic")
-  assert ftp["router"] == "dynamic" and ftp["achieved_sparsity"] > 0.4
+  assert (s0["sparsity"], s0["achieved_sparsity"], s0["ideal_speedup"], s0["router"]) == (0, 0, 1, router)
+  assert ftp["router"] == deciding["router"] == router and ftp["achieved_sparsity"] > 0.4
   seconds = lambda record: record["seconds_median"]
   for record, extra, whole in (
       (s0, seconds(s0) - seconds(dense), s0), (deciding, seconds(deciding), ftp), (moving, seconds(moving), ftp),
@@ -352,16 +353,20 @@ def test_decisions_alone_read_scores_of_the_block_before(model_directory, one_pa
   np.testing.assert_array_equal(keep, np.reshape(expected, keep.shape))
 
 
-def test_every_shape_kv_mode_and_sparsity_is_a_case(model_directory):
+@pytest.mark.parametrize("router, config", [
+    ("dynamic", RouterConfig("per_block", hidden_states=True)), ("factors", RouterConfig("global")),
+])  # fmt: skip
+def test_every_shape_kv_mode_and_sparsity_is_a_case(model_directory, router, config):
   asked = types.SimpleNamespace(
-      sparsity=(0.3, 0.5), shape=("late", "middle"), kv=("evict", "project"), router="dynamic", dtype="float32"
+      sparsity=(0.3, 0.5), shape=("late", "middle"), kv=("evict", "project"), router=router, dtype="float32"
   )
   made = cases.pruned(load_model(str(model_directory)), asked, [])
   assert len({case.name for case in made}) == 8
   for case in made:
     labels = case.labels
     np.testing.assert_allclose(case.weights.schedule_L, cases.builtin(labels["shape"], 4, labels["sparsity"]))
-    assert case.spec.routing.kv_mode == labels["kv"] and case.weights.router.kind == labels["router"] == "dynamic"
+    assert case.spec.routing.kv_mode == labels["kv"] and labels["router"] == router
+    assert (case.weights.router.kind, case.weights.router.config) == ("dynamic", config)
 
 
 def test_plans_to_compile(model_directory):
@@ -413,7 +418,7 @@ def test_without_torch_its_rows_are_left_out(model_directory, tmp_path, capsys, 
         (["speed"], ["'speed'", "prefill, decode, overhead, compile, crossover"]),
         (["prefill", "--shape=late,early"], ["'early'", "middle, late"]),
         (["prefill", "--kv=drop"], ["'drop'", "evict, project"]),
-        (["prefill", "--router=random"], ["'random'", "static, dynamic"]),
+        (["prefill", "--router=random"], ["'random'", "static, dynamic, factors"]),
         (["prefill", "--dtype=float16"], ["'float16'", "float32, bfloat16"]),
         (["prefill", "--sparsity=0.3,1"], ["--sparsity=1", "between 0 and 0.975"]),
         (["prefill", "--sparsity=-0.1"], ["--sparsity=-0.1", "at least 0"]),

@@ -50,11 +50,15 @@ class Case:
   def plan(self, num_positions: int, max_buckets: int = MAX_BUCKETS) -> Plan:
     return self.spec.plan(self.weights, num_positions, max_buckets)
 
-  def replace(self, method: str, router: Router, schedule_L=None, **labels) -> "Case":
-    """The same under another name, with another router, and another schedule where one is given."""
+  def replace(self, method: str, schedule_L=None, **labels) -> "Case":
+    """The same under another name, with another schedule where one is given."""
     schedule_L = self.weights.schedule_L if schedule_L is None else jnp.asarray(schedule_L, jnp.float32)
-    weights = Weights(self.weights.params, router, schedule_L)
-    return Case(method, self.spec, weights, self.labels | {"router": router.kind} | labels)
+    return Case(method, self.spec, self.weights._replace(schedule_L=schedule_L), self.labels | labels)
+
+  def routed_by(self, router: Router, name: str) -> "Case":
+    """The same with another router, which records call `name`."""
+    weights = self.weights._replace(router=router)
+    return dataclasses.replace(self, weights=weights, labels=self.labels | {"router": name})
 
 
 def dense(model: Model, dtype: str) -> Case:
@@ -79,10 +83,11 @@ def pruned(model: Model, settings: Settings, artifacts: Sequence[Artifact]) -> l
     found.append(_pruned(base, artifact.schedule, artifact.routing, router, shape, np.mean(artifact.schedule)))
   if found:
     return found
-  router = STATIC if settings.router == "static" else untrained_router(model)
+  router = STATIC if settings.router == "static" else untrained_router(model, settings.router)
   for shape, kv, sparsity in itertools.product(settings.shape, settings.kv, settings.sparsity):
     schedule_L = builtin(shape, model.config.num_blocks, sparsity)
-    found.append(_pruned(base, schedule_L, RoutingConfig(kv_mode=kv), router, shape, sparsity))
+    case = _pruned(base, schedule_L, RoutingConfig(kv_mode=kv), router, shape, sparsity)
+    found.append(case.routed_by(router, settings.router))
   return found
 
 
@@ -92,9 +97,9 @@ def _pruned(base: Case, schedule_L, routing: RoutingConfig, router: Router, shap
   return Case("ftp", spec, Weights(base.weights.params, router, jnp.asarray(schedule_L, jnp.float32)), labels)
 
 
-def untrained_router(model: Model) -> Router:
-  """Of the kind that the default config trains: good for nothing but its time."""
-  config = RouterConfig.from_config(get_config().router)
+def untrained_router(model: Model, kind: str) -> Router:
+  """`dynamic`, as the default config trains, or `factors`, as in the paper: good for nothing but its time."""
+  config = RouterConfig() if kind == "factors" else RouterConfig.from_config(get_config().router)
   params = init_router(config, jax.random.key(0), model.config.num_blocks, model.config.hidden_size)
   return Router("dynamic", config, params)
 

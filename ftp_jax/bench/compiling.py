@@ -79,9 +79,7 @@ def _plans(model: Model, cases: Sequence[Case], settings: Settings, context: int
   if not settings.artifact:
     found += [(case, case.plan(context)) for case in cases]
     varied = [  # one ramp for each kv mode and sparsity
-        case.replace(
-            "ftp", case.weights.router, builtin("ramp", model.config.num_blocks, case.labels["sparsity"]), shape="ramp"
-        )
+        case.replace("ftp", builtin("ramp", model.config.num_blocks, case.labels["sparsity"]), shape="ramp")
         for case in cases if case.labels["shape"] == settings.shape[0]
     ]  # fmt: skip
   for case in varied:

@@ -144,14 +144,15 @@ def bench(model: Model, cases: Sequence[Case], settings: Settings, torch: None =
 
 def _measure(model: Model, cases: Sequence[Case], settings: Settings, tokens_BxT: np.ndarray) -> list[dict[str, Any]]:
   batch, context = tokens_BxT.shape
-  untrained = None if settings.artifact else untrained_router(model)
-  router_of = lambda case: untrained or case.weights.router
-  asked_nothing = np.zeros(model.config.num_blocks)
-  nothing_asked = cases[0].replace("s0", router_of(cases[0]), asked_nothing, sparsity=0.0, shape=None)
+  if not settings.artifact:  # a static router would decide nothing
+    kind = "factors" if settings.router == "factors" else "dynamic"
+    router = untrained_router(model, kind)
+    cases = [case.routed_by(router, kind) for case in cases]
+  nothing_asked = cases[0].replace("s0", np.zeros(model.config.num_blocks), sparsity=0.0, shape=None)
   methods: list[Any] = [Prefill(case, tokens_BxT) for case in (dense(model, settings.dtype), nothing_asked)]
   for case in cases:
-    dynamic = Prefill(case.replace("ftp", router_of(case)), tokens_BxT)
-    methods += [dynamic, _Decide(dynamic), _GatherScatter(dynamic)]
+    whole = Prefill(case, tokens_BxT)
+    methods += [whole, _Decide(whole), _GatherScatter(whole)]
   seconds = interleave(methods, settings.runs, f"overhead context {context} batch {batch}")
   medians = list(map(statistics.median, seconds))
 

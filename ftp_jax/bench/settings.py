@@ -14,7 +14,7 @@ PLOTTED = ("prefill", "decode", "crossover")
 WITH_TORCH = ("prefill", "decode")
 WITH_BASELINES = ("prefill",)
 SHAPES = ("middle", "late")
-ROUTERS = ("static", "dynamic")
+ROUTERS = ("static", "dynamic", "factors")
 MAX_SPARSITY = 0.975  # of a block in the built-in schedules
 _CONTEXTS = (512, 2048)
 _CROSSOVER_CONTEXTS = (64, 128, 256, 512, 1024, 2048)
@@ -27,7 +27,8 @@ class Settings:
   Attributes:
     context, batch: sizes, ascending; every pair is measured.
     sparsity, shape, kv: of the built-in schedules; every triple is measured.
-    router: of the built-in schedules, `static` or `dynamic`.
+    router: of the built-in schedules: `static`, `dynamic` (untrained, of the default kind) or `factors` (untrained, the
+      paper's: one for all blocks on the four factors).
     runs: measurements of each method.
     steps: decode steps of one measurement.
     artifact: directories; they replace the built-in schedules.
