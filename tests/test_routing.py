@@ -14,7 +14,7 @@ from ftp_jax.models import decoder
 from ftp_jax.routing import factors, masked, routers
 from ftp_jax.routing.config import FACTORS, RouterConfig, RoutingConfig
 from ftp_jax.routing.selection import (
-    capacity, decode_schedule, descending_rank, forced_tokens, keep_context, select,
+    capacity, decode_schedule, descending_rank, forced_tokens, keep_context, least_kept_margin, select,
 )
 from tests import tiny
 
@@ -60,6 +60,24 @@ def test_topk_keeps_forced_tokens_then_the_largest_margins():
   valid = jnp.arange(6)[None] < 5
   keep = select(margin, jnp.array([3]), forced_tokens(jnp.array([5]), 6), valid, "topk")
   np.testing.assert_array_equal(keep, [[True, False, False, True, True, False]])  # tie 1 ~ 3: the later
+
+
+def test_selection_is_that_of_a_sort_by_margin_then_position():
+  rng = np.random.default_rng(0)
+  for _ in range(30):
+    margin = rng.choice(np.array([-1e30, -2, -1.5, -0.0, 0.0, 1e-30, 1, 3e38], np.float32), (8, 17))
+    margin[:4] = rng.normal(size=(4, 17))
+    context = rng.integers(1, 18, 8)
+    slots = np.minimum(rng.integers(2, 18, 8), context)
+    keep = select(
+        jnp.array(margin), jnp.array(slots), forced_tokens(jnp.array(context), 17),
+        jnp.arange(17)[None] < context[:, None], "topk",
+    )  # fmt: skip
+    least = least_kept_margin(jnp.array(margin), jnp.float32(0.4), jnp.array(context))
+    for b, m in enumerate(context):
+      order = sorted(range(m), key=lambda t: (t in (0, m - 1), margin[b, t], t), reverse=True)
+      assert np.flatnonzero(keep[b]).tolist() == sorted(order[: slots[b]])
+      assert least[b] == np.sort(margin[b, :m])[-int(capacity(jnp.float32(0.4), jnp.array([m]))[0])]
 
 
 def test_argmax_keeps_winners_only_and_at_most_the_capacity():

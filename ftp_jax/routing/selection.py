@@ -33,16 +33,24 @@ def descending_rank(values_BxT: jax.Array, valid_BxT: jax.Array) -> jax.Array:
 
   Invalid positions rank behind all valid ones.
   """
+  last = values_BxT.shape[1] - 1
+  values_BxT = jnp.where(valid_BxT, values_BxT, -jnp.inf)
   # Positions by rank; scattering their ranks back is cheaper than a second sort.
-  order = _descending_order(jnp.where(valid_BxT, values_BxT, -jnp.inf))
-  rank = jnp.broadcast_to(jnp.arange(values_BxT.shape[1], dtype=jnp.int32)[None], order.shape)
+  order = last - jnp.argsort(-values_BxT[:, ::-1], axis=-1, stable=True)
+  rank = jnp.broadcast_to(jnp.arange(last + 1, dtype=jnp.int32)[None], order.shape)
   return jax.vmap(lambda at, r: jnp.zeros_like(r).at[at].set(r, unique_indices=True))(order, rank)
 
 
-def _descending_order(values_BxT: jax.Array) -> jax.Array:
-  """Positions (B,T) from the largest value to the smallest, among equal ones the later first."""
-  last = values_BxT.shape[1] - 1
-  return last - jnp.argsort(-values_BxT[:, ::-1], axis=-1, stable=True)
+def _order_keys(values: jax.Array) -> jax.Array:
+  """int32 in the order of fp32 values, which are not NaN; -0 counts as 0. A CPU sorts them seven times as fast."""
+  bits = jax.lax.bitcast_convert_type(jnp.where(values == 0, 0.0, values).astype(jnp.float32), jnp.int32)
+  return jnp.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+
+
+def _kth_largest(keys_BxT: jax.Array, k_B: jax.Array) -> jax.Array:
+  """The k-th largest of each row's integers, (B,1); 1 <= k <= T."""
+  ascending = jax.lax.sort(keys_BxT, dimension=1, is_stable=False)
+  return jnp.take_along_axis(ascending, keys_BxT.shape[1] - k_B[:, None], axis=1)
 
 
 def forced_tokens(context_B: jax.Array, num_positions: int) -> jax.Array:
@@ -65,12 +73,13 @@ def select(margin_BxT, capacity_B, forced_BxT, valid_BxT, selection: str) -> jax
     keep_BxT, boolean; False outside `valid_BxT`.
   """
   forced_BxT &= valid_BxT
-  value = jnp.where(valid_BxT, jnp.where(forced_BxT, jnp.inf, margin_BxT), -jnp.inf)
-  # The last token that gets a slot: those with a larger margin are kept, and of its equals the later ones.
-  last_B1 = jnp.take_along_axis(_descending_order(value), capacity_B[:, None] - 1, axis=1)
-  least_B1 = jnp.take_along_axis(value, last_B1, axis=1)
-  later = jnp.arange(value.shape[1])[None] >= last_B1
-  keep = valid_BxT & ((value > least_B1) | ((value == least_B1) & later))
+  key_BxT = _order_keys(jnp.where(valid_BxT, jnp.where(forced_BxT, jnp.inf, margin_BxT), -jnp.inf))
+  least_B1 = _kth_largest(key_BxT, capacity_B)
+  # Tokens with a larger margin than the last that gets a slot are kept, and of its equals the later ones.
+  larger, equal = key_BxT > least_B1, key_BxT == least_B1
+  slots_B1 = capacity_B[:, None] - jnp.sum(larger, axis=1, keepdims=True)
+  later = jnp.cumsum(equal[:, ::-1], axis=1)[:, ::-1]  # equals from here on
+  keep = valid_BxT & (larger | (equal & (later <= slots_B1)))
   if selection == "argmax":
     keep &= (margin_BxT > 0) | forced_BxT
   return keep
@@ -94,9 +103,9 @@ def decode_schedule(schedule_L: jax.Array, decode_sparsity: float) -> jax.Array:
 def least_kept_margin(margin_BxT: jax.Array, sparsity: jax.Array, context_B: jax.Array) -> jax.Array:
   """The smallest margin (B,) among the ceil((1 - s) m) context tokens with the largest ones."""
   in_context = jnp.arange(margin_BxT.shape[1])[None] < context_B[:, None]
-  order = _descending_order(jnp.where(in_context, margin_BxT, -jnp.inf))
-  last = jnp.take_along_axis(order, capacity(sparsity, context_B)[:, None] - 1, axis=1)
-  return jnp.take_along_axis(margin_BxT, last, axis=1)[:, 0]
+  keys = _order_keys(jnp.where(in_context, margin_BxT, -jnp.inf))
+  bits = _kth_largest(keys, capacity(sparsity, context_B))[:, 0]
+  return jax.lax.bitcast_convert_type(jnp.where(bits < 0, bits ^ 0x7FFFFFFF, bits), jnp.float32)
 
 
 def keep_continuation(
