@@ -5,9 +5,9 @@
   python experiments/parity_torch.py --artifact=... --part=rounding --context=400 --prompts=FILE
 
 The artifact is exported with its weights and loaded by `export.torch_runtime`. `exact` compares routes, logits of
-prefill and of every decode step of the engine, and greedy generations of a left-padded batch; its flags and prompts are those of
-exactness.py. So that a difference can be told from rounding, it also says how far JAX and torch, pruned and dense, are
-from the logits in fp64. `speed` prefills one row of `--context` tokens, prompts one behind the other: the dense model
+prefill and of every decode step of the engine, and greedy generations of a left-padded batch; its flags and prompts are
+those of exactness.py. So that a difference can be told from rounding, it also says how far JAX and torch, pruned and
+dense, are from the logits in fp64. `speed` prefills one row of `--context` tokens, prompts one behind the other: the dense model
 as transformers runs it, and pruned in both kv modes, in turns; the ideal is the ratio of FLOPs. `rounding` says which
 operations of the dense model make the difference from fp64.
 
