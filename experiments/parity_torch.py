@@ -7,14 +7,14 @@
 The artifact is exported with its weights and loaded by `export.torch_runtime`. `exact` compares routes, logits of
 prefill and of every decode step of the engine, and greedy generations of a left-padded batch; its flags and prompts are
 those of exactness.py. So that a difference can be told from rounding, it also says how far JAX and torch, pruned and
-dense, are from the logits in fp64. `speed` prefills one row of `--context` tokens, prompts one behind the other: the dense model
-as transformers runs it, and pruned in both kv modes, in turns; the ideal is the ratio of FLOPs. `rounding` says which
-operations of the dense model make the difference from fp64.
+dense, are from the logits in fp64. `speed` prefills one row of `--context` tokens, prompts one behind the other: the
+dense model as transformers runs it, and pruned in both kv modes, in turns; the ideal is the ratio of FLOPs. `rounding`
+says which operations of the dense model make the difference from fp64.
 
 SmolLM2-135M, S = 0.30, fp32, 2 CPU cores (AMD EPYC), torch 2.13. `exact`, 32 prompts, 64 tokens, three minutes: routes
-and generations of all 32 identical, largest logit difference 6.9e-5 at prefill and 1.05e-4 over all steps, above 1e-4 at
-2 of 2,048, of logits up to 44; dense models 1.20e-4 and 4, torch in fp32 and in fp64 7.3e-5. `speed`, 2,048 tokens, a
-minute: evict 1.37 times as fast as dense (ideal 1.41), project 1.34 (1.34).
+and generations of all 32 identical, largest logit difference 6.9e-5 at prefill and 1.05e-4 over all steps, above 1e-4
+at 2 of 2,048, of logits up to 44; dense models 1.20e-4 and 4, torch in fp32 and in fp64 7.3e-5. `speed`, 2,048 tokens,
+a minute: evict 1.37 times as fast as dense (ideal 1.41), project 1.34 (1.34).
 """
 
 import collections

@@ -148,6 +148,18 @@ def test_chat_drops_the_default_system_turn_and_keeps_bos_and_end_of_turn(tmp_pa
   assert prompts.tokens[0, 0] == tokenizer.bos_token_id
 
 
+@pytest.mark.parametrize("chat", [False, True])
+def test_a_record_may_say_itself_whether_it_is_a_chat(chat, tmp_path, tokenizer):
+  greeting = {"context": "Say hello ", "continuation": "now"}
+  records = [greeting, greeting | {"chat": True}, greeting | {"chat": False}, ALPACA[0] | {"chat": False}]
+  path = write_jsonl(tmp_path / "a.jsonl", records)
+  prompts, _, _ = load_prompts(data_config(path=path, chat=chat), tokenizer)
+  wrapped, plain = ("<|bos|><|user|>Say hello<|end|>\n<|assistant|>", "now<|end|>"), ("Say hello ", "now")
+  assert rows_as_text(prompts, tokenizer) == (  # equal ones count once
+      [wrapped, plain, ("Add.\n1 2\n", "3")] if chat else [plain, wrapped, ("Add.\n1 2\n", "3")]
+  )
+
+
 def test_chat_template_that_writes_the_last_answer_differently():
   turn = chat_turn(byte_tokenizer(THINKING_CHAT))
   assert (turn.before, turn.after) == ("<|user|>", "<|end|>\n<|assistant|><think></think>")
@@ -324,6 +336,7 @@ BAD_FILES = {
     "not an object": ("[1]\n", "^Line 1 of .* is not a JSON object"),
     "other fields": ('{"question": "a", "reply": "b"}\n', "^Line 1 of .* has the fields question, reply; rename"),
     "wrong type": ('{"context": 3, "continuation": "b"}\n', "^Line 1 of .* has 'context' of type int"),
+    "bad chat": ('{"context": "a", "continuation": "b", "chat": "no"}\n', "has chat='no'; it must be true"),
     "not UTF-8": (b"\xff\xfe", "is not UTF-8"),
 }
 

@@ -61,19 +61,21 @@ def chat_turn(tokenizer) -> ChatTurn:
 def encode_pairs(pairs: list[Pair], tokenizer, chat: bool) -> list[tuple[list[int], list[int]]]:
   """(context ids, continuation ids) of each pair, uncut.
 
-  With `chat` the prompt is the user's message (stripped) and the answer ends with the end-of-turn
-  token. Otherwise the context starts with BOS if the tokenizer starts texts so.
+  With `chat`, or where a pair asks for it, the prompt is the user's message (stripped) and the answer ends with the
+  end-of-turn token. Otherwise the context starts with BOS if the tokenizer starts texts so.
   """
-  if chat:
-    turn = chat_turn(tokenizer)
-    start, end = [], list(turn.end)
-    contexts = [turn.before + pair.prompt.strip() + turn.after for pair in pairs]
-  else:
-    start, end = bos_ids(tokenizer), []
-    contexts = [pair.prompt + "\n" * pair.is_instruction for pair in pairs]
+  turns = [chat if pair.chat is None else pair.chat for pair in pairs]
+  turn, bos = chat_turn(tokenizer) if any(turns) else None, bos_ids(tokenizer)
+  contexts = [
+      turn.before + pair.prompt.strip() + turn.after if wrapped else pair.prompt + "\n" * pair.is_instruction
+      for pair, wrapped in zip(pairs, turns)
+  ]
   context_ids = _encode(contexts, tokenizer)
   answer_ids = _encode([pair.answer for pair in pairs], tokenizer)
-  return [(start + context, answer + end) for context, answer in zip(context_ids, answer_ids)]
+  return [
+      (context, answer + list(turn.end)) if wrapped else (bos + context, answer)
+      for context, answer, wrapped in zip(context_ids, answer_ids, turns)
+  ]
 
 
 def encode_windows(documents: list[str], tokenizer, width: int) -> list[list[list[int]]]:

@@ -3,7 +3,8 @@
 Sources, as named by `config.data.source`:
   embedded: the English prose that CPython carries for its own help(); no download, no file.
   text: a file of text, or JSON lines with a "text" field.
-  prompts: JSON lines with instruction / input / output (Alpaca) or context / continuation, and maybe document.
+  prompts: JSON lines with instruction / input / output (Alpaca) or context / continuation, and maybe document and
+    chat (true or false, in place of `config.data.chat`).
   hub: a Hugging Face data set whose rows have one of these shapes.
 No boilerplate is put around a prompt: text that is the same in every prompt would reward routers
 that skip the beginning.
@@ -31,6 +32,7 @@ class Pair(NamedTuple):
   answer: str
   is_instruction: bool  # the answer starts a new line after the prompt when no chat template is used
   document: str = ""  # what the prompt is about; while documents suffice no two sets share one. Empty: each is its own
+  chat: bool | None = None  # whether the chat template is put around it; None: as the config says
 
 
 def read_source(data) -> list[str] | list[Pair]:
@@ -100,14 +102,16 @@ def _read_pairs(path: str) -> list[Pair]:
 
 
 def _pair(record: dict[str, Any], where: str) -> Pair:
-  document = "" if record.get("document") is None else str(record["document"])
+  document, chat = "" if record.get("document") is None else str(record["document"]), record.get("chat")
+  if not isinstance(chat, bool | None):
+    raise UserError(f"{where} has chat={chat!r}; it must be true or false, or be left out.")
   if "instruction" in record and "output" in record:
     parts = [_field(record, "instruction", where)]
     if record.get("input"):
       parts.append(_field(record, "input", where))
-    return Pair("\n".join(parts), _field(record, "output", where), True, document)
+    return Pair("\n".join(parts), _field(record, "output", where), True, document, chat)
   if "context" in record and "continuation" in record:
-    return Pair(_field(record, "context", where), _field(record, "continuation", where), False, document)
+    return Pair(_field(record, "context", where), _field(record, "continuation", where), False, document, chat)
   raise UserError(
       f"{where} has the fields {', '.join(sorted(record)) or '(none)'}; rename them to instruction, input and output, "
       "or to context and continuation."

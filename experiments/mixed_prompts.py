@@ -1,0 +1,122 @@
+"""Makes prompts of three formats out of the training prompts of a run on chats: chats, plain questions, running text.
+
+  ftp-jax run --config=smollm2_135m_late --workdir=runs/late
+  python experiments/mixed_prompts.py --run=runs/late --documents=wikitext2_train.txt \\
+    --test_documents=wikitext2_valid.txt --out=mixed
+  ftp-jax run --config=smollm2_135m_late --workdir=runs/mixed --config.data.path=mixed/train.jsonl \\
+    --config.data.num_test=48
+
+Routers that have seen chats alone lose more on running text (docs/recipe.md). `train.jsonl` holds the first part of the
+training prompts of --run as they are, the others as "Question: ...\\nAnswer:" without the template, and beginnings of
+paragraphs of --documents. `chat.jsonl`, `question.jsonl` and `text.jsonl` are for the test: the first of the test
+prompts of --run in both formats, and paragraphs of --test_documents. All are files that `data.source=prompts` and
+`main_table.py --long` read; every line says whether it is a chat.
+"""
+
+import json
+import pathlib
+import sys
+from typing import Any
+
+import numpy as np
+from absl import app, flags
+
+from ftp_jax.data.encoding import ChatTurn, chat_turn
+from ftp_jax.data.prompts import Prompts
+from ftp_jax.errors import UserError
+from ftp_jax.models.sources import load_model
+from ftp_jax.stages import load_arrays, read_json
+
+_RUN = flags.DEFINE_string("run", None, "Run directory of `ftp-jax run` with data.chat=True.", required=True)
+_DOCUMENTS = flags.DEFINE_string("documents", None, "Text file, a paragraph a line, for training.", required=True)
+_TESTED = flags.DEFINE_string("test_documents", None, "Another, for the test.", required=True)
+_OUT = flags.DEFINE_string("out", None, "Directory of the files.", required=True)
+_CHATS = flags.DEFINE_integer("chats", 273, "Training prompts that stay chats.", lower_bound=0)
+_TEXTS = flags.DEFINE_integer("texts", 240, "Paragraphs for training.", lower_bound=0)
+_TEST = flags.DEFINE_integer("test", 48, "Test prompts of each format.", lower_bound=1)
+_SEED = flags.DEFINE_integer("seed", 1, "Which paragraphs, and where their contexts end.", lower_bound=0)
+
+_LEAST = 600  # characters of a paragraph
+_AFTER = 20  # tokens after a context; runs cut them at their data.continuation
+
+Record = dict[str, Any]
+
+
+def chats(prompts: Prompts, tokenizer, turn: ChatTurn, name: str) -> list[Record]:
+  """The prompts of a run in the format that it had: instruction and answer without the template.
+
+  Raises:
+    UserError: a prompt is not in the chat template.
+  """
+  records = []
+  for i, (ids, context, length) in enumerate(zip(*prompts)):
+    prompt, answer = tokenizer.decode(ids[:context]), tokenizer.decode(ids[context:length])
+    if not prompt.startswith(turn.before) or not prompt.endswith(turn.after):
+      raise UserError("A prompt of --run is not in the chat template; name a run that was made with data.chat=True.")
+    prompt = prompt.removeprefix(turn.before).removesuffix(turn.after)
+    end = tokenizer.decode(turn.end)
+    records.append({
+        "context": prompt, "continuation": answer.removesuffix(end), "document": f"{name} {i}", "chat": True,
+    })  # fmt: skip
+  return records
+
+
+def question(record: Record) -> Record:
+  """A chat as a plain question."""
+  return record | {
+      "context": f"Question: {record['context']}\nAnswer:", "continuation": " " + record["continuation"], "chat": False,
+  }  # fmt: skip
+
+
+def paragraphs(path: str, tokenizer, shortest: int, longest: int, count: int, seed: int) -> list[Record]:
+  """Beginnings of `count` paragraphs, of `shortest` to `longest` context tokens.
+
+  Raises:
+    UserError: there are fewer, or the file cannot be read.
+  """
+  try:
+    lines = pathlib.Path(path).read_text(encoding="utf-8").split("\n")
+  except (OSError, UnicodeDecodeError) as error:
+    raise UserError(f"{path} cannot be read ({error}); name a text file.") from None
+  texts = [line.strip() for line in lines if len(line) > _LEAST]
+  rng, records = np.random.default_rng(seed), []
+  for i in rng.permutation(len(texts))[:count]:
+    ids, context = tokenizer.encode(texts[i], add_special_tokens=False), int(rng.integers(shortest, longest + 1))
+    records.append({
+        "context": tokenizer.decode(ids[:context]), "continuation": tokenizer.decode(ids[context : context + _AFTER]),
+        "document": f"{pathlib.Path(path).name} {i}", "chat": False,
+    })  # fmt: skip
+  if len(records) < count:
+    raise UserError(f"{path} has {len(records)} lines of more than {_LEAST} characters; {count} are asked for.")
+  return records
+
+
+def main(argv) -> None:
+  if len(argv) > 1:
+    raise app.UsageError(f"The argument {argv[1]!r} is not understood.")
+  run, out = pathlib.Path(_RUN.value), pathlib.Path(_OUT.value)
+  config = read_json(run / "config.json")
+  tokenizer = load_model(config["model"]["source"], config["model"]["dtype"]).tokenizer
+  turn, data = chat_turn(tokenizer), config["data"]
+  read = lambda split: chats(Prompts(**load_arrays(run / "data" / f"{split}.npz")), tokenizer, turn, split)
+  text = lambda path, count: paragraphs(path, tokenizer, data["min_context"], data["max_context"], count, _SEED.value)
+  train, test = read("train"), read("test")[: _TEST.value]
+  questions = [question(record) for record in train[_CHATS.value :]]
+  files = {
+      "train": train[: _CHATS.value] + questions + text(_DOCUMENTS.value, _TEXTS.value),
+      "chat": test,
+      "question": [question(record) for record in test],
+      "text": text(_TESTED.value, _TEST.value),
+  }
+  out.mkdir(parents=True, exist_ok=True)
+  for name, records in files.items():
+    lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    (out / f"{name}.jsonl").write_text(lines, encoding="utf-8")
+    print(f"{out / name}.jsonl: {len(records)} prompts")
+
+
+if __name__ == "__main__":
+  try:
+    app.run(main)
+  except UserError as error:
+    sys.exit(f"mixed_prompts: {error}")
