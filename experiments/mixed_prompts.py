@@ -7,10 +7,10 @@
     --config.data.num_test=48
 
 Routers that have seen chats alone lose more on running text (docs/recipe.md). `train.jsonl` holds the first part of the
-training prompts of --run as they are, the others as "Question: ...\\nAnswer:" without the template, and beginnings of
-paragraphs of --documents. `chat.jsonl`, `question.jsonl` and `text.jsonl` are for the test: the first of the test
-prompts of --run in both formats, and paragraphs of --test_documents. All are files that `data.source=prompts` and
-`main_table.py --long` read; every line says whether it is a chat.
+training prompts of --run as they are, by their texts, the others as "Question: ...\\nAnswer:" without the template, and
+beginnings of paragraphs of --documents. `chat.jsonl`, `question.jsonl` and `text.jsonl` are for the test: the first of
+the test prompts of --run in both formats, and paragraphs of --test_documents. All are files that `data.source=prompts`
+and `main_table.py --long` read; every line says whether it is a chat.
 """
 
 import json
@@ -79,6 +79,8 @@ def paragraphs(path: str, tokenizer, shortest: int, longest: int, count: int, se
   except (OSError, UnicodeDecodeError) as error:
     raise UserError(f"{path} cannot be read ({error}); name a text file.") from None
   texts = [line.strip() for line in lines if len(line) > _LEAST]
+  if longest + _AFTER > _LEAST // 6:
+    raise UserError(f"Paragraphs of {_LEAST} characters do not hold {longest} context tokens; lower data.max_context.")
   rng, records = np.random.default_rng(seed), []
   for i in rng.permutation(len(texts))[:count]:
     ids, context = tokenizer.encode(texts[i], add_special_tokens=False), int(rng.integers(shortest, longest + 1))
@@ -101,6 +103,10 @@ def main(argv) -> None:
   read = lambda split: chats(Prompts(**load_arrays(run / "data" / f"{split}.npz")), tokenizer, turn, split)
   text = lambda path, count: paragraphs(path, tokenizer, data["min_context"], data["max_context"], count, _SEED.value)
   train, test = read("train"), read("test")[: _TEST.value]
+  if len(train) <= _CHATS.value or len(test) < _TEST.value:
+    raise UserError(
+        f"--run has {len(train)} training and {len(test)} test prompts; ask for fewer with --chats or --test."
+    )
   questions = [question(record) for record in train[_CHATS.value :]]
   files = {
       "train": train[: _CHATS.value] + questions + text(_DOCUMENTS.value, _TEXTS.value),

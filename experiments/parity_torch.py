@@ -11,10 +11,11 @@ dense, are from the logits in fp64. `speed` prefills one row of `--context` toke
 dense model as transformers runs it, and pruned in both kv modes, in turns; the ideal is the ratio of FLOPs. `rounding`
 says which operations of the dense model make the difference from fp64.
 
-SmolLM2-135M, S = 0.30, fp32, 2 CPU cores (AMD EPYC), torch 2.13. `exact`, 32 prompts, 64 tokens, three minutes: routes
-and generations of all 32 identical, largest logit difference 6.9e-5 at prefill and 1.05e-4 over all steps, above 1e-4
-at 2 of 2,048, of logits up to 44; dense models 1.20e-4 and 4, torch in fp32 and in fp64 7.3e-5. `speed`, 2,048 tokens,
-a minute: evict 1.37 times as fast as dense (ideal 1.41), project 1.34 (1.34).
+SmolLM2-135M, S = 0.30, fp32, 2 CPU cores, torch 2.13. `exact` (--config=smollm2_135m_late), 32 prompts, 64 tokens,
+three minutes: routes and generations of all 32 identical, largest logit difference 6.9e-5 at prefill and 1.05e-4 over
+all steps, above 1e-4 at 2 of 2,048, of logits up to 44; dense models 1.20e-4 and 4, torch in fp32 and in fp64 7.3e-5.
+`speed` (a searched artifact), 2,048 tokens, a minute: evict 1.37 times as fast as dense (ideal 1.41), project 1.34
+(1.34).
 """
 
 import collections

@@ -32,7 +32,9 @@ def chat_turn(tokenizer) -> ChatTurn:
     UserError: the tokenizer has no chat template, or one that does not write turn after turn.
   """
   if not tokenizer.chat_template:
-    raise UserError("data.chat=True, but the tokenizer has no chat template; set data.chat=False or use a chat model.")
+    raise UserError(
+        "The tokenizer has no chat template; set data.chat=False, leave chat=true out of records, or use a chat model."
+    )
   question, answer, message = "first question", "first answer", "second question"
   exchange = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 

@@ -42,7 +42,7 @@ def descending_rank(values_BxT: jax.Array, valid_BxT: jax.Array) -> jax.Array:
 
 
 def _order_keys(values: jax.Array) -> jax.Array:
-  """int32 in the order of fp32 values, which are not NaN; -0 counts as 0. A CPU sorts them seven times as fast."""
+  """int32 in the order of fp32 values, which are not NaN; -0 counts as 0. A CPU sorts them several times as fast."""
   bits = jax.lax.bitcast_convert_type(jnp.where(values == 0, 0.0, values).astype(jnp.float32), jnp.int32)
   return jnp.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
 
