@@ -68,6 +68,11 @@ def question(record: Record) -> Record:
   }  # fmt: skip
 
 
+def chats_and_questions(records: list[Record], num_chats: int) -> list[Record]:
+  """The first `num_chats` chats as they are, the others as plain questions."""
+  return records[:num_chats] + [question(record) for record in records[num_chats:]]
+
+
 def paragraphs(path: str, tokenizer, shortest: int, longest: int, count: int, seed: int) -> list[Record]:
   """Beginnings of `count` paragraphs, of `shortest` to `longest` context tokens.
 
@@ -79,17 +84,21 @@ def paragraphs(path: str, tokenizer, shortest: int, longest: int, count: int, se
   except (OSError, UnicodeDecodeError) as error:
     raise UserError(f"{path} cannot be read ({error}); name a text file.") from None
   texts = [line.strip() for line in lines if len(line) > _LEAST]
-  if longest + _AFTER > _LEAST // 6:
-    raise UserError(f"Paragraphs of {_LEAST} characters do not hold {longest} context tokens; lower data.max_context.")
   rng, records = np.random.default_rng(seed), []
-  for i in rng.permutation(len(texts))[:count]:
+  for i in rng.permutation(len(texts)):
+    if len(records) == count:
+      break
     ids, context = tokenizer.encode(texts[i], add_special_tokens=False), int(rng.integers(shortest, longest + 1))
-    records.append({
-        "context": tokenizer.decode(ids[:context]), "continuation": tokenizer.decode(ids[context : context + _AFTER]),
-        "document": f"{pathlib.Path(path).name} {i}", "chat": False,
-    })  # fmt: skip
+    if len(ids) >= context + _AFTER:
+      records.append({
+          "context": tokenizer.decode(ids[:context]), "continuation": tokenizer.decode(ids[context : context + _AFTER]),
+          "document": f"{pathlib.Path(path).name} {i}", "chat": False,
+      })  # fmt: skip
   if len(records) < count:
-    raise UserError(f"{path} has {len(records)} lines of more than {_LEAST} characters; {count} are asked for.")
+    raise UserError(
+        f"{path} has {len(records)} lines of more than {_LEAST} characters that hold up to {longest} context tokens; "
+        f"{count} are asked for."
+    )
   return records
 
 
@@ -107,18 +116,20 @@ def main(argv) -> None:
     raise UserError(
         f"--run has {len(train)} training and {len(test)} test prompts; ask for fewer with --chats or --test."
     )
-  questions = [question(record) for record in train[_CHATS.value :]]
   files = {
-      "train": train[: _CHATS.value] + questions + text(_DOCUMENTS.value, _TEXTS.value),
+      "train": chats_and_questions(train, _CHATS.value) + text(_DOCUMENTS.value, _TEXTS.value),
       "chat": test,
-      "question": [question(record) for record in test],
+      "question": chats_and_questions(test, 0),
       "text": text(_TESTED.value, _TEST.value),
   }
-  out.mkdir(parents=True, exist_ok=True)
-  for name, records in files.items():
-    lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-    (out / f"{name}.jsonl").write_text(lines, encoding="utf-8")
-    print(f"{out / name}.jsonl: {len(records)} prompts")
+  try:
+    out.mkdir(parents=True, exist_ok=True)
+    for name, records in files.items():
+      lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+      (out / f"{name}.jsonl").write_text(lines, encoding="utf-8")
+      print(f"{out / name}.jsonl: {len(records)} prompts")
+  except OSError as error:
+    raise UserError(f"--out={out} cannot be written ({error}); name another directory.") from None
 
 
 if __name__ == "__main__":

@@ -88,20 +88,23 @@ def apart(a, b) -> tuple[float, float, int]:
   return difference.max(), difference.mean(), int((difference.max(axis=-1) > 1e-4).sum())
 
 
+@functools.partial(jax.jit, static_argnames=("spec", "plan"))
+def decode_steps(spec, plan, weights, cache, tokens_NxB):
+  """Logits (N,B,V) after each of N given tokens, one step of the decode loop each."""
+
+  def step(recent, token_B):
+    out = spec.extend(plan, weights, cache, recent, token_B[:, None])
+    return out.recent, decoder.unembed(spec.model, weights.params, out.hidden_BxCxD[:, 0])
+
+  steps, batch = tokens_NxB.shape
+  return jax.lax.scan(step, empty_recent(spec.model, batch, max(steps, 1), spec.dtype), tokens_NxB)[1]
+
+
 def decoded(engine: Engine, prompts: list[list[int]], new_BxN: np.ndarray) -> np.ndarray:
   """Logits (B,N,V) that predict N given tokens after each prompt: one prefill, then single steps of the decode loop."""
   (group,) = engine.prefill(prompts).groups
-  spec, weights = group.spec, group.weights
-
-  @jax.jit
-  def steps(weights, cache, tokens_NxB):
-    def step(recent, token_B):
-      out = spec.extend(group.plan, weights, cache, recent, token_B[:, None])
-      return out.recent, decoder.unembed(spec.model, weights.params, out.hidden_BxCxD[:, 0])
-
-    return jax.lax.scan(step, empty_recent(spec.model, len(prompts), len(tokens_NxB), spec.dtype), tokens_NxB)[1]
-
-  later = np.asarray(steps(weights, group.prefilled.cache, new_BxN.T[:-1])).swapaxes(0, 1)
+  later = decode_steps(group.spec, group.plan, group.weights, group.prefilled.cache, new_BxN.T[:-1])
+  later = np.asarray(later).swapaxes(0, 1)
   return np.concatenate([np.asarray(group.prefilled.logits_BxV)[:, None], later], axis=1)
 
 

@@ -156,7 +156,7 @@ def _parser() -> argparse.ArgumentParser:
       ("shape", "NAME[,NAME]", "built-in schedules, middle or late (default: late)"),
       ("kv", "MODE[,MODE]", "evict or project (default: project)"),
       ("router", "NAME",
-       "static; dynamic, an untrained one; factors, one like the paper's (default: static, in overhead dynamic)"),
+       "static (not in overhead); dynamic, an untrained one; factors, one like the paper's (default: the first)"),
       ("dtype", "NAME", "float32 or bfloat16 (default: float32)"),
       ("runs", "N", "measurements of each method; medians are compared (default: 5)"),
       ("steps", "N", "decode steps of a measurement (default: 32)"),

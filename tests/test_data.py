@@ -306,10 +306,12 @@ def test_embedded_text_needs_no_file_and_no_two_documents_share_a_paragraph(toke
 def test_hub_reads_rows_of_either_shape(tmp_path, tokenizer, monkeypatch):
   monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
   with_preamble = [{**row, "text": "Below is an instruction. " + row["instruction"]} for row in ALPACA]
-  for name, rows in {"pairs": ALPACA, "published": with_preamble, "texts": [{"text": "w" * 65}]}.items():
+  with_messages = [{**row, "chat": [row["instruction"], row["output"]]} for row in ALPACA]  # a column of their own
+  files = {"pairs": ALPACA, "published": with_preamble, "messages": with_messages, "texts": [{"text": "w" * 65}]}
+  for name, rows in files.items():
     (tmp_path / name).mkdir()
     write_jsonl(tmp_path / name / "train.jsonl", rows)
-  for name in ("pairs", "published"):
+  for name in ("pairs", "published", "messages"):
     pairs, _, _ = load_prompts(data_config(source="hub", path=str(tmp_path / name)), tokenizer)
     assert rows_as_text(pairs, tokenizer)[0] == ("Add.\n1 2\n", "3")
   texts, _, found = load_prompts(data_config(source="hub", path=str(tmp_path / "texts")), tokenizer)

@@ -18,11 +18,15 @@ def test_chats_come_back_as_they_were_and_as_questions(tmp_path):
   rows = [(m + a[:8], len(m)) for m, a in encode_pairs(pairs, tokenizer, True)]  # the second one cut
   records = script.chats(pack(rows, 60), tokenizer, chat_turn(tokenizer), "test")
   assert [record["context"] for record in records] == ["Add.\n1 2", "Say A"]
-  path = write_jsonl(tmp_path / "mixed.jsonl", records + [script.question(records[0])])
+  questions = script.chats_and_questions(records, 1)[1:] + script.chats_and_questions(records[:1], 0)
+  path = write_jsonl(tmp_path / "mixed.jsonl", records + questions)
   prompts, documents, _ = load_prompts(data_config(path=path, max_context=50, continuation=8), tokenizer)
   assert [prompts.tokens[i, :n].tolist() for i, n in enumerate(prompts.length[:2])] == [ids for ids, _ in rows]
-  assert rows_as_text(prompts, tokenizer)[2] == ("Question: Add.\n1 2\nAnswer:", " 3")
-  assert documents.tolist() == [0, 1, 0]  # in one set, whatever their format
+  assert rows_as_text(prompts, tokenizer)[2:] == [
+      ("Question: Say A\nAnswer:", " a long "), ("Question: Add.\n1 2\nAnswer:", " 3")
+  ]
+  assert documents.tolist() == [0, 1, 1, 0]  # in one set, whatever their format
+  assert script.chats_and_questions(records, 1)[0] == records[0]
   plain = pack([(tokenizer.encode("Add."), 3)], 8)
   with pytest.raises(UserError, match="is not in the chat template; name a run"):
     script.chats(plain, tokenizer, chat_turn(tokenizer), "test")
@@ -39,7 +43,9 @@ def test_paragraphs_begin_texts_and_have_contexts_of_all_lengths(tmp_path):
   assert all(set(record["continuation"]) == set(record["context"]) and not record["chat"] for record in records)
   assert json.dumps(script.paragraphs(str(path), tokenizer, 3, 6, 20, seed=0)) == json.dumps(records)
   assert script.paragraphs(str(path), tokenizer, 3, 6, 20, seed=1) != records
-  with pytest.raises(UserError, match="has 20 lines of more than 600 characters; 21 are asked for"):
+  with pytest.raises(UserError, match="has 20 lines of more than 600 char.* 6 context tokens; 21 are asked"):
     script.paragraphs(str(path), tokenizer, 3, 6, 21, seed=0)
+  with pytest.raises(UserError, match="has 0 lines"):
+    script.paragraphs(str(path), tokenizer, 690, 690, 1, seed=0)
   with pytest.raises(UserError, match="cannot be read"):
     script.paragraphs(str(tmp_path / "none.txt"), tokenizer, 3, 6, 1, seed=0)

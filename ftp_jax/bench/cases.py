@@ -50,15 +50,10 @@ class Case:
   def plan(self, num_positions: int, max_buckets: int = MAX_BUCKETS) -> Plan:
     return self.spec.plan(self.weights, num_positions, max_buckets)
 
-  def replace(self, method: str, schedule_L=None, **labels) -> "Case":
-    """The same under another name, with another schedule where one is given."""
-    schedule_L = self.weights.schedule_L if schedule_L is None else jnp.asarray(schedule_L, jnp.float32)
-    return Case(method, self.spec, self.weights._replace(schedule_L=schedule_L), self.labels | labels)
-
-  def routed_by(self, router: Router, name: str) -> "Case":
-    """The same with another router, which records call `name`."""
-    weights = self.weights._replace(router=router)
-    return dataclasses.replace(self, weights=weights, labels=self.labels | {"router": name})
+  def replace(self, method: str, schedule_L, **labels) -> "Case":
+    """The same under another name, with another schedule."""
+    weights = self.weights._replace(schedule_L=jnp.asarray(schedule_L, jnp.float32))
+    return Case(method, self.spec, weights, self.labels | labels)
 
 
 def dense(model: Model, dtype: str) -> Case:
@@ -87,7 +82,7 @@ def pruned(model: Model, settings: Settings, artifacts: Sequence[Artifact]) -> l
   for shape, kv, sparsity in itertools.product(settings.shape, settings.kv, settings.sparsity):
     schedule_L = builtin(shape, model.config.num_blocks, sparsity)
     case = _pruned(base, schedule_L, RoutingConfig(kv_mode=kv), router, shape, sparsity)
-    found.append(case.routed_by(router, settings.router))
+    found.append(dataclasses.replace(case, labels=case.labels | {"router": settings.router}))
   return found
 
 

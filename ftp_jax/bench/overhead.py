@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ftp_jax.bench import records
-from ftp_jax.bench.cases import Case, Prefill, dense, random_tokens, untrained_router
+from ftp_jax.bench.cases import Case, Prefill, dense, random_tokens
 from ftp_jax.bench.settings import Settings
 from ftp_jax.bench.timing import interleave, seconds_of
 from ftp_jax.inference.programs import Spec, Weights
@@ -144,10 +144,6 @@ def bench(model: Model, cases: Sequence[Case], settings: Settings, torch: None =
 
 def _measure(model: Model, cases: Sequence[Case], settings: Settings, tokens_BxT: np.ndarray) -> list[dict[str, Any]]:
   batch, context = tokens_BxT.shape
-  if not settings.artifact:  # a static router would decide nothing
-    kind = "factors" if settings.router == "factors" else "dynamic"
-    router = untrained_router(model, kind)
-    cases = [case.routed_by(router, kind) for case in cases]
   nothing_asked = cases[0].replace("s0", np.zeros(model.config.num_blocks), sparsity=0.0, shape=None)
   methods: list[Any] = [Prefill(case, tokens_BxT) for case in (dense(model, settings.dtype), nothing_asked)]
   for case in cases:

@@ -78,6 +78,8 @@ def read(arguments: argparse.Namespace) -> Settings:
     print(f"--{given[0]} is not used: the artifact brings its schedule, its router and its kv mode.")
   if kind == "crossover" and not arguments.artifact:
     raise UserError("bench crossover measures an artifact; name its directory with --artifact=DIR.")
+  if kind == "overhead" and arguments.router == "static":
+    raise UserError("bench overhead measures what decides, and a static router decides nothing; use --router=dynamic.")
   artifact = tuple(dict.fromkeys(arguments.artifact.split(","))) if arguments.artifact else ()
   if kind == "crossover" and len(artifact) > 1:
     raise UserError("bench crossover writes into one artifact; give a single --artifact=DIR.")
@@ -117,7 +119,7 @@ def read(arguments: argparse.Namespace) -> Settings:
       sparsity=sparsity,
       shape=_names("shape", value("shape", "late"), SHAPES),
       kv=_names("kv", value("kv", "project"), KV_MODES),
-      router=_one_of(value("router", "static"), "--router", ROUTERS),
+      router=_one_of(value("router", "dynamic" if kind == "overhead" else "static"), "--router", ROUTERS),
       runs=_number("runs", value("runs", "5")),
       steps=_number("steps", value("steps", "32")),
       dtype=_one_of(value("dtype", "float32"), "--dtype", tuple(DTYPES)),

@@ -171,7 +171,8 @@ def _read_hub(data) -> list[str] | list[Pair]:
   # Alpaca on the hub has a text column as well, which holds the boilerplate preamble.
   columns = set(rows.column_names)
   if {"instruction", "output"} <= columns or {"context", "continuation"} <= columns or "text" not in columns:
-    return [_pair(row, where) for where, row in located]
+    # A column `chat` there is somebody's own, such as a list of messages.
+    return [_pair({name: row[name] for name in row if name != "chat"}, where) for where, row in located]
   texts = [_field(row, "text", where) for where, row in located]
   return _articles(texts) if _is_wikitext(texts) else texts
 

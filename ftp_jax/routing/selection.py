@@ -43,7 +43,11 @@ def descending_rank(values_BxT: jax.Array, valid_BxT: jax.Array) -> jax.Array:
 
 def _order_keys(values: jax.Array) -> jax.Array:
   """int32 in the order of fp32 values, which are not NaN; -0 counts as 0. A CPU sorts them several times as fast."""
-  bits = jax.lax.bitcast_convert_type(jnp.where(values == 0, 0.0, values).astype(jnp.float32), jnp.int32)
+  return _fold(jax.lax.bitcast_convert_type(jnp.where(values == 0, 0.0, values).astype(jnp.float32), jnp.int32))
+
+
+def _fold(bits: jax.Array) -> jax.Array:
+  """The bits of fp32 values to integers of the same order, and back."""
   return jnp.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
 
 
@@ -104,8 +108,8 @@ def least_kept_margin(margin_BxT: jax.Array, sparsity: jax.Array, context_B: jax
   """The smallest margin (B,) among the ceil((1 - s) m) context tokens with the largest ones."""
   in_context = jnp.arange(margin_BxT.shape[1])[None] < context_B[:, None]
   keys = _order_keys(jnp.where(in_context, margin_BxT, -jnp.inf))
-  bits = _kth_largest(keys, capacity(sparsity, context_B))[:, 0]
-  return jax.lax.bitcast_convert_type(jnp.where(bits < 0, bits ^ 0x7FFFFFFF, bits), jnp.float32)
+  least_B = _kth_largest(keys, capacity(sparsity, context_B))[:, 0]
+  return jax.lax.bitcast_convert_type(_fold(least_B), jnp.float32)
 
 
 def keep_continuation(
