@@ -26,7 +26,7 @@ def cell(method, asked, seed, easy, hard, kl, speedup):
   return {
       "method": method, "asked": asked, "seed": seed, "quality": quality | {"cache_ratio": 1.0}, "skipped": None,
       "long": {}, "retrieval": None, "speedup": {512: speedup},
-      "correct": {"arc_easy": correct(easy), "winogrande": correct(hard)},
+      "correct": {"arc_easy": correct(easy), "winogrande": correct(hard)}, "same_choice": {}, "choice_kl": {},
   }  # fmt: skip
 
 
@@ -58,26 +58,58 @@ def test_the_interval_is_that_of_paired_items(script):
   assert (low + high) / 2 == pytest.approx(-0.025, abs=0.003)
   assert high - low == pytest.approx(2 * 1.96 * deviation, rel=0.1)
   same = script.summarise([rows[0], rows[2]], GUESS, [512])[1]
-  assert same["average_interval"] == [0, 0] and same["retained_interval"] == [1, 1]
+  assert same["average_interval"] == [0, 0] and same["retained_above_chance_interval"] == [1, 1]
 
 
 def test_the_interval_of_what_is_retained(script):
   """Ten items of one task turn wrong: 5 points of an average that lies 45 above chance, 90 items of 100 right."""
   rows = [cell("dense", 0.0, 0, 0.85, 0.80, 0.0, 1.0), cell("ftp", 0.3, 0, 0.75, 0.80, 0.1, 1.3)]
   dense, ftp = script.summarise(rows, GUESS, [512])
-  low, high = ftp["retained_interval"]
+  low, high = ftp["retained_above_chance_interval"]
   deviation = (0.1 * 0.9 / 100) ** 0.5 / 2 / 0.45  # of the loss; that of the dense average adds little
   assert (low + high) / 2 == pytest.approx(1 - 0.05 / 0.45, abs=0.01)
   assert high - low == pytest.approx(2 * 1.96 * deviation, rel=0.15)
-  assert dense["retained_interval"] is None
+  assert dense["retained_above_chance_interval"] is None
   text = script.markdown([dense, ftp], [512])
   assert f"{100 * ftp['retained_above_chance']:.1f} [{100 * low:.1f}, {100 * high:.1f}]" in text
+
+
+def test_choices_by_hand(script):
+  """An item whose second choice becomes likelier, one whose likelihoods all fall alike, in another order of items."""
+  dense = [{"id": "a", "loglikelihoods": [-1.0, -3.0]}, {"id": "b", "loglikelihoods": [-1.0, -2.0, -1.5]}]
+  pruned = [{"id": "b", "loglikelihoods": [-3.0, -4.0, -3.5]}, {"id": "a", "loglikelihoods": [-4.0, -3.0]}]
+  same, kl = script.choices(pruned, dense)
+  assert same == {"a": 0.0, "b": 1.0}
+  p, q = 1 / (1 + np.exp(-2.0)), 1 / (1 + np.exp(1.0))
+  assert kl["a"] == pytest.approx(p * np.log(p / q) + (1 - p) * np.log((1 - p) / (1 - q)))
+  assert kl["b"] == pytest.approx(0)
+
+
+def test_choices_are_averaged_over_tasks_and_at_equal_latency(script):
+  """`late` has 0.3 at one item in ten of one task and 0.03 at all of the other, `ftp` two thirds of that."""
+  rows = [cell("dense", 0.0, 0, 0.85, 0.80, 0.0, 1.0)]
+  rows += [cell("late", 0.3, 0, 0.85, 0.80, 0.1, 2.0), cell("ftp", 0.3, 0, 0.85, 0.80, 0.1, 4 / 3)]
+  for row, factor in zip(rows, (0, 3, 2)):
+    some = lambda value, count: {str(i): value * (i < count) for i in range(100)}
+    row["choice_kl"] = {"arc_easy": some(0.1 * factor, 10), "winogrande": some(0.01 * factor, 100)}
+    row["same_choice"] = {"arc_easy": some(1.0, 90), "winogrande": some(1.0, 100)}
+  table = script.summarise(rows, GUESS, [512])
+  dense, late, ftp = table
+  assert dense["choice_kl"] == 0 and dense["choice_kl_interval"] is None
+  assert late["choice_kl"] == pytest.approx(0.03) and late["same_choice"] == pytest.approx(0.95)
+  low, high = late["choice_kl_interval"]
+  assert (low + high) / 2 == pytest.approx(0.03, abs=0.002)
+  assert high - low == pytest.approx(2 * 1.96 * 0.3 * (0.1 * 0.9 / 100) ** 0.5 / 2, rel=0.15)
+  assert f"0.030 [{low:.3f}, {high:.3f}]" in script.markdown(table, [512])
+  heading, _, late, ftp = script.equal_latency(table, 512, "choice_kl").splitlines()
+  assert heading.startswith("| KL of choices at the time of ftp, 512 tokens") and late == "| late | 0.015 |"
+  assert ftp == "| ftp | 0.020 |" and not script.equal_latency(table, 512, "retrieval")
 
 
 def test_what_is_above_chance_needs_a_margin(script):
   rows = [cell("dense", 0.0, 0, 0.30, 0.55, 0.0, 1.0), cell("ftp", 0.3, 0, 0.30, 0.50, 0.1, 1.3)]
   dense, ftp = script.summarise(rows, GUESS, [512])  # the dense average is 0.05 above chance, at an error of 0.034
-  assert dense["retained_above_chance"] is ftp["retained_above_chance"] is ftp["retained_interval"] is None
+  assert dense["retained_above_chance"] is ftp["retained_above_chance"] is ftp["retained_above_chance_interval"] is None
   assert ftp["retained"] == pytest.approx(0.40 / 0.425)
 
 
@@ -108,7 +140,7 @@ def test_equal_latency_by_hand(script):
       cell("ftp", 0.4, 0, 0.70, 0.80, 0.2, 1 / 0.6),
       cell("ftp", 0.5, 0, 0.70, 0.80, 0.3, 4.0),
   ]
-  heading, _, late, ftp = script.equal_latency(script.summarise(rows, GUESS, [512]), 512).splitlines()
+  heading, _, late, ftp = script.equal_latency(script.summarise(rows, GUESS, [512]), 512, "kl").splitlines()
   assert heading == "| at the time of ftp, 512 tokens | S = 0.20, 1.11 x | S = 0.40, 1.67 x | S = 0.50, 4.00 x |"
   # Half way between dense and 0.8; two thirds of the way from 0.8 to 0.5; never that fast.
   assert late == "| late | 0.050 (80.0 %) | 0.367 (74.2 %) | - |"
@@ -125,8 +157,8 @@ def test_files_of_long_contexts_at_equal_latency(script):
   for row, kl in zip(rows, (0.0, 0.3, 0.06)):
     row["long"]["speeches"] = {"kl": kl, "agreement": 1 - kl, "achieved": row["asked"] / 2}
   table = script.summarise(rows, GUESS, [512])
-  heading, _, late, ftp = script.equal_latency(table, 512, "speeches").splitlines()
-  assert heading.startswith("| speeches, KL at the time of ftp, 512 tokens | S = 0.20")
+  heading, _, late, ftp = script.equal_latency(table, 512, "kl, speeches").splitlines()
+  assert heading.startswith("| KL, speeches, at the time of ftp, 512 tokens | S = 0.20")
   assert late == "| late | 0.150 |" and ftp == "| ftp | 0.060 |"
   heading, _, _, late, _ = script.markdown(table, [512], ["speeches"]).splitlines()
   start = heading.split(" | ").index("KL, speeches")
