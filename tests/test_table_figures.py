@@ -1,0 +1,178 @@
+"""The figures of the main table on hand-made cells."""
+
+import numpy as np
+import pytest
+
+from tests import scripts
+
+
+@pytest.fixture(scope="module")
+def figures():
+  return scripts.load("table_figures")
+
+
+def cell(method, asked, seed, easy, hard, kl, speedup):
+  """A row whose tasks have 100 items, of which the first ones are right."""
+  quality = {"kl": kl, "agreement": 1.0, "perplexity": None, "achieved": asked, "flops_saved": asked}
+  correct = lambda share: {str(i): float(i < round(100 * share)) for i in range(100)}
+  return {
+      "method": method, "asked": asked, "seed": seed, "quality": quality | {"cache_ratio": 1.0}, "skipped": None,
+      "long": {}, "retrieval": None, "speedup": {512: speedup},
+      "correct": {"arc_easy": correct(easy), "winogrande": correct(hard)}, "same_choice": {}, "choice_kl": {},
+  }  # fmt: skip
+
+
+GUESS = {"arc_easy": 0.25, "winogrande": 0.5}
+
+
+def test_retention_and_spread_by_hand(figures):
+  rows = [
+      cell("dense", 0.0, 0, 0.85, 0.80, 0.0, 1.0),  # average 0.825, chance 0.375
+      cell("ftp", 0.3, 0, 0.75, 0.80, 0.1, 1.3),  # average 0.775
+      cell("ftp", 0.3, 1, 0.85, 0.80, 0.3, 1.5),
+  ]
+  dense, ftp = figures.summarise(rows, GUESS, [512])
+  assert dense["retained"] == dense["retained_above_chance"] == 1 and dense["kl_seeds"] == 1
+  assert dense["kl_spread"] is None and dense["average_interval"] is None
+  assert ftp["average_seeds"] == 2 and ftp["average"] == pytest.approx(0.8)
+  assert ftp["retained"] == pytest.approx(0.8 / 0.825)
+  assert ftp["retained_above_chance"] == pytest.approx((0.40 + 0.45) / 2 / 0.45)
+  assert ftp["kl"] == pytest.approx(0.2) and ftp["kl_spread"] == pytest.approx(0.02**0.5)
+  assert ftp["speedup_512"] == pytest.approx(1.4) and ftp["items"] == {"arc_easy": 100, "winogrande": 100}
+
+
+def test_the_interval_is_that_of_paired_items(figures):
+  """Ten items of one task turn wrong in one of two seeds: 5 points of that task, whichever items are drawn."""
+  rows = [cell("dense", 0.0, 0, 0.85, 0.80, 0.0, 1.0)]
+  rows += [cell("ftp", 0.3, seed, easy, 0.80, 0.1, 1.3) for seed, easy in ((0, 0.75), (1, 0.85))]
+  low, high = figures.summarise(rows, GUESS, [512])[1]["average_interval"]
+  deviation = 0.5 * (0.1 * 0.9 / 100) ** 0.5 / 2  # of the mean of a difference of -0.5 at one item in ten, two tasks
+  assert (low + high) / 2 == pytest.approx(-0.025, abs=0.003)
+  assert high - low == pytest.approx(2 * 1.96 * deviation, rel=0.1)
+  same = figures.summarise([rows[0], rows[2]], GUESS, [512])[1]
+  assert same["average_interval"] == [0, 0] and same["retained_above_chance_interval"] == [1, 1]
+
+
+def test_the_interval_of_what_is_retained(figures):
+  """Ten items of one task turn wrong: 5 points of an average that lies 45 above chance, 90 items of 100 right."""
+  rows = [cell("dense", 0.0, 0, 0.85, 0.80, 0.0, 1.0), cell("ftp", 0.3, 0, 0.75, 0.80, 0.1, 1.3)]
+  dense, ftp = figures.summarise(rows, GUESS, [512])
+  low, high = ftp["retained_above_chance_interval"]
+  deviation = (0.1 * 0.9 / 100) ** 0.5 / 2 / 0.45  # of the loss; that of the dense average adds little
+  assert (low + high) / 2 == pytest.approx(1 - 0.05 / 0.45, abs=0.01)
+  assert high - low == pytest.approx(2 * 1.96 * deviation, rel=0.15)
+  assert dense["retained_above_chance_interval"] is None
+  text = figures.markdown([dense, ftp], [512])
+  assert f"{100 * ftp['retained_above_chance']:.1f} [{100 * low:.1f}, {100 * high:.1f}]" in text
+
+
+def test_choices_by_hand(figures):
+  """An item whose second choice becomes likelier, one whose likelihoods all fall alike, in another order of items."""
+  dense = [{"id": "a", "loglikelihoods": [-1.0, -3.0]}, {"id": "b", "loglikelihoods": [-1.0, -2.0, -1.5]}]
+  pruned = [{"id": "b", "loglikelihoods": [-3.0, -4.0, -3.5]}, {"id": "a", "loglikelihoods": [-4.0, -3.0]}]
+  same, kl = figures.choices(pruned, dense)
+  assert same == {"a": 0.0, "b": 1.0}
+  p, q = 1 / (1 + np.exp(-2.0)), 1 / (1 + np.exp(1.0))
+  assert kl["a"] == pytest.approx(p * np.log(p / q) + (1 - p) * np.log((1 - p) / (1 - q)))
+  assert kl["b"] == pytest.approx(0)
+
+
+def test_choices_are_averaged_over_tasks_and_at_equal_latency(figures):
+  """`late` has 0.3 at one item in ten of one task and 0.03 at all of the other, `ftp` two thirds of that."""
+  rows = [cell("dense", 0.0, 0, 0.85, 0.80, 0.0, 1.0)]
+  rows += [cell("late", 0.3, 0, 0.85, 0.80, 0.1, 2.0), cell("ftp", 0.3, 0, 0.85, 0.80, 0.1, 4 / 3)]
+  for row, factor in zip(rows, (0, 3, 2)):
+    some = lambda value, count: {str(i): value * (i < count) for i in range(100)}
+    row["choice_kl"] = {"arc_easy": some(0.1 * factor, 10), "winogrande": some(0.01 * factor, 100)}
+    row["same_choice"] = {"arc_easy": some(1.0, 90), "winogrande": some(1.0, 100)}
+  table = figures.summarise(rows, GUESS, [512])
+  dense, late, ftp = table
+  assert dense["choice_kl"] == 0 and dense["choice_kl_interval"] is None
+  assert late["choice_kl"] == pytest.approx(0.03) and late["same_choice"] == pytest.approx(0.95)
+  low, high = late["choice_kl_interval"]
+  assert (low + high) / 2 == pytest.approx(0.03, abs=0.002)
+  assert high - low == pytest.approx(2 * 1.96 * 0.3 * (0.1 * 0.9 / 100) ** 0.5 / 2, rel=0.15)
+  assert f"0.030 [{low:.3f}, {high:.3f}]" in figures.markdown(table, [512])
+  heading, _, late, ftp = figures.equal_latency(table, 512, "choice_kl").splitlines()
+  assert heading.startswith("| KL of choices at the time of ftp, 512 tokens") and late == "| late | 0.015 |"
+  assert ftp == "| ftp | 0.020 |" and not figures.equal_latency(table, 512, "retrieval")
+
+
+def test_what_is_above_chance_needs_a_margin(figures):
+  rows = [cell("dense", 0.0, 0, 0.30, 0.55, 0.0, 1.0), cell("ftp", 0.3, 0, 0.30, 0.50, 0.1, 1.3)]
+  dense, ftp = figures.summarise(rows, GUESS, [512])  # the dense average is 0.05 above chance, at an error of 0.034
+  assert dense["retained_above_chance"] is ftp["retained_above_chance"] is ftp["retained_above_chance_interval"] is None
+  assert ftp["retained"] == pytest.approx(0.40 / 0.425)
+
+
+def test_parts_that_are_missing_leave_the_others(figures):
+  rows = [cell("dense", 0.0, 0, 0.85, 0.80, 0.0, 1.0)]
+  rows += [cell("ftp", 0.3, seed, 0.75, 0.80, 0.1 * seed, 1.3) for seed in range(3)]
+  rows[1]["quality"], rows[2]["correct"], rows[3]["speedup"] = {}, {}, {512: None}
+  ftp = figures.summarise(rows, GUESS, [512])[1]
+  assert (ftp["kl_seeds"], ftp["average_seeds"], ftp["speedup_512_seeds"]) == (2, 2, 2)
+  assert ftp["kl"] == pytest.approx(0.15) and ftp["average"] == pytest.approx(0.775)
+  assert figures.summarise(rows[1:], GUESS, [512])[0]["retained"] is None
+
+
+def test_columns_that_nothing_fills_are_left_out(figures):
+  rows = [cell("dense", 0.0, 0, 0.5, 0.5, 0.0, 1.0), cell("late", 0.3, 0, 0.5, 0.5, 2e5, None)]
+  heading, _, dense, late = figures.markdown(figures.summarise(rows, {}, [512]), [512]).splitlines()
+  assert heading == "| method | S | KL | agreement % | achieved % | FLOPs saved % | KV bytes | speedup at 512 |"
+  assert dense == "| dense | 0.00 | 0.000 | 100.0 | 0.0 | 0.0 | 1.00 | 1.00 |"
+  assert late == "| late | 0.30 | 2.0e+05 | 100.0 | 30.0 | 30.0 | 1.00 | - |"
+
+
+def test_equal_latency_by_hand(figures):
+  rows = [
+      cell("dense", 0.0, 0, 0.85, 0.80, 0.0, 1.0),
+      cell("late", 0.2, 0, 0.75, 0.80, 0.1, 1.25),  # time 0.8
+      cell("late", 0.4, 0, 0.65, 0.80, 0.5, 2.0),  # time 0.5
+      cell("ftp", 0.2, 0, 0.80, 0.80, 0.04, 1 / 0.9),
+      cell("ftp", 0.4, 0, 0.70, 0.80, 0.2, 1 / 0.6),
+      cell("ftp", 0.5, 0, 0.70, 0.80, 0.3, 4.0),
+  ]
+  heading, _, late, ftp = figures.equal_latency(figures.summarise(rows, GUESS, [512]), 512, "kl").splitlines()
+  assert heading == "| at the time of ftp, 512 tokens | S = 0.20, 1.11 x | S = 0.40, 1.67 x | S = 0.50, 4.00 x |"
+  # Half way between dense and 0.8; two thirds of the way from 0.8 to 0.5; never that fast.
+  assert late == "| late | 0.050 (80.0 %) | 0.367 (74.2 %) | - |"
+  assert ftp == "| ftp | 0.040 (80.0 %) | 0.200 (75.0 %) | 0.300 (75.0 %) |"
+
+
+def test_files_of_long_contexts_at_equal_latency(figures):
+  """Each file has its own columns and its own table at equal time, without accuracy."""
+  rows = [
+      cell("dense", 0.0, 0, 0.85, 0.80, 0.0, 1.0),
+      cell("late", 0.2, 0, 0.75, 0.80, 0.1, 1.25),
+      cell("ftp", 0.2, 0, 0.80, 0.80, 0.04, 1 / 0.9),
+  ]
+  for row, kl in zip(rows, (0.0, 0.3, 0.06)):
+    row["long"]["speeches"] = {"kl": kl, "agreement": 1 - kl, "achieved": row["asked"] / 2}
+  table = figures.summarise(rows, GUESS, [512])
+  heading, _, late, ftp = figures.equal_latency(table, 512, "kl, speeches").splitlines()
+  assert heading.startswith("| KL, speeches, at the time of ftp, 512 tokens | S = 0.20")
+  assert late == "| late | 0.150 |" and ftp == "| ftp | 0.060 |"
+  heading, _, _, late, _ = figures.markdown(table, [512], ["speeches"]).splitlines()
+  start = heading.split(" | ").index("KL, speeches")
+  assert heading.split(" | ")[start + 1 : start + 3] == ["agreement %, speeches", "skipped there %"]
+  assert late.split(" | ")[start : start + 3] == ["0.300", "70.0", "10.0"]
+
+
+def test_the_plot_has_a_panel_of_what_is_there(figures, tmp_path, monkeypatch):
+  from matplotlib import pyplot
+
+  panels, draw = [], pyplot.subplots
+  monkeypatch.setattr(pyplot, "subplots", lambda *args, **options: panels.append(args[1]) or draw(*args, **options))
+  rows = [cell("dense", 0.0, 0, 0.5, 0.5, 0.0, 1.0), cell("late", 0.3, 0, 0.4, 0.5, 0.2, 1.3)]
+  path = tmp_path / "plot.png"
+  plot = lambda rows, guess: figures.plot(
+      figures.summarise(rows, guess, [512]), 512, path, ["late"], figures.long_names(rows)
+  )  # fmt: skip
+  plot(rows, {})
+  assert path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 5000
+  plot(rows, GUESS)
+  rows[1]["long"] = {"chats": {"kl": 0.3}}
+  plot(rows, GUESS)
+  rows[1]["quality"] = {}
+  plot(rows, {})
+  assert panels == [1, 2, 3, 1]
