@@ -245,7 +245,8 @@ class Table:
     files = table_figures.long_names(rows)
     compared = "kl", "choice_kl", *map(table_figures.of_file, files)
     equal = [table_figures.equal_latency(table, self.contexts[-1], figure) for figure in compared]
-    text = "\n\n".join([table_figures.markdown(table, self.contexts, files), *filter(None, equal)])
+    parts = table_figures.markdown(table, self.contexts, files), table_figures.differences_to_ftp(table), *equal
+    text = "\n\n".join(filter(None, parts))
     (self.out / "table.md").write_text(text + "\n", encoding="utf-8")
     print(text)
     table_figures.plot(table, self.contexts[-1], self.out / "pareto.png", METHODS, files)

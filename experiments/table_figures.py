@@ -25,6 +25,8 @@ _COLUMNS = (
     ("skipped there %", "perplexity_achieved", 100, 1), ("achieved %", "achieved", 100, 1),
     ("FLOPs saved %", "flops_saved", 100, 1), ("KV bytes", "cache_ratio", 1, 2),
 )  # fmt: skip
+# Figures of items, and what of a row they are means of: those of a method and of `ftp` are compared item by item.
+_PAIRED = {"average": "correct", "same_choice": "same_choice", "choice_kl": "choice_kl"}
 # Figures with 95 % intervals over items, that of the average for its difference to dense: factor, format.
 _INTERVALS = {
     "average": (100, "+.1f"), "retained_above_chance": (100, ".1f"), "same_choice": (100, ".1f"),
@@ -67,7 +69,8 @@ def summarise(rows: list[dict[str, Any]], guess: dict[str, float], contexts: lis
   `<figure>_spread` is the sample standard deviation over seeds. `<figure>_interval` is a 95 % interval, items drawn
   anew: of the average it is that of the difference to the dense one, the same items drawn for both (paired bootstrap).
   What is retained above chance is left out unless the dense average lies three standard errors above chance.
-  `same_choice` and `choice_kl` are means over tasks.
+  `same_choice` and `choice_kl` are means over tasks. `<figure>_to_ftp` of _PAIRED are the difference to what `ftp` has
+  at the same S and its interval, paired as well.
 
   Args:
     guess: chance of every task.
@@ -75,10 +78,10 @@ def summarise(rows: list[dict[str, Any]], guess: dict[str, float], contexts: lis
   dense = next((row for row in rows if row["method"] == "dense" and row["asked"] == 0), None)
   whole = lambda row: bool(guess) and all(row["correct"].get(task) for task in guess)
   accuracy = lambda row, task: statistics.fmean(row["correct"][task].values()) if row["correct"].get(task) else None
-  average = lambda row: statistics.fmean(accuracy(row, task) for task in guess) if whole(row) else None
+  over_tasks = lambda row, name: statistics.fmean(statistics.fmean(row[name][task].values()) for task in guess)
+  average = lambda row: over_tasks(row, "correct") if whole(row) else None
   base, against = statistics.fmean(guess.values()) if guess else None, dense is not None and whole(dense)
   clear = against and average(dense) - base > 3 * statistics.pstdev(resampled([dense], "correct", guess))
-  over_tasks = lambda row, name: statistics.fmean(statistics.fmean(row[name][task].values()) for task in guess)
   compared = lambda row: bool(guess) and all(row["choice_kl"].get(task) for task in guess)
   figures = {
       **{task: lambda row, task=task: accuracy(row, task) for task in guess},
@@ -102,7 +105,7 @@ def summarise(rows: list[dict[str, Any]], guess: dict[str, float], contexts: lis
   for method, asked in dict.fromkeys((row["method"], row["asked"]) for row in rows):
     own = [row for row in rows if (row["method"], row["asked"]) == (method, asked)]
     entry: dict[str, Any] = {"method": method, "asked": asked}
-    entry |= dict.fromkeys(f"{name}_interval" for name in _INTERVALS)
+    entry |= dict.fromkeys([*(f"{name}_interval" for name in _INTERVALS), *(f"{name}_to_ftp" for name in _PAIRED)])
     for name, figure in figures.items():
       values = [value for value in map(figure, own) if value is not None]
       entry[name] = statistics.fmean(values) if values else None
@@ -119,6 +122,12 @@ def summarise(rows: list[dict[str, Any]], guess: dict[str, float], contexts: lis
       if all(map(compared, done)):
         for name in ("same_choice", "choice_kl"):
           entry[f"{name}_interval"] = interval(resampled(done, name, guess))
+        ours = [row for row in rows if (row["method"], row["asked"]) == ("ftp", asked) and compared(row)]
+        if ours and method != "ftp":
+          for figure, name in _PAIRED.items():
+            found, of_ftp = (statistics.fmean(over_tasks(row, name) for row in some) for some in (done, ours))
+            drawn = resampled(done, name, guess) - resampled(ours, name, guess)
+            entry[f"{figure}_to_ftp"] = [found - of_ftp, *interval(drawn)]
     table.append(entry)
   return table
 
@@ -162,6 +171,23 @@ def markdown(table: list[dict[str, Any]], contexts: list[int], files: Sequence[s
 
   lines = [["method", *(heading for heading, *_ in columns)], ["---"] * (len(columns) + 1)]
   lines += [[entry["method"], *(cell(entry, *how) for _, *how in columns)] for entry in table]
+  return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def differences_to_ftp(table: list[dict[str, Any]]) -> str:
+  """What every method has more than `ftp` at the same S, with 95 % intervals; empty where nothing is known."""
+  shown = [entry for entry in table if entry["choice_kl_to_ftp"]]
+  if not shown:
+    return ""
+  columns = [(heading, key, factor) for heading, key, factor, _ in _COLUMNS if key in _PAIRED]
+  lines = [["method - ftp", "S", *(heading for heading, *_ in columns)], ["---"] * (2 + len(columns))]
+  for entry in shown:
+    line = [entry["method"], f"{entry['asked']:.2f}"]
+    for _, key, factor in columns:
+      how = f"+{_INTERVALS[key][1].removeprefix('+')}"
+      mean, low, high = (f"{factor * value:{how}}" for value in entry[f"{key}_to_ftp"])
+      line.append(f"{mean} [{low}, {high}]")
+    lines.append(line)
   return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 

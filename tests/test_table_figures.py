@@ -98,6 +98,25 @@ def test_choices_are_averaged_over_tasks_and_at_equal_latency(figures):
   assert ftp == "| ftp | 0.020 |" and not figures.equal_latency(table, 512, "retrieval")
 
 
+def test_differences_to_ftp_are_paired(figures):
+  """Of both methods the same ten items differ from dense, so that the interval is that of a third of their figures."""
+  rows = [cell("dense", 0.0, 0, 0.85, 0.80, 0.0, 1.0)]
+  rows += [cell("late", 0.3, 0, 0.75, 0.80, 0.1, 2.0), cell("ftp", 0.3, 0, 0.85, 0.80, 0.1, 4 / 3)]
+  for row, kl in zip(rows, (0.0, 0.3, 0.2)):
+    row["choice_kl"] = {task: {str(i): kl * (i < 10) for i in range(100)} for task in GUESS}
+    row["same_choice"] = {task: {str(i): 1.0 - (kl > 0.2 and i < 10) for i in range(100)} for task in GUESS}
+  dense, late, ftp = figures.summarise(rows, GUESS, [512])
+  assert dense["choice_kl_to_ftp"] is ftp["choice_kl_to_ftp"] is None
+  mean, low, high = late["choice_kl_to_ftp"]
+  assert mean == pytest.approx(0.01) and low > 0
+  assert high - low == pytest.approx(2 * 1.96 * 0.1 * (0.1 * 0.9 / 100) ** 0.5 / 2**0.5, rel=0.15)
+  assert late["same_choice_to_ftp"][0] == pytest.approx(-0.1) and late["average_to_ftp"][0] == pytest.approx(-0.05)
+  heading, _, line = figures.differences_to_ftp([dense, late, ftp]).splitlines()
+  assert heading == "| method - ftp | S | average | same choice % | KL of choices |"
+  assert line.startswith("| late | 0.30 | -5.0 [-") and f"+0.010 [{low:+.3f}, {high:+.3f}]" in line
+  assert not figures.differences_to_ftp([dense, ftp])
+
+
 def test_what_is_above_chance_needs_a_margin(figures):
   rows = [cell("dense", 0.0, 0, 0.30, 0.55, 0.0, 1.0), cell("ftp", 0.3, 0, 0.30, 0.50, 0.1, 1.3)]
   dense, ftp = figures.summarise(rows, GUESS, [512])  # the dense average is 0.05 above chance, at an error of 0.034
