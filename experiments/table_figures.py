@@ -195,12 +195,12 @@ def equal_latency(table: list[dict[str, Any]], context: int, figure: str) -> str
   """A figure of every method at the prefill time of each S of `ftp`; with `kl` also the average accuracy if known.
 
   Between the times of its own S, and 1 (dense), a method is taken to lie on straight lines; "-": it is never so fast.
-  Empty where no method has the figure.
+  Empty where no method has the figure, or `ftp` no time.
   """
-  if not any(entry[figure] for entry in table):
-    return ""
   key = f"speedup_{context}"
   ours = sorted((e for e in table if e["method"] == "ftp" and e[key]), key=lambda entry: entry[key])
+  if not ours or not any(entry[figure] for entry in table):
+    return ""
   what = {"kl": "at the time of ftp", "choice_kl": "KL of choices at the time of ftp"}.get(
       figure, f"KL, {figure.removeprefix(of_file(''))}, at the time of ftp"
   )

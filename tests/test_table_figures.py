@@ -96,6 +96,7 @@ def test_choices_are_averaged_over_tasks_and_at_equal_latency(figures):
   heading, _, late, ftp = figures.equal_latency(table, 512, "choice_kl").splitlines()
   assert heading.startswith("| KL of choices at the time of ftp, 512 tokens") and late == "| late | 0.015 |"
   assert ftp == "| ftp | 0.020 |" and not figures.equal_latency(table, 512, "retrieval")
+  assert not figures.equal_latency(table[:2], 512, "choice_kl")
 
 
 def test_differences_to_ftp_are_paired(figures):
