@@ -241,8 +241,8 @@ class Table:
     rows = [self._row(cell) for cell in self.cells]
     rows = [row for row in rows if any((row["quality"], row["long"], row["correct"], any(row["speedup"].values())))]
     table = table_figures.summarise(rows, {task: chance(task, _DATA.value) for task in _TASKS.value}, self.contexts)
-    of_items = "same_choice", "choice_kl"  # which tasks.json of the cells has, in full
-    cells = [{key: value for key, value in row.items() if key not in of_items} for row in rows]
+    means = lambda of_tasks: {task: statistics.fmean(items.values()) for task, items in of_tasks.items()}
+    cells = [row | {name: means(row[name]) for name in ("same_choice", "choice_kl")} for row in rows]
     write_json(self.out / "table.json", {"machine": describe_machine(), "cells": cells, "table": table})
     files = table_figures.long_names(rows)
     compared = "kl", "choice_kl", *map(table_figures.of_file, files)

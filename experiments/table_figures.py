@@ -194,7 +194,8 @@ def differences_to_ftp(table: list[dict[str, Any]]) -> str:
 def equal_latency(table: list[dict[str, Any]], context: int, figure: str) -> str:
   """A figure of every method at the prefill time of each S of `ftp`; with `kl` also the average accuracy if known.
 
-  Between the times of its own S, and 1 (dense), a method is taken to lie on straight lines; "-": it is never so fast.
+  Between the times of its own S, and 1 (dense), a method is taken to lie on straight lines; "-": no S at which it has
+  both is so fast.
   Empty where no method has the figure, or `ftp` no time.
   """
   key = f"speedup_{context}"

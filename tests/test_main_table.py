@@ -104,6 +104,37 @@ def test_a_cell_is_not_reused_with_other_settings(script, tmp_path):
     table.claim(("mod", 0.3, 0))
 
 
+def test_a_row_compares_its_items_with_those_of_dense(script, tmp_path, monkeypatch):
+  """Two items: of the pruned model one turns to another choice, none is right; a cell without tasks has none of it."""
+  monkeypatch.setattr(script, "_TASKS", types.SimpleNamespace(value=["hellaswag"]))
+  monkeypatch.setattr(script, "_DATA", types.SimpleNamespace(value=""))
+  table = object.__new__(script.Table)
+  table.out, table.contexts = tmp_path, [512]
+  table.cells = [("dense", 0.0, 0), ("ftp", 0.3, 0), ("late", 0.3, 0)]
+
+  def write(cell, name, content):
+    table.directory(*cell).mkdir(parents=True, exist_ok=True)
+    (table.directory(*cell) / name).write_text(json.dumps(content))
+
+  def items(*likelihoods, right):
+    records = [{"id": i, "loglikelihoods": own, "acc_norm": float(right)} for i, own in enumerate(likelihoods)]
+    return {"tasks": {"hellaswag": {"records": records}}}
+
+  write(table.cells[1], "tasks.json", items([-1.0, -2.0], [-2.0, -1.0], right=False))
+  assert table._row(table.cells[1])["choice_kl"] == {}  # dense is not there
+  write(table.cells[0], "tasks.json", items([-1.0, -2.0], [-1.0, -2.0], right=True))
+  write(table.cells[2], "quality.json", {"kl": 0.5})
+  dense, ftp, late = map(table._row, table.cells)
+  assert dense["same_choice"] == {"hellaswag": {"0": 1.0, "1": 1.0}} and late["same_choice"] == {}
+  assert ftp["same_choice"] == {"hellaswag": {"0": 1.0, "1": 0.0}}
+  assert ftp["correct"]["hellaswag"] == {"0": 0.0, "1": 0.0}
+  table.report()
+  cells = json.loads((tmp_path / "table.json").read_text())["cells"]
+  assert cells[1]["same_choice"] == {"hellaswag": 0.5} and cells[2]["choice_kl"] == {}
+  assert cells[1]["choice_kl"]["hellaswag"] == pytest.approx(np.tanh(0.5) / 2)  # of 0 and p log(p / q) + q log(q / p)
+  assert "| late | 0.30 | - |" in (tmp_path / "table.md").read_text()
+
+
 def test_what_tasks_skip_counts_contexts_and_continuations(script):
   """Two prompts of 4 and 2 tokens, whose contexts skip half; a tenth of the continuation is gone."""
   engine = types.SimpleNamespace(model=None, max_buckets=8)

@@ -112,6 +112,9 @@ def test_differences_to_ftp_are_paired(figures):
   assert mean == pytest.approx(0.01) and low > 0
   assert high - low == pytest.approx(2 * 1.96 * 0.1 * (0.1 * 0.9 / 100) ** 0.5 / 2**0.5, rel=0.15)
   assert late["same_choice_to_ftp"][0] == pytest.approx(-0.1) and late["average_to_ftp"][0] == pytest.approx(-0.05)
+  better = rows[2] | {"seed": 1, "choice_kl": {task: dict.fromkeys(map(str, range(100)), 0.0) for task in GUESS}}
+  of_seeds = figures.summarise([*rows, better], GUESS, [512])
+  assert of_seeds[1]["choice_kl_to_ftp"][0] == pytest.approx(0.02) and of_seeds[2]["choice_kl_seeds"] == 2
   heading, _, line = figures.differences_to_ftp([dense, late, ftp]).splitlines()
   assert heading == "| method - ftp | S | average | same choice % | KL of choices |"
   assert line.startswith("| late | 0.30 | -5.0 [-") and f"+0.010 [{low:+.3f}, {high:+.3f}]" in line
@@ -195,4 +198,8 @@ def test_the_plot_has_a_panel_of_what_is_there(figures, tmp_path, monkeypatch):
   plot(rows, GUESS)
   rows[1]["quality"] = {}
   plot(rows, {})
-  assert panels == [1, 2, 3, 1]
+  for row, kl in zip(rows, (0.0, 0.2)):
+    row["choice_kl"] = {task: dict.fromkeys(map(str, range(100)), kl) for task in GUESS}
+    row["same_choice"] = row["choice_kl"]
+  plot(rows, GUESS)
+  assert panels == [1, 2, 3, 1, 3]

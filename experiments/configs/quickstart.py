@@ -2,7 +2,9 @@
 
   ftp-jax run --config=quickstart --workdir=runs/quickstart
 
-Wall time: 8 minutes on 2 CPU cores (AMD EPYC), the model's download included.
+For a model of other than 30 blocks set routing.one_pass_block, -1 for none.
+
+Wall time: 8.7 minutes on 2 CPU cores (AMD EPYC), the installation and the model's download included.
 Result: KL to dense 0.083 nats a token with the fine-tuned dynamic router, 0.148 with the static one, 0.112 for
 truncation, which saves more. Its sets are too small to rank close methods.
 """
