@@ -271,7 +271,13 @@ class Table:
     of_dense = read_json(dense)["tasks"] if dense.exists() else {}
     row["same_choice"], row["choice_kl"] = {}, {}
     for task in records.keys() & of_dense.keys():
-      row["same_choice"][task], row["choice_kl"][task] = table_figures.choices(records[task], of_dense[task]["records"])
+      theirs = of_dense[task]["records"]
+      if {record["id"] for record in records[task]} != {record["id"] for record in theirs}:
+        raise UserError(
+            f"{self.directory(*cell)} has other items of {task} than the dense cell; run --stages=tasks with one "
+            "--limit for all cells, or name another --out."
+        )
+      row["same_choice"][task], row["choice_kl"][task] = table_figures.choices(records[task], theirs)
     known = [skipped[task] for task in _TASKS.value if task in skipped]
     row["skipped"] = statistics.fmean(known) if known and len(known) == len(_TASKS.value) else None
     row["retrieval"] = tasks["retrieval"]["figures"]["acc"]["value"] if "retrieval" in tasks else None

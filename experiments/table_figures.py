@@ -171,6 +171,10 @@ def markdown(table: list[dict[str, Any]], contexts: list[int], files: Sequence[s
 
   lines = [["method", *(heading for heading, *_ in columns)], ["---"] * (len(columns) + 1)]
   lines += [[entry["method"], *(cell(entry, *how) for _, *how in columns)] for entry in table]
+  return _table(lines)
+
+
+def _table(lines: list[list[str]]) -> str:
   return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
@@ -188,15 +192,14 @@ def differences_to_ftp(table: list[dict[str, Any]]) -> str:
       mean, low, high = (f"{factor * value:{how}}" for value in entry[f"{key}_to_ftp"])
       line.append(f"{mean} [{low}, {high}]")
     lines.append(line)
-  return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+  return _table(lines)
 
 
 def equal_latency(table: list[dict[str, Any]], context: int, figure: str) -> str:
   """A figure of every method at the prefill time of each S of `ftp`; with `kl` also the average accuracy if known.
 
   Between the times of its own S, and 1 (dense), a method is taken to lie on straight lines; "-": no S at which it has
-  both is so fast.
-  Empty where no method has the figure, or `ftp` no time.
+  both is so fast. Empty where no method has the figure, or `ftp` no time.
   """
   key = f"speedup_{context}"
   ours = sorted((e for e in table if e["method"] == "ftp" and e[key]), key=lambda entry: entry[key])
@@ -224,13 +227,18 @@ def equal_latency(table: list[dict[str, Any]], context: int, figure: str) -> str
       shown = "" if average is None or figure != "kl" else f" ({100 * average:.1f} %)"
       line.append("-" if kl is None else f"{kl:.3f}{shown}")
     lines.append(line)
-  return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+  return _table(lines)
 
 
 def plot(
     table: list[dict[str, Any]], context: int, path: pathlib.Path, methods: Sequence[str], files: Sequence[str] = ()
 ) -> None:  # fmt: skip
-  """KL, that on files of --long, and retained accuracy against the measured time of a prefill of `context` tokens."""
+  """What is there of both KL, that on files of --long and retained accuracy, against a prefill's measured time.
+
+  Args:
+    context: tokens of the prefill.
+    methods: all there are, whose order gives each its colour.
+  """
   matplotlib.use("Agg")
   from matplotlib import pyplot
 

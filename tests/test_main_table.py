@@ -133,6 +133,9 @@ def test_a_row_compares_its_items_with_those_of_dense(script, tmp_path, monkeypa
   assert cells[1]["same_choice"] == {"hellaswag": 0.5} and cells[2]["choice_kl"] == {}
   assert cells[1]["choice_kl"]["hellaswag"] == pytest.approx(np.tanh(0.5) / 2)  # of 0 and p log(p / q) + q log(q / p)
   assert "| late | 0.30 | - |" in (tmp_path / "table.md").read_text()
+  write(table.cells[1], "tasks.json", items([-1.0, -2.0], [-2.0, -1.0], [-1.0, -1.0], right=False))
+  with pytest.raises(UserError, match="S0.30/ftp-seed0 has other items of hellaswag than the dense cell"):
+    table.report()
 
 
 def test_what_tasks_skip_counts_contexts_and_continuations(script):
