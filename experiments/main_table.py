@@ -9,10 +9,12 @@ texts that --run has not seen (experiments/long_chats.py makes some). Each cell 
 --out and is computed once: its baseline, quality.json (KL, perplexity, FLOPs, cache), long-NAME.json (the same, without
 perplexity, of the file NAME of --long), tasks.json (a record an item) and skipped.json (how much was skipped there).
 What a cell depends on is kept beside it, and a call with other settings is refused. A run that was interrupted goes on
-where it was; `--stages=report` makes the table of what is there. Latency is measured for all cells of an S in turn, so
-that its ratios are of one run, and again where a cell was added.
+where it was; `--stages=report` makes the table of what is there, with `--earlier` beside the figures of an earlier one,
+of whatever machine. Latency is measured for all cells of an S in turn, so that its ratios are of one run, and again
+where a cell was added.
 """
 
+import json
 import logging
 import pathlib
 import statistics
@@ -75,6 +77,7 @@ _LONG = flags.DEFINE_list("long", [], "Prompts files for the KL of long contexts
 _STEPS = flags.DEFINE_integer("steps", 100, "Training steps of the methods `mod` and `skipgpt`.")
 _CALIBRATION = flags.DEFINE_integer("calibration", 192, "Calibration prompts of the baselines, of those FTP trains on.")
 _REMOVAL = flags.DEFINE_integer("removal_prompts", 32, "Of those the ones of blockpruner, slow as it is.")
+_EARLIER = flags.DEFINE_string("earlier", None, "table.json of an earlier call, for what the report misses.")
 _STAGES = flags.DEFINE_list("stages", list(STAGES), "Which stages to run.")
 
 
@@ -243,8 +246,13 @@ class Table:
     table = table_figures.summarise(rows, {task: chance(task, _DATA.value) for task in _TASKS.value}, self.contexts)
     means = lambda of_tasks: {task: statistics.fmean(items.values()) for task, items in of_tasks.items()}
     cells = [row | {name: means(row[name]) for name in ("same_choice", "choice_kl")} for row in rows]
+    cells, table = json.loads(json.dumps([cells, table]))  # keys as they are when read again
+    if _EARLIER.value:
+      earlier = read_json(pathlib.Path(_EARLIER.value))
+      cells = table_figures.joined(cells, earlier["cells"], ("method", "asked", "seed"))
+      table = table_figures.joined(table, earlier["table"], ("method", "asked"))
     write_json(self.out / "table.json", {"machine": describe_machine(), "cells": cells, "table": table})
-    files = table_figures.long_names(rows)
+    files = table_figures.long_names(cells)
     compared = "kl", "choice_kl", *map(table_figures.of_file, files)
     equal = [table_figures.equal_latency(table, self.contexts[-1], figure) for figure in compared]
     parts = table_figures.markdown(table, self.contexts, files), table_figures.differences_to_ftp(table), *equal
@@ -368,6 +376,8 @@ def main(argv) -> None:
   for file in _LONG.value:
     if not pathlib.Path(file).is_file():
       raise UserError(f"--long={file} is no file; name a prompts file.")
+  if _EARLIER.value and not pathlib.Path(_EARLIER.value).is_file():
+    raise UserError(f"--earlier={_EARLIER.value} is no file; name a table.json.")
   if len({pathlib.Path(file).stem for file in _LONG.value}) < len(_LONG.value):
     raise UserError(f"--long={','.join(_LONG.value)} has two files of one name; rename one.")
   logging.getLogger("lm_eval").setLevel(logging.ERROR)

@@ -1,16 +1,14 @@
-"""Makes prompts of three formats out of the training prompts of a run on chats: chats, plain questions, running text.
+"""Makes prompts of three formats out of instructions and plain text: chats, plain questions, running text.
 
-  ftp-jax run --config=smollm2_135m_late --workdir=runs/late
-  python experiments/mixed_prompts.py --run=runs/late --documents=wikitext2_train.txt \\
+  python experiments/mixed_prompts.py --prompts=alpaca_5000.jsonl --documents=wikitext2_train.txt \\
     --test_documents=wikitext2_valid.txt --out=mixed
-  ftp-jax run --config=smollm2_135m_late --workdir=runs/mixed --config.data.path=mixed/train.jsonl \\
-    --config.data.num_test=48
+  ftp-jax run --config=smollm2_135m_mixed --workdir=runs/mixed --config.data.path=mixed/train.jsonl
 
-Routers that have seen chats alone lose more on running text (docs/recipe.md). `train.jsonl` holds the first part of the
-training prompts of --run as they are, by their texts, the others as "Question: ...\\nAnswer:" without the template, and
-beginnings of paragraphs of --documents. `chat.jsonl`, `question.jsonl` and `text.jsonl` are for the test: the first of
-the test prompts of --run in both formats, and paragraphs of --test_documents. All are files that `data.source=prompts`
-and `main_table.py --long` read; every line says whether it is a chat.
+Routers that have seen chats alone lose more on running text (docs/recipe.md). The instructions are divided as a run of
+--config on them divides them. `train.jsonl` holds the first of its training prompts as chats, the others as "Question:
+...\\nAnswer:" without the template, and beginnings of paragraphs of --documents. `chat.jsonl`, `question.jsonl` and
+`text.jsonl` are for the test: the first of its test prompts in both formats, and paragraphs of --test_documents. All
+are files that `data.source=prompts` and `main_table.py --long` read; every line says whether it is a chat.
 """
 
 import json
@@ -21,13 +19,15 @@ from typing import Any
 import numpy as np
 from absl import app, flags
 
+from ftp_jax import launch
 from ftp_jax.data.encoding import ChatTurn, chat_turn
 from ftp_jax.data.prompts import Prompts
+from ftp_jax.data.sources import load_splits
 from ftp_jax.errors import UserError
 from ftp_jax.models.sources import load_model
-from ftp_jax.stages import load_arrays, read_json
 
-_RUN = flags.DEFINE_string("run", None, "Run directory of `ftp-jax run` with data.chat=True.", required=True)
+_PROMPTS = flags.DEFINE_string("prompts", None, "JSON Lines of instructions and answers.", required=True)
+_CONFIG = flags.DEFINE_string("config", "smollm2_135m_late", "Run config with data.chat=True; its model and sets.")
 _DOCUMENTS = flags.DEFINE_string("documents", None, "Text file, a paragraph a line, for training.", required=True)
 _TESTED = flags.DEFINE_string("test_documents", None, "Another, for the test.", required=True)
 _OUT = flags.DEFINE_string("out", None, "Directory of the files.", required=True)
@@ -43,7 +43,7 @@ Record = dict[str, Any]
 
 
 def chats(prompts: Prompts, tokenizer, turn: ChatTurn, name: str) -> list[Record]:
-  """The prompts of a run in the format that it had: instruction and answer without the template.
+  """Prompts in the chat template as records: instruction and answer without it.
 
   Raises:
     UserError: a prompt is not in the chat template.
@@ -52,7 +52,7 @@ def chats(prompts: Prompts, tokenizer, turn: ChatTurn, name: str) -> list[Record
   for i, (ids, context, length) in enumerate(zip(*prompts)):
     prompt, answer = tokenizer.decode(ids[:context]), tokenizer.decode(ids[context:length])
     if not prompt.startswith(turn.before) or not prompt.endswith(turn.after):
-      raise UserError("A prompt of --run is not in the chat template; name a run that was made with data.chat=True.")
+      raise UserError("A prompt is not in the chat template; name a --config with data.chat=True.")
     prompt = prompt.removeprefix(turn.before).removesuffix(turn.after)
     end = tokenizer.decode(turn.end)
     records.append({
@@ -105,16 +105,17 @@ def paragraphs(path: str, tokenizer, shortest: int, longest: int, count: int, se
 def main(argv) -> None:
   if len(argv) > 1:
     raise app.UsageError(f"The argument {argv[1]!r} is not understood.")
-  run, out = pathlib.Path(_RUN.value), pathlib.Path(_OUT.value)
-  config = read_json(run / "config.json")
-  tokenizer = load_model(config["model"]["source"], config["model"]["dtype"]).tokenizer
-  turn, data = chat_turn(tokenizer), config["data"]
-  read = lambda split: chats(Prompts(**load_arrays(run / "data" / f"{split}.npz")), tokenizer, turn, split)
-  text = lambda path, count: paragraphs(path, tokenizer, data["min_context"], data["max_context"], count, _SEED.value)
-  train, test = read("train"), read("test")[: _TEST.value]
+  out = pathlib.Path(_OUT.value)
+  config, _ = launch.load_config(_CONFIG.value, None, [f"--config.data.path={_PROMPTS.value}"])
+  tokenizer = load_model(config.model.source, config.model.dtype).tokenizer
+  turn, data = chat_turn(tokenizer), config.data
+  splits = load_splits(data, tokenizer)
+  text = lambda path, count: paragraphs(path, tokenizer, data.min_context, data.max_context, count, _SEED.value)
+  train, test = (chats(splits[name], tokenizer, turn, name) for name in ("train", "test"))
+  test = test[: _TEST.value]
   if len(train) <= _CHATS.value or len(test) < _TEST.value:
     raise UserError(
-        f"--run has {len(train)} training and {len(test)} test prompts; ask for fewer with --chats or --test."
+        f"--config has {len(train)} training and {len(test)} test prompts; ask for fewer with --chats or --test."
     )
   files = {
       "train": chats_and_questions(train, _CHATS.value) + text(_DOCUMENTS.value, _TEXTS.value),

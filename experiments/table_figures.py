@@ -4,6 +4,7 @@ A row is one cell (method, S, seed) as `main_table.Table` reads it; every part o
 table is one method and S, over its seeds.
 """
 
+import math
 import pathlib
 import statistics
 from collections.abc import Sequence
@@ -11,6 +12,8 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+
+from ftp_jax.errors import UserError
 
 _RESAMPLES = 2000  # of the items, for confidence intervals
 # Columns: heading, key, factor, digits.
@@ -130,6 +133,39 @@ def summarise(rows: list[dict[str, Any]], guess: dict[str, float], contexts: lis
             entry[f"{figure}_to_ftp"] = [found - of_ftp, *interval(drawn)]
     table.append(entry)
   return table
+
+
+def joined(new: list[dict[str, Any]], earlier: list[dict[str, Any]], named: Sequence[str]) -> list[dict[str, Any]]:
+  """The cells or entries of two tables; where both have one, by the values of `named`, what `new` knows comes first.
+
+  Raises:
+    UserError: dense figures of the two differ, so that they are of other items, prompts or models.
+  """
+  known = lambda part: any(map(known, part.values())) if isinstance(part, dict) else part is not None
+  name = lambda entry: tuple(entry[key] for key in named)
+  blank = dict.fromkeys(key for entry in [*earlier, *new] for key in entry)
+  found = {name(entry): blank | entry for entry in earlier}
+  for entry in new:
+    before = found.get(name(entry))
+    if before and entry["method"] == "dense":
+      _check_alike(entry, before)
+    of_new = lambda key: not before or known(entry[key]) and known(entry.get(key.removesuffix("_seeds")))
+    found[name(entry)] = (before or blank) | {key: part for key, part in entry.items() if of_new(key)}
+  return sorted(found.values(), key=lambda entry: entry["asked"])
+
+
+def _check_alike(dense: dict[str, Any], earlier: dict[str, Any]) -> None:
+  number = lambda value: isinstance(value, (int, float))
+  for key in sorted(dense.keys() & earlier.keys()):
+    ours, theirs = dense[key], earlier[key]
+    if isinstance(ours, dict) and isinstance(theirs, dict):
+      _check_alike(ours, theirs)
+    elif str(key).endswith("_seeds"):
+      continue
+    elif number(ours) and number(theirs) and not math.isclose(ours, theirs, rel_tol=1e-3):
+      raise UserError(
+          f"dense has {key} {theirs:.4g} in --earlier and {ours:.4g} here; name a table of the same items and prompts."
+      )
 
 
 def resampled(rows: list[dict[str, Any]], name: str, guess: dict[str, float]) -> np.ndarray:

@@ -165,3 +165,20 @@ def small_preset(config: config_dict.ConfigDict) -> config_dict.ConfigDict:
   config.evaluation.perplexity_windows = 4
   config.evaluation.redundancy_prompts = 50
   return config
+
+
+def late_preset(config: config_dict.ConfigDict) -> config_dict.ConfigDict:
+  """A late plan for SmolLM2-135M instead of a search, after `small_preset`; returns the config."""
+  config.seeds = (0, 1, 2)
+  config.sparsities = (0.22, 0.30, 0.40)
+  config.data.num_train = 640
+  config.routing.one_pass_block = 13  # routers of later blocks read what enters this one; those before are dense
+  config.search.schedule = "fisher"
+  config.train.warmup_guide_prompts = 640
+  config.train.input_gradient = False
+  config.train.steps = 64
+  config.train.warmup = 4
+  config.train.validate_every = 16
+  config.train.checkpoint_every = 16
+  config.finetune.rounds = 0  # from the Fisher schedule it found nothing better
+  return config

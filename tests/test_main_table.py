@@ -108,6 +108,8 @@ def test_a_row_compares_its_items_with_those_of_dense(script, tmp_path, monkeypa
   """Two items: of the pruned model one turns to another choice, none is right; a cell without tasks has none of it."""
   monkeypatch.setattr(script, "_TASKS", types.SimpleNamespace(value=["hellaswag"]))
   monkeypatch.setattr(script, "_DATA", types.SimpleNamespace(value=""))
+  earlier = types.SimpleNamespace(value=None)
+  monkeypatch.setattr(script, "_EARLIER", earlier)
   table = object.__new__(script.Table)
   table.out, table.contexts = tmp_path, [512]
   table.cells = [("dense", 0.0, 0), ("ftp", 0.3, 0), ("late", 0.3, 0)]
@@ -133,6 +135,13 @@ def test_a_row_compares_its_items_with_those_of_dense(script, tmp_path, monkeypa
   assert cells[1]["same_choice"] == {"hellaswag": 0.5} and cells[2]["choice_kl"] == {}
   assert cells[1]["choice_kl"]["hellaswag"] == pytest.approx(np.tanh(0.5) / 2)  # of 0 and p log(p / q) + q log(q / p)
   assert "| late | 0.30 | - |" in (tmp_path / "table.md").read_text()
+  (tmp_path / "table.json").rename(tmp_path / "earlier.json")
+  earlier.value = str(tmp_path / "earlier.json")
+  table.cells = table.cells[:1]
+  table.report()
+  assert json.loads((tmp_path / "table.json").read_text())["cells"] == cells
+  assert "| late | 0.30 | - |" in (tmp_path / "table.md").read_text()
+  table.cells.append(("ftp", 0.3, 0))
   write(table.cells[1], "tasks.json", items([-1.0, -2.0], [-2.0, -1.0], [-1.0, -1.0], right=False))
   with pytest.raises(UserError, match="S0.30/ftp-seed0 has other items of hellaswag than the dense cell"):
     table.report()

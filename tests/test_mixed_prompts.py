@@ -28,7 +28,7 @@ def test_chats_come_back_as_they_were_and_as_questions(tmp_path):
   assert documents.tolist() == [0, 1, 1, 0]  # in one set, whatever their format
   assert script.chats_and_questions(records, 1)[0] == records[0]
   plain = pack([(tokenizer.encode("Add."), 3)], 8)
-  with pytest.raises(UserError, match="is not in the chat template; name a run"):
+  with pytest.raises(UserError, match="is not in the chat template; name a --config"):
     script.chats(plain, tokenizer, chat_turn(tokenizer), "test")
 
 

@@ -11,10 +11,12 @@ from hypothesis import strategies as st
 
 from ftp_jax.errors import UserError
 from ftp_jax.models import decoder
+from ftp_jax.models.attention import attention_paid, attention_rows
 from ftp_jax.routing import factors, masked, routers
 from ftp_jax.routing.config import FACTORS, RouterConfig, RoutingConfig
 from ftp_jax.routing.selection import (
-    capacity, decode_schedule, descending_rank, forced_tokens, keep_context, least_kept_margin, select,
+    capacity, decode_schedule, descending_rank, forced_tokens, keep_context, keep_continuation, least_kept_margin,
+    select,
 )
 from tests import tiny
 
@@ -55,6 +57,33 @@ def test_descending_rank_breaks_ties_towards_the_later_token():
   np.testing.assert_array_equal(descending_rank(values, valid), [[1, 3, 0, 2, 4]])
 
 
+@pytest.mark.parametrize("length", [1, 2, 700, 2**16, 2**16 + 3])
+def test_descending_rank_is_that_of_a_sort_by_value_then_position(length):
+  rng = np.random.default_rng(length)
+  kinds = np.array([-3e38, -2, -1e-30, -0.0, 0.0, 1e-30, 1, 1 + 2**-23, np.inf], np.float32)
+  values = rng.choice(kinds, (3, length))
+  values[1] = rng.normal(size=length)
+  valid = np.arange(length) < np.array([length, length, max(1, length - 3)])[:, None]
+  expected = np.empty((3, length), int)
+  for row, own, used in zip(expected, values, valid):
+    row[np.lexsort((-np.arange(length), -np.where(used, own, -np.inf)))] = np.arange(length)
+  np.testing.assert_array_equal(descending_rank(jnp.asarray(values), jnp.asarray(valid)), expected)
+
+
+def test_attention_paid_is_the_weighted_sum_of_the_rows_and_nothing_for_those_that_see_no_key():
+  rng = np.random.default_rng(0)
+  q, k = rng.normal(size=(2, 5, 6, 4)).astype(np.float32), rng.normal(size=(2, 9, 2, 4)).astype(np.float32)
+  mask = rng.random((2, 5, 9)) < 0.5
+  mask[1, 2] = False
+  weight = rng.random((2, 5)).astype(np.float32)
+  expected = np.einsum("bts,bt->bs", attention_rows(q, k, mask), weight)
+  paid = attention_paid(q, k, mask, weight)
+  np.testing.assert_allclose(paid, expected, atol=1e-6)
+  seen = weight * mask.any(axis=2)
+  np.testing.assert_allclose(paid.sum(axis=1), seen.sum(axis=1), atol=1e-6)
+  assert (np.asarray(paid)[~mask.any(axis=1)] == 0).all()
+
+
 def test_topk_keeps_forced_tokens_then_the_largest_margins():
   margin = jnp.array([[-5.0, 2.0, 1.0, 2.0, -9.0, 7.0]])
   valid = jnp.arange(6)[None] < 5
@@ -78,6 +107,17 @@ def test_selection_is_that_of_a_sort_by_margin_then_position():
       order = sorted(range(m), key=lambda t: (t in (0, m - 1), margin[b, t], t), reverse=True)
       assert np.flatnonzero(keep[b]).tolist() == sorted(order[: slots[b]])
       assert least[b] == np.sort(margin[b, :m])[-int(capacity(jnp.float32(0.4), jnp.array([m]))[0])]
+
+
+@pytest.mark.parametrize("least", [0.0, 0.3, -40.0])
+def test_a_new_token_at_the_least_kept_margin_is_computed_however_it_was_rounded(least):
+  least = np.float32(least)
+  ulps = np.spacing(np.float32(max(abs(least), 1)))
+  margin = np.array([[least, least - 2 * ulps, least + 2 * ulps, least - 1e-3, least + 1e-3]], np.float32)
+  routing = RoutingConfig(decode_sparsity=0.4, decode_rule="quantile")
+  keep = lambda asked: keep_continuation("dynamic", margin, jnp.float32(asked), jnp.array([least]), routing)[0].tolist()
+  assert keep(0.4) == [True, True, True, False, True]
+  assert all(keep(0.0))
 
 
 def test_argmax_keeps_winners_only_and_at_most_the_capacity():

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from ftp_jax.errors import UserError
 from tests import scripts
 
 
@@ -179,6 +180,31 @@ def test_files_of_long_contexts_at_equal_latency(figures):
   start = heading.split(" | ").index("KL, speeches")
   assert heading.split(" | ")[start + 1 : start + 3] == ["agreement %, speeches", "skipped there %"]
   assert late.split(" | ")[start : start + 3] == ["0.300", "70.0", "10.0"]
+
+
+def test_an_earlier_table_fills_what_is_missing(figures):
+  rows = [cell("dense", 0.0, 0, 0.85, 0.80, 0.0, 1.0), cell("ftp", 0.3, 0, 0.75, 0.80, 0.1, 1.3)]
+  earlier = figures.summarise(rows, GUESS, [512])
+  later = [rows[0], cell("ftp", 0.3, 0, 0.75, 0.80, 0.2, None), cell("late", 0.2, 0, 0.65, 0.80, 0.3, 1.2)]
+  later[1]["correct"] = {}
+  new = figures.summarise(later, GUESS, [512])
+  named = "method", "asked"
+  dense, late, ftp = figures.joined(new, earlier, named)
+  assert dense == earlier[0] and late == new[2]
+  assert ftp["kl"] == 0.2 and ftp["average"] == earlier[1]["average"] and ftp["speedup_512"] == 1.3
+  assert ftp["average_seeds"] == 1 and ftp["average_interval"] == earlier[1]["average_interval"]
+  assert figures.joined(new, [], named) == sorted(new, key=lambda entry: entry["asked"])
+  assert figures.joined(earlier, new[:1], named) == earlier
+  _, _, cell_of_both = figures.joined(later, rows, (*named, "seed"))
+  assert cell_of_both["quality"]["kl"] == 0.2 and cell_of_both["correct"] == rows[1]["correct"]
+  assert cell_of_both["speedup"] == {512: 1.3}
+
+
+@pytest.mark.parametrize("change", [{"kl": 0.1}, {"items": {"arc_easy": 50}}, {"average": 0.8}])
+def test_an_earlier_table_of_other_items_is_refused(figures, change):
+  earlier = figures.summarise([cell("dense", 0.0, 0, 0.85, 0.80, 0.0, 1.0)], GUESS, [512])
+  with pytest.raises(UserError, match="^dense has .* in --earlier and .* here; name a table of the same items"):
+    figures.joined([earlier[0] | change], earlier, ("method", "asked"))
 
 
 def test_the_plot_has_a_panel_of_what_is_there(figures, tmp_path, monkeypatch):

@@ -11,21 +11,8 @@ every baseline in docs/results.md at equal measured prefill time.
 """
 
 from ftp_jax.config import get_config as get_default_config
-from ftp_jax.config import small_preset
+from ftp_jax.config import late_preset, small_preset
 
 
 def get_config():
-  config = small_preset(get_default_config())
-  config.seeds = (0, 1, 2)
-  config.sparsities = (0.22, 0.30, 0.40)
-  config.data.num_train = 640
-  config.routing.one_pass_block = 13  # routers of later blocks read what enters this one; those before are dense
-  config.search.schedule = "fisher"
-  config.train.warmup_guide_prompts = 640
-  config.train.input_gradient = False
-  config.train.steps = 64
-  config.train.warmup = 4
-  config.train.validate_every = 16
-  config.train.checkpoint_every = 16
-  config.finetune.rounds = 0  # from the Fisher schedule it found nothing better
-  return config
+  return late_preset(small_preset(get_default_config()))

@@ -447,7 +447,8 @@ class _NewestGates(_Gates):
 
   def choose(self, block: int, margin_P) -> torch.Tensor:
     if self.routing["decode_rule"] == "quantile":
-      return margin_P >= self.cache.least_LxB[block][self.tokens.row_P]
+      least_P = self.cache.least_LxB[block][self.tokens.row_P]
+      return margin_P >= least_P - 1e-5 * least_P.abs().clamp(min=1.0)  # equals up to rounding are computed
     return torch.sigmoid(-margin_P) <= self.routing["decode_threshold"]
 
   def observe(self, computed: Packed, q_KxHxN, slots: Slots, window: int) -> None:

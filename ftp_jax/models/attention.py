@@ -4,7 +4,7 @@
 which gradients reach a gate. `attend_positions` is told where queries and keys stand and works in
 tiles, with memory independent of the product of their numbers: the form of every prefill that has
 to be fast. Its implementations are XLA here and, in `kernels`, cuDNN on GPU and splash on TPU.
-`attention_rows` gives the probabilities of a few query rows, which no fused kernel returns.
+`attention_rows` and `attention_paid` give the probabilities of a few query rows, which no fused kernel returns.
 `attend_cached` is the form of a few new tokens over a cache.
 """
 
@@ -69,6 +69,16 @@ def attend(
 def attention_rows(q_BxTxHxN, k_BxSxGxN, mask_BxTxS) -> jax.Array:
   """Attention probabilities (B,T,S), averaged over query heads, of a few query rows."""
   return jnp.mean(_weights(_scores(q_BxTxHxN, k_BxSxGxN), mask_BxTxS, None), axis=(1, 2))
+
+
+def attention_paid(q_BxTxHxN, k_BxSxGxN, mask_BxTxS, weight_BxT) -> jax.Array:
+  """The probabilities of `attention_rows`, times the rows' weights, summed over the rows, (B,S)."""
+  scores = jnp.where(mask_BxTxS[:, None, None], _scores(q_BxTxHxN, k_BxSxGxN), _LOWEST)
+  top = jax.lax.stop_gradient(jnp.max(scores, axis=-1))
+  powers = jnp.exp(scores - top[..., None])  # 0 where a key is not seen, but in rows that see none
+  weight = jnp.where(top > _LOWEST, weight_BxT[:, None, None], 0.0)
+  paid_BxS = jnp.einsum("bghts,bght->bs", powers, weight / jnp.sum(powers, axis=-1))
+  return paid_BxS / q_BxTxHxN.shape[2]
 
 
 def visible(query_BxT: jax.Array, key_BxS: jax.Array, window: int | None) -> jax.Array:

@@ -12,7 +12,7 @@ row of scores for each, which only exists when continuation tokens may skip.
 import jax
 import jax.numpy as jnp
 
-from ftp_jax.models.attention import attention_rows
+from ftp_jax.models.attention import attention_paid
 from ftp_jax.routing.selection import descending_rank
 
 
@@ -29,8 +29,8 @@ def window_scores(q_BxWxHxN, k_BxSxGxN, mask_BxWxS, counts_BxW) -> jax.Array:
     counts_BxW: the query exists and was computed in this block, boolean; the last always is.
   """
   weight_BxW = counts_BxW.astype(jnp.float32)
-  score_BxS = jnp.einsum("bws,bw->bs", attention_rows(q_BxWxHxN, k_BxSxGxN, mask_BxWxS), weight_BxW)
-  return score_BxS / jnp.maximum(jnp.sum(weight_BxW, axis=1, keepdims=True), 1.0)
+  paid_BxS = attention_paid(q_BxWxHxN, k_BxSxGxN, mask_BxWxS, weight_BxW)
+  return paid_BxS / jnp.maximum(jnp.sum(weight_BxW, axis=1, keepdims=True), 1.0)
 
 
 def context_factors(names, score_BxT: jax.Array, sparsity: jax.Array, context_B: jax.Array) -> jax.Array:

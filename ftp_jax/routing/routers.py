@@ -90,17 +90,23 @@ def random_margin(key: jax.Array, row_B: jax.Array, position_BxT: jax.Array, blo
 
 
 class PartsDense(nn.Module):
-  """`nn.Dense` of several inputs side by side, without the copy that joining the arrays would be."""
+  """`nn.Dense` of several inputs side by side, without the copy that joining the arrays would be.
+
+  An input may come as (array (B,T,D), factor (B,T,1)); the factor is applied to the products, which are fewer numbers.
+  Arrays are taken to fp32.
+  """
 
   features: int
 
   @nn.compact
-  def __call__(self, parts: Sequence[jax.Array]):
-    sizes = [part.shape[-1] for part in parts]
+  def __call__(self, parts: Sequence[jax.Array | tuple[jax.Array, jax.Array]]):
+    parts = [part if isinstance(part, tuple) else (part, 1.0) for part in parts]
+    sizes = [part.shape[-1] for part, _ in parts]
     kernel = self.param("kernel", nn.initializers.lecun_normal(), (sum(sizes), self.features))
     bias = self.param("bias", nn.initializers.zeros, (self.features,))
     kernels = jnp.split(kernel, np.cumsum(sizes)[:-1])
-    return sum(part @ k for part, k in zip(parts, kernels)) + bias.reshape((1,) * (parts[0].ndim - 1) + (-1,))
+    products = [factor * (part.astype(jnp.float32) @ k) for (part, factor), k in zip(parts, kernels)]
+    return sum(products) + bias.reshape((1,) * (products[0].ndim - 1) + (-1,))
 
 
 class RouterMLP(nn.Module):
@@ -109,7 +115,7 @@ class RouterMLP(nn.Module):
   config: RouterConfig
 
   @nn.compact
-  def __call__(self, parts: Sequence[jax.Array], state_BxTxR):
+  def __call__(self, parts, state_BxTxR):
     hidden = PartsDense(self.config.hidden_size, name="hidden")(parts)
     if self.config.kind == "recurrent":
       hidden += nn.Dense(self.config.hidden_size, use_bias=False, name="recurrent")(state_BxTxR)
@@ -131,22 +137,31 @@ def init_state(router: Router, batch: int, num_positions: int) -> jax.Array:
   return jnp.zeros((batch, num_positions, router.config.hidden_size if router.recurrent else 0))
 
 
+def _norm_factor(x: jax.Array) -> jax.Array:
+  """What fp32 states (B,T,D) have to be multiplied with to have root mean square 1, (B,T,1)."""
+  return jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + 1e-6)
+
+
 def normed(x_BxTxD: jax.Array) -> jax.Array:
   """Hidden states with root mean square 1, fp32."""
   x = x_BxTxD.astype(jnp.float32)
-  return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + 1e-6)
+  return x * _norm_factor(x)
 
 
-def margin_of_inputs(config, params, factors_BxTxF, normed_BxTxD, state_BxTxR) -> tuple[jax.Array, jax.Array]:
-  """Margins (B,T) in fp32 and the carried state; factors and normed states are read only where the config asks."""
+def margin_of_inputs(config, params, factors_BxTxF, hidden, state_BxTxR) -> tuple[jax.Array, jax.Array]:
+  """Margins (B,T) in fp32 and the carried state; factors and hidden states are read only where the config asks.
+
+  Args:
+    hidden: `normed` states (B,T,D), or a pair of states and their factors (see `PartsDense`).
+  """
   parts = [factors_BxTxF] if config.factors else []
   if config.hidden_states:
-    parts.append(normed_BxTxD.astype(jnp.float32))
+    parts.append(hidden)
   logits, state = RouterMLP(config).apply({"params": params}, parts, state_BxTxR)
   return logits[..., 1] - logits[..., 0], state
 
 
 def dynamic_margin(config, params, factors_BxTxF, x_BxTxD, state_BxTxR) -> tuple[jax.Array, jax.Array]:
   """As `margin_of_inputs`, for the states (B,T,D) that enter one block."""
-  hidden = normed(x_BxTxD) if config.hidden_states else None
-  return margin_of_inputs(config, params, factors_BxTxF, hidden, state_BxTxR)
+  x = x_BxTxD.astype(jnp.float32)
+  return margin_of_inputs(config, params, factors_BxTxF, (x, _norm_factor(x)), state_BxTxR)

@@ -12,6 +12,9 @@ from ftp_jax.routing.config import RoutingConfig
 # Sparsities count in steps of 1 / _STEPS: integers round alike in every compiler, on every machine and in every
 # framework, where (1 - s) * m in fp32 does not. 2^6 5^4 holds the usual grids; its square fits into 32 bits.
 _STEPS = 40_000
+# Margins that differ by less count as equal where a new token's is compared with a context token's. A token alone in its
+# context is its own measure, and programs of other shapes round otherwise.
+_ROUNDING = 1e-5
 
 
 def capacity(sparsity: jax.Array, context_B: jax.Array, bucket_multiple: int = 1) -> jax.Array:
@@ -34,11 +37,29 @@ def descending_rank(values_BxT: jax.Array, valid_BxT: jax.Array) -> jax.Array:
   Invalid positions rank behind all valid ones.
   """
   last = values_BxT.shape[1] - 1
-  values_BxT = jnp.where(valid_BxT, values_BxT, -jnp.inf)
-  # Positions by rank; scattering their ranks back is cheaper than a second sort.
-  order = last - jnp.argsort(-values_BxT[:, ::-1], axis=-1, stable=True)
+  keys_BxT = _order_keys(jnp.where(valid_BxT, values_BxT, -jnp.inf))
+  # Positions by rank; scattering their ranks back is cheaper than another sort.
+  order = last - _ascending_order(~keys_BxT[:, ::-1])
   rank = jnp.broadcast_to(jnp.arange(last + 1, dtype=jnp.int32)[None], order.shape)
   return jax.vmap(lambda at, r: jnp.zeros_like(r).at[at].set(r, unique_indices=True))(order, rank)
+
+
+def _ascending_order(keys_BxT: jax.Array) -> jax.Array:
+  """Indices (B,T) that sort each row's int32 keys, equal ones in their order.
+
+  By their halves, with the index in the other half: a CPU sorts single integers several times as fast as pairs.
+  """
+  size = keys_BxT.shape[1]
+  if size > 1 << 16:
+    return jnp.argsort(keys_BxT, axis=1, stable=True)
+  unsigned = jax.lax.bitcast_convert_type(keys_BxT, jnp.uint32) ^ jnp.uint32(1 << 31)
+  index = jnp.arange(size, dtype=jnp.uint32)[None]
+  order = jnp.broadcast_to(index, keys_BxT.shape).astype(jnp.int32)
+  for half_BxT in (unsigned & 0xFFFF, unsigned >> 16):  # the lower one first: the second sort leaves equals as they are
+    packed = jnp.take_along_axis(half_BxT, order, axis=1) * jnp.uint32(size) + index
+    packed = jax.lax.sort(packed, dimension=1, is_stable=False)
+    order = jnp.take_along_axis(order, (packed % jnp.uint32(size)).astype(jnp.int32), axis=1)
+  return order
 
 
 def _order_keys(values: jax.Array) -> jax.Array:
@@ -122,12 +143,13 @@ def keep_continuation(
   follows `decode_rule`. No token skips where nothing is asked.
 
   Args:
-    least_B: `least_kept_margin` of each row's context; read by the rule `quantile`.
+    least_B: `least_kept_margin` of each row's context; read by the rule `quantile`, which computes equals.
   """
   if kind == "static" or not routing.decode_sparsity:
     return jnp.ones(margin_BxT.shape, bool)
   if kind == "random":
     return margin_BxT >= sparsity
   if routing.decode_rule == "quantile":
-    return (sparsity <= 0) | (margin_BxT >= least_B[:, None])
+    slack_B = _ROUNDING * jnp.maximum(jnp.abs(least_B), 1.0)
+    return (sparsity <= 0) | (margin_BxT >= (least_B - slack_B)[:, None])
   return (sparsity <= 0) | (jax.nn.sigmoid(-margin_BxT) <= routing.decode_threshold)
