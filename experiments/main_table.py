@@ -11,7 +11,7 @@ perplexity, of the file NAME of --long), tasks.json (a record an item) and skipp
 What a cell depends on is kept beside it, and a call with other settings is refused. A run that was interrupted goes on
 where it was; `--stages=report` makes the table of what is there, with `--earlier` beside the figures of an earlier one,
 of whatever machine. Latency is measured for all cells of an S in turn, so that its ratios are of one run, and again
-where a cell was added.
+where a cell was added; speedups of --earlier are ratios of other runs.
 """
 
 import json
@@ -247,11 +247,14 @@ class Table:
     means = lambda of_tasks: {task: statistics.fmean(items.values()) for task, items in of_tasks.items()}
     cells = [row | {name: means(row[name]) for name in ("same_choice", "choice_kl")} for row in rows]
     cells, table = json.loads(json.dumps([cells, table]))  # keys as they are when read again
+    machines = {"machine": describe_machine()}
     if _EARLIER.value:
-      earlier = read_json(pathlib.Path(_EARLIER.value))
+      earlier = read_table(_EARLIER.value)
+      table_figures.check_alike(cells, earlier["cells"])
       cells = table_figures.joined(cells, earlier["cells"], ("method", "asked", "seed"))
       table = table_figures.joined(table, earlier["table"], ("method", "asked"))
-    write_json(self.out / "table.json", {"machine": describe_machine(), "cells": cells, "table": table})
+      machines["earlier_machine"] = earlier["machine"]
+    write_json(self.out / "table.json", machines | {"cells": cells, "table": table})
     files = table_figures.long_names(cells)
     compared = "kl", "choice_kl", *map(table_figures.of_file, files)
     equal = [table_figures.equal_latency(table, self.contexts[-1], figure) for figure in compared]
@@ -328,6 +331,17 @@ class Counted:
     return self.engine.score(prefix, continuations, rows)
 
 
+def read_table(path: str) -> dict[str, Any]:
+  """A table.json; UserError if it cannot be read or is none."""
+  try:
+    found = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
+    if not all(isinstance(found[part], list) for part in ("cells", "table")) or "machine" not in found:
+      raise ValueError("it has no cells, table and machine")
+  except (OSError, ValueError, KeyError, TypeError) as error:
+    raise UserError(f"--earlier={path} is no table of this script ({error}); name a table.json of it.") from None
+  return found
+
+
 def long_files(directory: pathlib.Path) -> list[pathlib.Path]:
   """What was measured on files of --long in one cell, by name."""
   return sorted(directory.glob("long-*.json"))
@@ -376,8 +390,8 @@ def main(argv) -> None:
   for file in _LONG.value:
     if not pathlib.Path(file).is_file():
       raise UserError(f"--long={file} is no file; name a prompts file.")
-  if _EARLIER.value and not pathlib.Path(_EARLIER.value).is_file():
-    raise UserError(f"--earlier={_EARLIER.value} is no file; name a table.json.")
+  if _EARLIER.value:
+    read_table(_EARLIER.value)  # before anything is measured
   if len({pathlib.Path(file).stem for file in _LONG.value}) < len(_LONG.value):
     raise UserError(f"--long={','.join(_LONG.value)} has two files of one name; rename one.")
   logging.getLogger("lm_eval").setLevel(logging.ERROR)

@@ -106,7 +106,8 @@ def main(argv) -> None:
   if len(argv) > 1:
     raise app.UsageError(f"The argument {argv[1]!r} is not understood.")
   out = pathlib.Path(_OUT.value)
-  config, _ = launch.load_config(_CONFIG.value, None, [f"--config.data.path={_PROMPTS.value}"])
+  source = ["--config.data.source=prompts", f"--config.data.path={_PROMPTS.value}"]
+  config, _ = launch.load_config(_CONFIG.value, None, source)
   tokenizer = load_model(config.model.source, config.model.dtype).tokenizer
   turn, data = chat_turn(tokenizer), config.data
   splits = load_splits(data, tokenizer)

@@ -6,6 +6,7 @@ table is one method and S, over its seeds.
 
 import math
 import pathlib
+import re
 import statistics
 from collections.abc import Sequence
 from typing import Any
@@ -28,6 +29,7 @@ _COLUMNS = (
     ("skipped there %", "perplexity_achieved", 100, 1), ("achieved %", "achieved", 100, 1),
     ("FLOPs saved %", "flops_saved", 100, 1), ("KV bytes", "cache_ratio", 1, 2),
 )  # fmt: skip
+_COMPANION = re.compile("_(spread|interval|seeds|to_ftp)$")  # what an entry says of the figure so named
 # Figures of items, and what of a row they are means of: those of a method and of `ftp` are compared item by item.
 _PAIRED = {"average": "correct", "same_choice": "same_choice", "choice_kl": "choice_kl"}
 # Figures with 95 % intervals over items, that of the average for its difference to dense: factor, format.
@@ -58,7 +60,7 @@ def choices(records: list[dict[str, Any]], dense: list[dict[str, Any]]) -> tuple
 
 def long_names(rows: list[dict[str, Any]]) -> list[str]:
   """Names of the files of --long that any cell has figures of."""
-  return sorted({name for row in rows for name in row["long"]})
+  return sorted({name for row in rows for name in row["long"] or ()})
 
 
 def of_file(file: str) -> str:
@@ -138,34 +140,43 @@ def summarise(rows: list[dict[str, Any]], guess: dict[str, float], contexts: lis
 def joined(new: list[dict[str, Any]], earlier: list[dict[str, Any]], named: Sequence[str]) -> list[dict[str, Any]]:
   """The cells or entries of two tables; where both have one, by the values of `named`, what `new` knows comes first.
 
-  Raises:
-    UserError: dense figures of the two differ, so that they are of other items, prompts or models.
+  A figure comes with its spread and interval. Differences to `ftp` are those of `new` alone at an S whose `ftp` it has.
   """
-  known = lambda part: any(map(known, part.values())) if isinstance(part, dict) else part is not None
   name = lambda entry: tuple(entry[key] for key in named)
   blank = dict.fromkeys(key for entry in [*earlier, *new] for key in entry)
-  found = {name(entry): blank | entry for entry in earlier}
-  for entry in new:
-    before = found.get(name(entry))
-    if before and entry["method"] == "dense":
-      _check_alike(entry, before)
-    of_new = lambda key: not before or known(entry[key]) and known(entry.get(key.removesuffix("_seeds")))
-    found[name(entry)] = (before or blank) | {key: part for key, part in entry.items() if of_new(key)}
+  found, anew = {name(entry): blank | entry for entry in earlier}, {name(entry): entry for entry in new}
+  for key, entry in anew.items():
+    if key not in found:
+      found[key] = blank | entry
+      continue
+    for part, value in entry.items():
+      if isinstance(value, dict):
+        known = {inner: figure for inner, figure in value.items() if figure is not None}
+        found[key][part] = (found[key][part] or {}) | known
+      elif entry[_COMPANION.sub("", part)] is not None:
+        found[key][part] = value
+  remade = {entry["asked"] for entry in new if entry["method"] == "ftp"}
+  for key, entry in found.items():
+    if entry["asked"] in remade:
+      own = anew.get(key, {})
+      entry.update({part: own.get(part) for part in entry if part.endswith("_to_ftp")})
   return sorted(found.values(), key=lambda entry: entry["asked"])
 
 
-def _check_alike(dense: dict[str, Any], earlier: dict[str, Any]) -> None:
-  number = lambda value: isinstance(value, (int, float))
-  for key in sorted(dense.keys() & earlier.keys()):
-    ours, theirs = dense[key], earlier[key]
-    if isinstance(ours, dict) and isinstance(theirs, dict):
-      _check_alike(ours, theirs)
-    elif str(key).endswith("_seeds"):
-      continue
-    elif number(ours) and number(theirs) and not math.isclose(ours, theirs, rel_tol=1e-3):
-      raise UserError(
-          f"dense has {key} {theirs:.4g} in --earlier and {ours:.4g} here; name a table of the same items and prompts."
-      )
+def check_alike(cells: list[dict[str, Any]], earlier: list[dict[str, Any]]) -> None:
+  """UserError where the dense cells of two tables tell of other items, prompts or models."""
+  ours, theirs = ({cell["method"]: cell for cell in some}.get("dense", {}) for some in (cells, earlier))
+  part = lambda cell, name: cell.get(name) or {}
+  refused = lambda what: UserError(f"--earlier is a table of other {what} than this one; name one of the same.")
+  for task in part(ours, "correct").keys() & part(theirs, "correct").keys():
+    if ours["correct"][task].keys() != theirs["correct"][task].keys():
+      raise refused(f"items of {task}")
+  measured = {"test prompts": (part(ours, "quality"), part(theirs, "quality"))}
+  for file in part(ours, "long").keys() & part(theirs, "long").keys():
+    measured[f"prompts in {file}"] = ours["long"][file], theirs["long"][file]
+  for what, (own, other) in measured.items():
+    if own and other and not math.isclose(own["nll"], other["nll"], rel_tol=1e-3):
+      raise refused(what)
 
 
 def resampled(rows: list[dict[str, Any]], name: str, guess: dict[str, float]) -> np.ndarray:

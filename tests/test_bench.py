@@ -303,7 +303,7 @@ def test_overhead(model_directory, tmp_path, flags, router):
 
 @pytest.mark.parametrize("one_pass, kind", [(-1, "per_block"), (2, "per_block"), (1, "recurrent"), (-1, "global")])
 def test_decisions_alone_are_those_of_the_router(model_directory, one_pass, kind):
-  """With a router that reads no scores, of states that stay as they are but for the first token, which is forced."""
+  """With a router that reads no scores, of states that stay as they are."""
   model = load_model(str(model_directory))
   config = RouterConfig(kind, ("position", "sparsity"), hidden_states=True)
   router = Router("dynamic", config, init_router(config, jax.random.key(1), 4, model.config.hidden_size))
@@ -323,6 +323,19 @@ def test_decisions_alone_are_those_of_the_router(model_directory, one_pass, kind
     expected += [kept] if index or kind == "recurrent" else []
   np.testing.assert_array_equal(keep, expected)
   assert keep[-1].sum(axis=1).tolist() == [8, 5] and least.shape == (len(keep), 2)
+
+
+def test_decisions_alone_are_made_anew_in_every_block(model_directory):
+  """Not once for all, although their states are the same: the norm of the states is in the loop over blocks."""
+  model, config = load_model(str(model_directory)), RouterConfig("per_block", (), hidden_states=True)
+  router = Router("dynamic", config, init_router(config, jax.random.key(1), 4, model.config.hidden_size))
+  spec, weights = Spec(model.config, RoutingConfig()), Weights(model.params, router, jnp.full(4, 0.5))
+  x = jnp.ones((1, 16, model.config.hidden_size))
+  keys = jnp.ones((1, 16, model.config.num_kv_heads, model.config.head_dim))
+  program = overhead.decide.lower(spec, spec.plan(weights, 16), weights, x, keys, jnp.array([16])).compile().as_text()
+  computations = [part for part in program.split("\n\n") if "rsqrt(" in part]
+  entry = program[program.index("\nENTRY") :]
+  assert computations and not any(part.split()[0] in entry for part in computations)
 
 
 @pytest.mark.parametrize("one_pass, schedule, decided", [

@@ -136,6 +136,11 @@ def test_a_row_compares_its_items_with_those_of_dense(script, tmp_path, monkeypa
   assert cells[1]["choice_kl"]["hellaswag"] == pytest.approx(np.tanh(0.5) / 2)  # of 0 and p log(p / q) + q log(q / p)
   assert "| late | 0.30 | - |" in (tmp_path / "table.md").read_text()
   (tmp_path / "table.json").rename(tmp_path / "earlier.json")
+  earlier.value = str(tmp_path / "settings.json")
+  for content in ("[]", "{}", "{"):
+    (tmp_path / "settings.json").write_text(content)
+    with pytest.raises(UserError, match="settings.json is no table of this script .* name a table.json of it"):
+      table.report()
   earlier.value = str(tmp_path / "earlier.json")
   table.cells = table.cells[:1]
   table.report()

@@ -183,28 +183,48 @@ def test_files_of_long_contexts_at_equal_latency(figures):
 
 
 def test_an_earlier_table_fills_what_is_missing(figures):
-  rows = [cell("dense", 0.0, 0, 0.85, 0.80, 0.0, 1.0), cell("ftp", 0.3, 0, 0.75, 0.80, 0.1, 1.3)]
+  rows = [cell("dense", 0.0, 0, 0.85, 0.80, 0.0, 1.0)]
+  rows += [cell("ftp", 0.3, seed, 0.75, 0.80, 0.1 + 0.1 * seed, 1.3) for seed in (0, 1)]
   earlier = figures.summarise(rows, GUESS, [512])
-  later = [rows[0], cell("ftp", 0.3, 0, 0.75, 0.80, 0.2, None), cell("late", 0.2, 0, 0.65, 0.80, 0.3, 1.2)]
+  later = [rows[0], cell("ftp", 0.3, 0, 0.75, 0.80, 0.3, None), cell("late", 0.2, 0, 0.65, 0.80, 0.3, 1.2)]
   later[1]["correct"] = {}
+  later[1]["long"], rows[1]["long"] = {"chat": {"nll": 1.0}}, {"text": {"nll": 2.0}}
   new = figures.summarise(later, GUESS, [512])
   named = "method", "asked"
   dense, late, ftp = figures.joined(new, earlier, named)
-  assert dense == earlier[0] and late == new[2]
-  assert ftp["kl"] == 0.2 and ftp["average"] == earlier[1]["average"] and ftp["speedup_512"] == 1.3
-  assert ftp["average_seeds"] == 1 and ftp["average_interval"] == earlier[1]["average_interval"]
+  same = lambda entry, other: {k: v for k, v in entry.items() if "chat" not in k} == other
+  assert same(dense, earlier[0]) and late == new[2]
+  assert (ftp["kl"], ftp["kl_spread"], ftp["kl_seeds"]) == (0.3, None, 1)  # of this table, however little that is
+  for name in ("average", "average_seeds", "average_spread", "average_interval", "speedup_512", "items"):
+    assert ftp[name] == earlier[1][name] and ftp[name] is not None
   assert figures.joined(new, [], named) == sorted(new, key=lambda entry: entry["asked"])
-  assert figures.joined(earlier, new[:1], named) == earlier
-  _, _, cell_of_both = figures.joined(later, rows, (*named, "seed"))
-  assert cell_of_both["quality"]["kl"] == 0.2 and cell_of_both["correct"] == rows[1]["correct"]
-  assert cell_of_both["speedup"] == {512: 1.3}
+  _, _, of_both, _ = figures.joined(later, rows, (*named, "seed"))
+  assert of_both["quality"]["kl"] == 0.3 and of_both["correct"] == rows[1]["correct"]
+  assert of_both["speedup"] == {512: 1.3} and of_both["long"] == {"chat": {"nll": 1.0}, "text": {"nll": 2.0}}
 
 
-@pytest.mark.parametrize("change", [{"kl": 0.1}, {"items": {"arc_easy": 50}}, {"average": 0.8}])
-def test_an_earlier_table_of_other_items_is_refused(figures, change):
-  earlier = figures.summarise([cell("dense", 0.0, 0, 0.85, 0.80, 0.0, 1.0)], GUESS, [512])
-  with pytest.raises(UserError, match="^dense has .* in --earlier and .* here; name a table of the same items"):
-    figures.joined([earlier[0] | change], earlier, ("method", "asked"))
+def test_differences_of_an_earlier_table_are_to_its_own_ftp(figures):
+  rows = [cell("dense", 0.0, 0, 0.85, 0.80, 0.0, 1.0)]
+  rows += [cell(method, asked, 0, 0.75, 0.80, 0.1, 1.3) for method in ("late", "ftp") for asked in (0.2, 0.3)]
+  for row in rows:
+    row["same_choice"] = row["choice_kl"] = row["correct"]
+  earlier = figures.summarise(rows, GUESS, [512])
+  entries = figures.joined(figures.summarise([rows[0], rows[4]], GUESS, [512]), earlier, ("method", "asked"))
+  assert len(entries) == 5
+  assert [(e["method"], e["asked"]) for e in entries if e["average_to_ftp"] is not None] == [("late", 0.2)]
+
+
+@pytest.mark.parametrize("part, what", [
+    ({"correct": {"arc_easy": {"other": 1.0}}}, "items of arc_easy"), ({"quality": {"nll": 1.9}}, "test prompts"),
+    ({"long": {"chat": {"nll": 1.9}}}, "prompts in chat"),
+])  # fmt: skip
+def test_an_earlier_table_of_other_items_is_refused(figures, part, what):
+  dense = cell("dense", 0.0, 0, 0.85, 0.80, 0.0, 1.0) | {"quality": {"nll": 1.8}, "long": {"chat": {"nll": 1.8}}}
+  figures.check_alike([dense], [dense, {"method": "ftp"}])
+  figures.check_alike([dense], [dense | dict.fromkeys(part, None)])
+  figures.check_alike([dense], [])
+  with pytest.raises(UserError, match=f"^--earlier is a table of other {what} than this one; name one of the same"):
+    figures.check_alike([dense], [dense | part])
 
 
 def test_the_plot_has_a_panel_of_what_is_there(figures, tmp_path, monkeypatch):

@@ -35,6 +35,7 @@ CONFIG_FILE, WEIGHTS_FILE = "ftp_config.json", "router.safetensors"
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 EMPTY = 2**30  # position of a cache slot that holds no token
 _STEPS = 40_000  # sparsities count in steps of 1 / _STEPS, so that capacities are integer arithmetic
+_ROUNDING = 1e-5  # share by which a new token's margin may be below that of a context token and count as equal
 _CHUNK = 512  # queries that are masked at once
 # What a model's output calls its cache; transformers 5.24 changed the name.
 _CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
@@ -289,7 +290,8 @@ class PrunedCache(transformers.Cache):
 
   Attributes:
     columns: of the inputs so far, padding included. length_B: tokens of each row. longest: at least their maximum.
-    keep_LxBxT: routes of the context tokens. least_LxB: the margin from which new tokens are computed (`quantile`).
+    keep_LxBxT: routes of the context tokens. least_LxB: the margin from which (up to _ROUNDING) new tokens are
+      computed under the rule `quantile`.
   """
 
   is_compileable = is_croppable = False
@@ -448,7 +450,7 @@ class _NewestGates(_Gates):
   def choose(self, block: int, margin_P) -> torch.Tensor:
     if self.routing["decode_rule"] == "quantile":
       least_P = self.cache.least_LxB[block][self.tokens.row_P]
-      return margin_P >= least_P - 1e-5 * least_P.abs().clamp(min=1.0)  # equals up to rounding are computed
+      return margin_P >= least_P - _ROUNDING * least_P.abs().clamp(min=1.0)
     return torch.sigmoid(-margin_P) <= self.routing["decode_threshold"]
 
   def observe(self, computed: Packed, q_KxHxN, slots: Slots, window: int) -> None:

@@ -4,7 +4,8 @@
 which gradients reach a gate. `attend_positions` is told where queries and keys stand and works in
 tiles, with memory independent of the product of their numbers: the form of every prefill that has
 to be fast. Its implementations are XLA here and, in `kernels`, cuDNN on GPU and splash on TPU.
-`attention_rows` and `attention_paid` give the probabilities of a few query rows, which no fused kernel returns.
+`attention_rows` gives the probabilities of a few query rows, which no fused kernel returns, `attention_paid` their
+weighted sum.
 `attend_cached` is the form of a few new tokens over a cache.
 """
 

@@ -137,9 +137,9 @@ def init_state(router: Router, batch: int, num_positions: int) -> jax.Array:
   return jnp.zeros((batch, num_positions, router.config.hidden_size if router.recurrent else 0))
 
 
-def _norm_factor(x: jax.Array) -> jax.Array:
-  """What fp32 states (B,T,D) have to be multiplied with to have root mean square 1, (B,T,1)."""
-  return jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + 1e-6)
+def _norm_factor(x_BxTxD: jax.Array) -> jax.Array:
+  """What fp32 states have to be multiplied with to have root mean square 1, (B,T,1)."""
+  return jax.lax.rsqrt(jnp.mean(jnp.square(x_BxTxD), axis=-1, keepdims=True) + 1e-6)
 
 
 def normed(x_BxTxD: jax.Array) -> jax.Array:

@@ -12,8 +12,8 @@ from ftp_jax.routing.config import RoutingConfig
 # Sparsities count in steps of 1 / _STEPS: integers round alike in every compiler, on every machine and in every
 # framework, where (1 - s) * m in fp32 does not. 2^6 5^4 holds the usual grids; its square fits into 32 bits.
 _STEPS = 40_000
-# Margins that differ by less count as equal where a new token's is compared with a context token's. A token alone in its
-# context is its own measure, and programs of other shapes round otherwise.
+# Margins that differ by less than this share of the larger of 1 and the second count as equal where a new token's is
+# compared with a context token's: equal inputs give equal margins, but for the rounding of programs of other shapes.
 _ROUNDING = 1e-5
 
 
