@@ -11,11 +11,12 @@ dense, are from the logits in fp64. `speed` prefills one row of `--context` toke
 dense model as transformers runs it, and pruned in both kv modes, in turns; the ideal is the ratio of FLOPs. `rounding`
 says which operations of the dense model make the difference from fp64.
 
-SmolLM2-135M, S = 0.30, fp32, 2 CPU cores, torch 2.13. `exact` (--config=smollm2_135m_late), 32 prompts, 64 tokens,
-three minutes: routes and generations of all 32 identical, largest logit difference 6.9e-5 at prefill and 1.05e-4 over
-all steps, above 1e-4 at 2 of 2,048, of logits up to 44; dense models 1.20e-4 and 4, torch in fp32 and in fp64 7.3e-5.
-`speed` (a searched artifact), 2,048 tokens, a minute: evict 1.37 times as fast as dense (ideal 1.41), project 1.34
-(1.34).
+JAX's products round less with JAX_DEFAULT_MATMUL_PRECISION=highest in the environment (docs/pytorch.md).
+
+SmolLM2-135M, S = 0.30, fp32, 2 CPU cores, torch 2.13. `exact` so, three seeds of --config=smollm2_135m_mixed, 32
+prompts, 64 tokens, six minutes each: routes and generations of all 32 identical, largest logit difference over all
+steps 8.1e-5 to 8.5e-5, of logits up to 44. `speed` (a searched artifact), 2,048 tokens, a minute: evict 1.37 times as
+fast as dense (ideal 1.41), project 1.34 (1.34).
 """
 
 import collections
@@ -29,7 +30,6 @@ import time
 
 import exactness
 import jax
-import jax.numpy as jnp
 import numpy as np
 import torch
 import transformers
@@ -178,15 +178,17 @@ def exact(directory: str, engine: Engine, prompts: list[list[int]], new_tokens: 
 def rounding(directory: str, tokens_BxT: torch.Tensor) -> dict:
   """Relative error (root mean square) of single operations in fp32, on the inputs that they get in the fp64 model."""
   base, base64 = transformers.AutoModelForCausalLM.from_pretrained(directory), in_fp64(directory)
-  product = jax.jit(lambda x, kernel: x @ kernel)
-  halves = jax.jit(lambda x, kernel: sum(a @ b for a, b in zip(jnp.split(x, 2, -1), jnp.split(kernel, 2))))
+  product = jax.jit(decoder.product)
   errors = collections.defaultdict(lambda: collections.defaultdict(list))
 
   def measure(name, module, inputs):
     x, weight = inputs[0].float(), module.weight.float()
     exactly, arrays = module.forward(x.double()).numpy(), (x.numpy(), weight.numpy().T.copy())
     if isinstance(module, torch.nn.Linear):
-      found = {"jax": product(*arrays), "jax_in_halves": halves(*arrays)}
+      found = {}
+      for name_of, precision in (("jax", None), ("jax_highest", "highest")):
+        with jax.default_matmul_precision(precision):
+          found[name_of] = product(*arrays)
     else:
       norm = decoder.RMSNorm(module.variance_epsilon)
       found = {"jax": norm.apply({"params": {"scale": arrays[1]}}, arrays[0])}
@@ -263,7 +265,8 @@ def main(argv) -> None:
     else:
       engine = Engine.load(directory, directory, fallback="never")
       figures = exact(directory, engine, read(options.count), options.new_tokens)
-  figures = {"artifact": options.artifact, "part": _PART.value, **figures}
+  precision = jax.config.jax_default_matmul_precision or "default"
+  figures = {"artifact": options.artifact, "part": _PART.value, "jax_matmul_precision": precision, **figures}
   print(json.dumps(figures, indent=2))
   if options.json:
     with open(options.json, "w", encoding="utf-8") as file:

@@ -13,7 +13,7 @@ import transformers
 from ftp_jax.errors import UserError
 from ftp_jax.models.attention import attend
 from ftp_jax.models.config import ModelConfig, RopeScaling
-from ftp_jax.models.decoder import REMAT, abstract_params, forward, init_params, logical_axes, unembed
+from ftp_jax.models.decoder import REMAT, abstract_params, forward, init_params, logical_axes, product, unembed
 from ftp_jax.models.huggingface import load_params
 
 TINY = dict(
@@ -112,6 +112,50 @@ def test_sliding_window_changes_logits_only_beyond_it():
   tokens = np.arange(12)[None]
   difference = np.abs(ours(config, params, tokens, [12]) - ours(full, params, tokens, [12])).max(axis=(0, 2))
   assert (difference[:5] == 0).all() and (difference[5:] > 1e-3).all()
+
+
+def chain(x, kernel):
+  """Root mean square error of fp32 products (R,F) whose terms are added up one by one."""
+  terms = x[:, :, None] * kernel
+  return np.sqrt(np.mean((np.cumsum(terms, axis=1, dtype=np.float32)[:, -1] - np.float64(x) @ np.float64(kernel)) ** 2))
+
+
+@pytest.mark.parametrize("rows, precision", [
+    ((1,), None), ((2, 3), None), ((4, 16), "highest"), ((4, 16), "float32"), ((2, 3), "highest")
+])
+def test_products_in_parts_round_less_than_one_chain(rows, precision):
+  rng = np.random.default_rng(0)
+  x, kernel = rng.normal(size=(*rows, 1536)).astype(np.float32), rng.normal(size=(1536, 64)).astype(np.float32)
+  with jax.default_matmul_precision(precision):
+    error = np.asarray(jax.jit(product)(x, kernel), np.float64) - np.float64(x) @ np.float64(kernel)
+  assert np.sqrt(np.mean(error**2)) < 0.6 * chain(x.reshape(-1, 1536), kernel)
+
+
+def test_products_are_plain_elsewhere_and_have_the_same_gradients():
+  x, kernel = jnp.ones((3, 64)), jnp.ones((64, 8))
+  lowered = jax.jit(product).trace(x, kernel).lower(lowering_platforms=("tpu",)).as_text()
+  assert lowered.count("dot_general") == 1 and "batching_dims" not in lowered
+  grads = jax.grad(lambda x, k: (product(x, k) ** 2).sum(), (0, 1))(x, kernel)
+  np.testing.assert_allclose(grads[0], 64 * 8 * 2 * np.ones((3, 64)))
+  np.testing.assert_allclose(grads[1], 64 * 3 * 2 * np.ones((64, 8)))
+
+
+def test_products_of_bfloat16_are_added_up_in_fp32():
+  rng = np.random.default_rng(0)
+  x, kernel = jnp.asarray(rng.normal(size=(2, 512)), jnp.bfloat16), jnp.asarray(rng.normal(size=(512, 8)), jnp.bfloat16)
+  with jax.default_matmul_precision("highest"):
+    np.testing.assert_array_equal(jax.jit(product)(x, kernel), jax.jit(jnp.matmul)(x, kernel))
+
+
+def test_logits_in_parts_round_less_than_one_chain():
+  config = ModelConfig.from_hf(TINY | {"model_type": "llama", "hidden_size": 512, "vocab_size": 1024})
+  head = np.random.default_rng(0).normal(size=(1024, 512)).astype(np.float32)
+  x = np.random.default_rng(1).normal(size=(16, 512)).astype(np.float32)
+  params = {"embed": {"lm_head": head, "embedding": head, "final_norm": {"scale": np.ones(512, np.float32)}}}
+  y = x / np.sqrt(np.mean(np.float64(x) ** 2, axis=1, keepdims=True) + config.norm_eps)
+  with jax.default_matmul_precision("highest"):
+    found = np.asarray(jax.jit(unembed, static_argnums=0)(config, params, x), np.float64)
+  assert np.sqrt(np.mean((found - y @ np.float64(head).T) ** 2)) < 0.6 * chain(y.astype(np.float32), head.T)
 
 
 def test_collect_gives_the_states_between_blocks():

@@ -10,6 +10,7 @@ Every parameter is declared once, in the module that uses it, with its logical a
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -23,6 +24,41 @@ from ftp_jax.models.rope import apply_rope, rope_frequencies
 from ftp_jax.sharding import constrain
 
 REMAT = ("none", "full", "dots")
+# On a CPU: up to how many rows are few, in how many parts their sums are, and in how many all are under `highest`.
+_FEW_ROWS, _PARTS_OF_FEW, _PARTS = 8, 16, 4
+_HIGHEST = ("highest", "float32")  # JAX's names for one precision
+
+
+def product(x: jax.Array, kernel: jax.Array) -> jax.Array:
+  """x (..., D) @ kernel (D, F).
+
+  XLA on a CPU adds up all D in one chain, whose rounding grows with its length. There fp32 products of few rows, as in
+  decode steps, are sums of parts, which is as fast, and under `jax.default_matmul_precision("highest")` all are.
+  """
+  rows, size = math.prod(x.shape[:-1]), x.shape[-1]
+  if rows > _FEW_ROWS or not _can_split(x, _PARTS_OF_FEW):
+    return in_parts(jnp.matmul, x, kernel, 0)
+
+  def few(x, kernel):
+    part = size // _PARTS_OF_FEW
+    x, kernel = x.reshape(rows, _PARTS_OF_FEW, part), kernel.reshape(_PARTS_OF_FEW, part, kernel.shape[1])
+    return jnp.sum(jnp.einsum("rpd,pdf->prf", x, kernel), axis=0)
+
+  y = jax.lax.platform_dependent(x.reshape(rows, size), kernel, cpu=few, default=jnp.matmul)
+  return y.reshape(x.shape[:-1] + kernel.shape[1:])
+
+
+def in_parts(multiply: Callable[[jax.Array, jax.Array], jax.Array], x: jax.Array, kernel: jax.Array, axis: int):
+  """multiply(x, kernel), a sum over the last axis of x and `axis` of the kernel; in parts where all products are."""
+  asked = jax.config.jax_default_matmul_precision in _HIGHEST and jax.default_backend() == "cpu"
+  if not asked or not _can_split(x, _PARTS):
+    return multiply(x, kernel)
+  return sum(map(multiply, jnp.split(x, _PARTS, -1), jnp.split(kernel, _PARTS, axis)))
+
+
+def _can_split(x: jax.Array, parts: int) -> bool:
+  """Not bf16, whose parts would be rounded, nor on a mesh, which may have split the axis already."""
+  return x.dtype == jnp.float32 and x.shape[-1] % parts == 0 and math.prod(sharding.context().values()) == 1
 
 
 class RMSNorm(nn.Module):
@@ -51,7 +87,7 @@ class Dense(nn.Module):
     kernel = self.param(
         "kernel", nn.with_logical_partitioning(nn.initializers.normal(0.02), self.axes), (x.shape[-1], self.features)
     )
-    y = x @ kernel.astype(x.dtype)
+    y = product(x, kernel.astype(x.dtype))
     if self.use_bias:
       bias = self.param("bias", nn.with_logical_partitioning(nn.initializers.zeros, self.axes[1:]), (self.features,))
       y = y + bias.astype(x.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
@@ -146,7 +182,10 @@ class Embedding(nn.Module):
       few = 8 * math.prod(x.shape[:-1]) < width * sharding.context().get("data", 1) // parts
       y = constrain(y, "replica", *inner, "embed" if few else None)
       head = head if few else constrain(head, "logits", None)
-    logits = jnp.einsum("...d,vd->...v", y, head.astype(y.dtype), preferred_element_type=jnp.float32)
+    multiply = functools.partial(jnp.einsum, "...d,vd->...v", preferred_element_type=jnp.float32)
+    # One row, which XLA does not add up in one chain here, would not be worth the copies of the head.
+    apply = multiply if math.prod(y.shape[:-1]) == 1 else functools.partial(in_parts, multiply, axis=1)
+    logits = apply(y, head.astype(y.dtype))
     return constrain(logits, rows, *inner, columns)
 
   def __call__(self, tokens_BxT):
