@@ -3,7 +3,11 @@
 import os
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-_FLAGS = " --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+# Most of the suite's time is compilation, which takes half as long without fusion emitters and with one module a program.
+QUICK_COMPILATION = (
+    "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+)
+_FLAGS = f" --xla_force_host_platform_device_count=8 {QUICK_COMPILATION}"
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + _FLAGS
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"

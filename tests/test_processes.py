@@ -11,6 +11,7 @@ import pytest
 
 from ftp_jax import pipeline
 from ftp_jax.export import artifact
+from tests.conftest import QUICK_COMPILATION
 from tests.test_pipeline import model_directory, tiny_run  # noqa: F401
 
 MESH = dict(data=2, fsdp=2, tensor=2)
@@ -23,7 +24,7 @@ def run_in_two(config, directory):
   with socket.socket() as s:
     s.bind(("localhost", 0))
     port = s.getsockname()[1]
-  flags = "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"
+  flags = f"--xla_force_host_platform_device_count=4 {QUICK_COMPILATION}"
   environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
   command = [
       sys.executable, "-m", "ftp_jax.cli", "run", f"--workdir={directory}", f"--coordinator=localhost:{port}",
