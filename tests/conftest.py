@@ -3,7 +3,7 @@
 import os
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-# Most of the suite's time is compilation, which takes half as long without fusion emitters and with one module a program.
+# Compilation is most of the suite: half as long without fusion emitters and with one module a program.
 QUICK_COMPILATION = (
     "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
 )
