@@ -18,11 +18,12 @@ from hypothesis import strategies as st
 from ftp_jax.errors import UserError
 from ftp_jax.models import attention, decoder
 from ftp_jax.models.attention import EMPTY
-from ftp_jax.routing import bucketed, decode, routers
+from ftp_jax.routing import bodies, bucketed, decode, factors, routers
 from ftp_jax.routing.cache import empty_recent, write
 from ftp_jax.routing.config import RouterConfig, RoutingConfig
 from ftp_jax.routing.plan import Plan, make_plan, merge
 from ftp_jax.routing.selection import capacity
+from ftp_jax.routing.slots import fill_slots
 from tests import tiny
 
 STATIC = ("config", "routing", "plan", "dtype", "attention")
@@ -262,7 +263,7 @@ def test_prefill_equals_masked_and_the_cache_holds_what_is_kept(case):
 # Sizes at which prompts of CONTEXT tokens are computed as long ones are: several tiles of queries and of keys, parts of
 # the MLP, and two attentions, for bodies of few slots and of many.
 LONG = (
-    (bucketed, dict(_MLP_SLOTS=5, _FEW_SLOTS=5)),
+    (bodies, dict(_MLP_SLOTS=5, _FEW_SLOTS=5)),
     (attention, dict(_QUERY_TILE=4, _KEY_PART=4, _KEY_GRAIN=2)),
 )
 
@@ -424,13 +425,13 @@ def test_a_skipped_block_reads_no_weight_but_those_of_keys_and_values(name, read
     [("per_block_late_plan", 1), ("global_evict_late", 2), ("global_project", 3), ("per_block_evict", 2)],
 )
 def test_scores_are_computed_where_a_router_reads_them_alone(name, scored, monkeypatch):
-  case, calls, window_scores = CASE[name], [], bucketed.factor_lib.window_scores
+  case, calls, window_scores = CASE[name], [], factors.window_scores
 
   def counted(*arguments):
     jax.debug.callback(lambda: calls.append(None))
     return window_scores(*arguments)
 
-  monkeypatch.setattr(bucketed.factor_lib, "window_scores", counted)
+  monkeypatch.setattr(factors, "window_scores", counted)
   schedule = schedule_of(case.slots, np.full(len(case.slots), 0.5))
   tokens, context = np.ones((1, CONTEXT), np.int32), np.array([CONTEXT], np.int32)
   bucketed.prefill(
@@ -529,7 +530,7 @@ def test_a_plan_reserves_what_the_compiled_program_keeps(sparsity, length):
 
 def test_slots_of_kept_tokens_by_hand():
   keep = jnp.array([[1, 0, 1, 0, 1], [1, 0, 0, 1, 0], [1, 1, 1, 0, 0]], bool)
-  out = bucketed.fill_slots(keep, 4)
+  out = fill_slots(keep, 4)
   np.testing.assert_array_equal(out.position_BxK, [[0, 2, 4, 4], [0, 3, 4, 4], [0, 1, 2, 4]])
   np.testing.assert_array_equal(out.filled_BxK, [[1, 1, 1, 0], [1, 1, 0, 0], [1, 1, 1, 0]])
   slot = np.asarray(out.slot_BxT)
@@ -583,7 +584,7 @@ def test_a_program_has_a_body_for_each_bucket_and_none_for_each_block(kv_mode, o
   three, more = products([0.5, 0.25, 0.75, 0.5])
   assert (two, three) == (2, 3)
   assert more - few == of_body
-  monkeypatch.setattr(bucketed, "_FEW_SLOTS", CONTEXT // 2)
+  monkeypatch.setattr(bodies, "_FEW_SLOTS", CONTEXT // 2)
   fresh = jax.jit(functools.partial(bucketed.prefill), static_argnames=STATIC)
   assert products([0.5, 0.25, 0.75, 0.5]) == (3, more + 2)
 
@@ -609,6 +610,6 @@ def test_a_prefill_needs_no_second_cache(kv_mode, monkeypatch):
   assert cache == 16 * states
   dense = needed([0.0] * blocks)
   assert needed([0.5, 0.25] * (blocks // 2)) < dense + 3 * states
-  monkeypatch.setattr(bucketed, "_FEW_SLOTS", 33)
+  monkeypatch.setattr(bodies, "_FEW_SLOTS", 33)
   fresh = jax.jit(functools.partial(bucketed.prefill), static_argnames=STATIC)
   assert needed(([0.5, 0.25, 0.75] * blocks)[:blocks]) < dense + 6 * states

@@ -19,8 +19,9 @@ from ftp_jax.models import decoder
 from ftp_jax.models.attention import visible
 from ftp_jax.models.sources import Model
 from ftp_jax.routing import factors, routers
-from ftp_jax.routing.bucketed import block_inputs, decide_context, fill_slots, gather
+from ftp_jax.routing.bucketed import block_inputs, decide_context
 from ftp_jax.routing.plan import Plan
+from ftp_jax.routing.slots import fill_slots, gather
 
 
 @functools.partial(jax.jit, static_argnames="plan")

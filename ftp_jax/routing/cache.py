@@ -100,3 +100,19 @@ def write(buffer: jax.Array, tile: jax.Array, offset: jax.Array, axis: int, fits
   tile = jax.lax.slice_in_dim(tile, 0, size, axis=axis)
   tile = jax.lax.cond(offset > start, moved, lambda tile: tile, tile)
   return jax.lax.dynamic_update_slice_in_dim(buffer, tile, start, axis)
+
+
+def as_tiles(k_BxKxGxN, v_BxKxGxN, key_BxK, size: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Keys, values and their positions as the cache holds them, in `size` >= K slots."""
+  spare = size - key_BxK.shape[1]
+  pad = lambda a, axis, value: jnp.pad(
+      a, [(0, spare if i == axis else 0) for i in range(a.ndim)], constant_values=value
+  )
+  return (
+      pad(k_BxKxGxN.transpose(0, 2, 3, 1), 3, 0), pad(v_BxKxGxN.transpose(0, 2, 1, 3), 2, 0), pad(key_BxK, 1, EMPTY)
+  )  # fmt: skip
+
+
+def put(buffers, tiles, offset: jax.Array, fits: bool = True) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """The buffers of `empty_cache` with a block's tiles written at its offset; `fits` as in `write`."""
+  return tuple(write(buffer, tile, offset, axis, fits) for buffer, tile, axis in zip(buffers, tiles, (3, 2, 1)))

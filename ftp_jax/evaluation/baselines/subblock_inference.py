@@ -14,14 +14,16 @@ import numpy as np
 
 from ftp_jax.evaluation.baselines.subblocks import ROUTING, margin
 from ftp_jax.inference.programs import Spec
-from ftp_jax.models import decoder, kernels
-from ftp_jax.models.attention import EMPTY, attend_cached, visible
+from ftp_jax.models import decoder
+from ftp_jax.models.attention import attend_cached, visible
 from ftp_jax.models.config import ModelConfig
-from ftp_jax.routing.bucketed import Prefilled, fill_slots, gather
+from ftp_jax.routing.bodies import Contexts
+from ftp_jax.routing.bucketed import Prefilled
 from ftp_jax.routing.cache import Recent
 from ftp_jax.routing.decode import Extended
 from ftp_jax.routing.plan import MAX_BUCKETS, Plan, make_plan
 from ftp_jax.routing.selection import keep_context
+from ftp_jax.routing.slots import fill_slots, gather
 
 
 class SubCache(NamedTuple):
@@ -111,30 +113,13 @@ def prefill(
     plan: made of the very `schedule_Lx2`; T of the tokens is its `num_positions`.
   """
   batch, num_positions = tokens_BxT.shape
-  t = jnp.arange(num_positions)[None]
-  in_context = t < context_B[:, None]
-  key_BxT = jnp.where(in_context, t, EMPTY)
-  sin, cos = decoder.angles(config, t)
-  block, blocks = decoder.Block(config), params["blocks"]
-  nothing = jnp.zeros_like(in_context)
-  last_BxT = t == context_B[:, None] - 1
+  contexts = Contexts(config, ROUTING, params, tokens_BxT, context_B, attention)
+  nothing = jnp.zeros_like(contexts.in_context_BxT)
+  last_BxT = contexts.position_BxT == contexts.last()
   final = max(i for i, (gone, _) in enumerate(removed) if not gone)  # the last attention
 
-  def rope(position):
-    of_rows = lambda a: gather(jnp.broadcast_to(a, (batch,) + a.shape[1:]), position)
-    return of_rows(sin), of_rows(cos)
-
-  def at_block(index):
-    weights = decoder.block_at(blocks, index)
-    return lambda method, *args: block.apply({"params": weights}, *args, method=method)
-
-  def attend(q, k, v, query, aligned):
-    return kernels.attend(
-        q, k, v, query, key_BxT, config.sliding_window, aligned=aligned, implementation=attention
-    )
-
   def keys_values(apply, x):
-    k, v = apply(decoder.Block.keys_values, x, sin, cos)
+    k, v = apply(decoder.Block.keys_values, x, *contexts.angles)
     return k, v, (k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3))
 
   def computing(sub, slots, routed, compute):
@@ -145,14 +130,14 @@ def prefill(
     """
 
     def body(x, inputs):
-      apply = at_block(inputs["index"])
+      apply = contexts.block(inputs["index"])
       if not routed:
-        y, more = compute(apply, x, x, (sin, cos), jnp.where(in_context, t, -1), True)
-        return y, in_context, more
+        y, more = compute(apply, x, x, contexts.angles, contexts.query_positions(), True)
+        return y, contexts.in_context_BxT, more
       keep = keep_context(margin(inputs["router"], sub, x), inputs["sparsity"][sub], context_B, ROUTING)
       filled = fill_slots(keep, slots)
       query = jnp.where(filled.filled_BxK, filled.position_BxK, -1)
-      y, more = compute(apply, x, gather(x, filled.position_BxK), rope(filled.position_BxK), query, False)
+      y, more = compute(apply, x, gather(x, filled.position_BxK), contexts.rope(filled.position_BxK), query, False)
       return jnp.where(keep[:, :, None], gather(y, filled.slot_BxT), x), keep, more
 
     return body
@@ -160,7 +145,8 @@ def prefill(
   def attended(apply, x, chosen, angles, query, aligned):
     k, v, tiles = keys_values(apply, x)
     q = apply(decoder.Block.queries, chosen, *angles)
-    return apply(decoder.Block.attention_out, chosen, attend(q, k, v, query, aligned)), tiles
+    values = contexts.attend(q, k, v, query, contexts.key_BxT, aligned=aligned)
+    return apply(decoder.Block.attention_out, chosen, values), tiles
 
   def through_mlp(apply, x, chosen, angles, query, aligned):
     return apply(decoder.Block.mlp, chosen), ()
@@ -206,19 +192,19 @@ def prefill(
     carry, decided = jax.lax.scan(step, carry, inputs)
     keep.append(decided)
   x, *buffers = carry
-  apply, at = at_block(jnp.int32(final)), context_B[:, None] - 1
+  apply, at = contexts.block(jnp.int32(final)), contexts.last()
   k, v, tiles = keys_values(apply, x)
   buffers = [b.at[slots[final]].set(tile) for b, tile in zip(buffers, tiles)]
   x = gather(x, at)
-  q = apply(decoder.Block.queries, x, *rope(at))
-  x = apply(decoder.Block.attention_out, x, attend(q, k, v, at, False))
+  q = apply(decoder.Block.queries, x, *contexts.rope(at))
+  x = apply(decoder.Block.attention_out, x, contexts.attend(q, k, v, at, contexts.key_BxT, aligned=False))
   tail = [i for i in range(final, config.num_blocks) if not removed[i][1]]
   if tail:
-    x, _ = jax.lax.scan(lambda x, i: (at_block(i)(decoder.Block.mlp, x), None), x, jnp.asarray(tail))
+    x, _ = jax.lax.scan(lambda x, i: (contexts.block(i)(decoder.Block.mlp, x), None), x, jnp.asarray(tail))
   for i in range(final, config.num_blocks):
     computed = [last_BxT if i == final else nothing, nothing if removed[i][1] else last_BxT]
     keep.append(jnp.stack(computed)[None])
-  cache = SubCache(*buffers, key_BxT, jnp.concatenate(keep), context_B)
+  cache = SubCache(*buffers, contexts.key_BxT, jnp.concatenate(keep), context_B)
   return Prefilled(decoder.unembed(config, params, x[:, 0]), cache)
 
 
