@@ -19,20 +19,20 @@ def get_config():
   config.data.max_context = 64
   config.data.continuation = 16
   config.data.num_search = 16
-  config.data.num_train = 256
+  config.data.num_train = 512
   config.data.num_validation = 16
   config.data.num_test = 32
   config.routing.one_pass_block = 13  # routers from there on read what enters this block (of 30)
   config.search.seed_schedules = ("late", "fisher")
   config.search.population = 8
   config.search.elite = 2
-  config.search.generations = 4
+  config.search.generations = 2
   config.train.input_gradient = False
-  config.train.steps = 16
+  config.train.steps = 8
   config.train.warmup = 2
   config.train.validate_every = 8
   config.train.checkpoint_every = 8
-  config.finetune.generations = 3
+  config.finetune.generations = 2
   config.evaluation.perplexity_windows = 4
   config.evaluation.redundancy_prompts = 16
   return config
