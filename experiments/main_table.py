@@ -104,6 +104,8 @@ class Table:
         seeds = numbers("seeds", _SEEDS.value, int) if method in SEEDED else [0]
         self.cells += [(method, sparsity, seed) for seed in seeds]
     for cell in self.cells:
+      self.check_artifact(*cell)
+    for cell in self.cells:
       self.claim(cell)
 
   def directory(self, method: str, sparsity: float, seed: int) -> pathlib.Path:
@@ -111,6 +113,12 @@ class Table:
 
   def artifact(self, sparsity: float, seed: int) -> pathlib.Path:
     return self.run / f"S{sparsity:.2f}" / f"seed{seed}" / "artifact"
+
+  def check_artifact(self, method: str, sparsity: float, seed: int) -> None:
+    """UserError where a cell `ftp` has no artifact yet: what it depends on would be written down without."""
+    where = self.artifact(sparsity, seed)
+    if method == "ftp" and not (where / CONFIG_FILE).exists():
+      raise UserError(f"{where} is not there; let --run end, or name other --methods, --sparsities or --seeds.")
 
   def settings(self, method: str, sparsity: float, seed: int) -> dict[str, Any]:
     """Everything that the figures of a cell depend on but the task files."""

@@ -7,6 +7,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 QUICK_COMPILATION = (
     "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
 )
+DEFAULT_COMPILATION = {"xla_backend_optimization_level": 3, "xla_cpu_use_fusion_emitters": True}  # as users have it
 _FLAGS = f" --xla_force_host_platform_device_count=8 {QUICK_COMPILATION}"
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + _FLAGS
 os.environ["HF_HUB_OFFLINE"] = "1"

@@ -25,6 +25,7 @@ from ftp_jax.routing.plan import Plan, make_plan, merge
 from ftp_jax.routing.selection import capacity
 from ftp_jax.routing.slots import fill_slots
 from tests import tiny
+from tests.conftest import DEFAULT_COMPILATION
 
 STATIC = ("config", "routing", "plan", "dtype", "attention")
 prefill = jax.jit(bucketed.prefill, static_argnames=STATIC)
@@ -494,7 +495,7 @@ def test_merge_costs_the_fewest_slots(pairs, most):
 def test_a_plan_holds_every_context_in_few_bodies(schedule, num_positions, multiple, max_buckets, kv_mode):
   routing = RoutingConfig(kv_mode, bucket_multiple=multiple)
   plan = make_plan(schedule, num_positions, routing, max_buckets)
-  routed = [plan.bodies[i][1] for i in plan.body_of]
+  routed = plan.routed
   assert routed == [s > 0 for s in schedule]
   assert len({body for body in plan.bodies if body[1]}) <= max_buckets and len(plan.bodies) <= max_buckets + 1
   contexts = np.arange(1, num_positions + 1)
@@ -521,7 +522,7 @@ def test_buckets_given_by_the_user():
 def test_a_plan_reserves_what_the_compiled_program_keeps(sparsity, length):
   """(1 - s) m comes close above a whole number, where fp32 and a compiler's fused operations would disagree."""
   slots = make_plan([sparsity], length, RoutingConfig()).slots[0]
-  compiled = jax.jit(capacity, compiler_options={"xla_backend_optimization_level": 3})  # conftest sets 0
+  compiled = jax.jit(capacity, compiler_options=DEFAULT_COMPILATION)
   assert compiled(jnp.float32(sparsity), jnp.array([length]))[0] == slots
 
 
@@ -602,7 +603,7 @@ def test_a_prefill_needs_no_second_cache(kv_mode, monkeypatch):
     found = fresh.lower(
         config, routing, plan, decoder.abstract_params(config), routers.STATIC, shape(batch, 64), shape(batch),
         np.asarray(schedule, np.float32),
-    ).compile().memory_analysis()  # fmt: skip
+    ).compile(DEFAULT_COMPILATION).memory_analysis()  # fmt: skip
     return found.temp_size_in_bytes + found.output_size_in_bytes
 
   states = batch * 64 * config.hidden_size * 4

@@ -104,6 +104,17 @@ def test_a_cell_is_not_reused_with_other_settings(script, tmp_path):
     table.claim(("mod", 0.3, 0))
 
 
+def test_an_artifact_that_is_not_there_yet_is_named(script, tmp_path):
+  table = object.__new__(script.Table)
+  table.run = tmp_path
+  table.check_artifact("late", 0.3, 0)
+  with pytest.raises(UserError, match="S0.30/seed1/artifact is not there; let --run end"):
+    table.check_artifact("ftp", 0.3, 1)
+  table.artifact(0.3, 1).mkdir(parents=True)
+  (table.artifact(0.3, 1) / script.CONFIG_FILE).write_text("{}")
+  table.check_artifact("ftp", 0.3, 1)
+
+
 def test_a_row_compares_its_items_with_those_of_dense(script, tmp_path, monkeypatch):
   """Two items: of the pruned model one turns to another choice, none is right; a cell without tasks has none of it."""
   monkeypatch.setattr(script, "_TASKS", types.SimpleNamespace(value=["hellaswag"]))

@@ -37,18 +37,6 @@ SETTINGS = step.TrainSettings(
 SPEC = step.StepSpec(CONFIG, RoutingConfig(), ROUTER, SETTINGS, num_scored=4, start=2)
 
 
-# Half the time to compile; what a step computes is the same function.
-quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-QUICK_STEP = quick_jit(step.train_step, static_argnames="spec", donate_argnames="state")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(step, "jitted_step", QUICK_STEP)
-    yield
-
-
 def prompts(count, seed=0):
   return Prompts(*tiny.batch(CONFIG, [12, 9] * (count // 2), [16, 13] * (count // 2), 16, seed))
 
@@ -201,7 +189,7 @@ def test_without_the_gradient_through_inputs_every_router_still_learns_from_the_
     )
     loss = functools.partial(step.loss_fn, spec)
     inputs = frozen_params(CONFIG), new_router(config), step.Batch(*prompts(4), None), schedule, 0
-    grads.append(quick_jit(jax.grad(loss, argnums=1, has_aux=True))(*inputs)[0]["out"]["kernel"])
+    grads.append(jax.jit(jax.grad(loss, argnums=1, has_aux=True))(*inputs)[0]["out"]["kernel"])
   size = jnp.abs(jnp.stack(grads)).max(axis=(2, 3))
   assert (size[:, schedule > 0] > 0).all() and (size[:, schedule == 0] == 0).all()
   change = jnp.abs(grads[0] - grads[1]).max(axis=(1, 2))
@@ -235,7 +223,7 @@ def test_distillation_alone_reduces_held_out_kl(tmp_path):
   schedule = np.array([0, 0.5, 0.5, 0.5], np.float32)
   held = long_prompts(32, seed=99)
 
-  @quick_jit
+  @jax.jit
   def kl(router, params):
     dynamic = routers.Router("dynamic", router_config, router)
     student = masked.forward(c, spec.routing, params, dynamic, *held, schedule).hidden_BxTxD
@@ -378,7 +366,6 @@ def test_a_process_killed_by_the_system_resumes_bit_for_bit(tmp_path, undisturbe
 import jax, time
 jax.config.update("jax_numpy_rank_promotion", "raise")
 from tests import test_training as t
-t.step.jitted_step = t.QUICK_STEP
 calls = iter(range(99))
 t.train({str(tmp_path)!r}, validate=lambda router: time.sleep(600) if next(calls) == 2 else t.stand_in(router))
 """
@@ -597,8 +584,8 @@ def test_fisher_scores_against_the_exact_expectation(kv_mode):
     return scoring.log_probs(c, params, hidden, scoring.continuation(tokens, context, length, 2)[0])
 
   gates = jnp.ones((2, 3, 6))
-  p_BxCxV = np.exp(quick_jit(log_probs)(gates, params))
-  jacobian = np.asarray(quick_jit(jax.jacrev(log_probs))(gates, params))  # (B,C,V, L,B,T)
+  p_BxCxV = np.exp(jax.jit(log_probs)(gates, params))
+  jacobian = np.asarray(jax.jit(jax.jacrev(log_probs))(gates, params))  # (B,C,V, L,B,T)
   estimate = guide.collect_fisher(
       c, routing, params, rows, 2, seed=0, num_scored=2, draws=draws, dtype=jnp.float32
   )
@@ -673,7 +660,7 @@ def test_guide_margins_are_those_of_routed_execution(kind, hidden):
   router_config, params = RouterConfig(kind=kind, hidden_states=hidden, hidden_size=8), frozen_params(CONFIG)
   router, rows = new_router(router_config), prompts(6)
   dynamic = routers.Router("dynamic", router_config, router)
-  routed = quick_jit(lambda dynamic: masked.forward(CONFIG, RoutingConfig(), params, dynamic, *rows, jnp.zeros(4)))
+  routed = jax.jit(lambda dynamic: masked.forward(CONFIG, RoutingConfig(), params, dynamic, *rows, jnp.zeros(4)))
   out = routed(dynamic)
   score, states = guide.collect_inputs(
       CONFIG, RoutingConfig(), params, rows, 4, with_hidden=hidden, dtype=jnp.float32

@@ -4,8 +4,7 @@
 
 For a model of other than 30 blocks set routing.one_pass_block, -1 for none.
 
-Wall time: 8.7 and 9.9 minutes on two machines of 2 CPU cores (AMD EPYC), the installation and the model's download
-included.
+Wall time: 10.6 minutes on 2 CPU cores (AMD EPYC), the installation and the model's download included.
 Result: KL to dense 0.068 nats a token with the fine-tuned dynamic router (0.080 with seed 1), 0.202 with the static one
 (0.141), 0.112 +- 0.034 for truncation, which saves more. Its sets are too small to rank close methods.
 """

@@ -57,7 +57,7 @@ def decide(spec: Spec, plan: Plan, weights: Weights, x_BxTxD, k_BxTxGxN, context
   row_B, rows_BxW = jnp.zeros(batch, int), factors.window_rows(context_B, routing.score_window)
   at = jnp.maximum(rows_BxW, 0)
   inputs = block_inputs(routing, router, weights.schedule_L)
-  routed = [plan.bodies[i][1] for i in plan.body_of]
+  routed = plan.routed
   scored = routing.scored_blocks(routed, router.recurrent)
 
   def scores_of(x, index):
@@ -126,7 +126,7 @@ class _GatherScatter(_Alone):
 
   def describe(self) -> dict[str, Any]:
     plan = self.prefill.plan
-    slots = [plan.bodies[i][0] for i in plan.body_of if plan.bodies[i][1]]
+    slots = [size for size, routed in zip(plan.slots, plan.routed) if routed]
     return {"method": self.name, **self.prefill.case.labels, "router": None, "slots": slots}
 
 

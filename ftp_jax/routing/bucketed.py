@@ -16,9 +16,10 @@ from ftp_jax.models import decoder
 from ftp_jax.models.config import ModelConfig
 from ftp_jax.routing import factors as factor_lib
 from ftp_jax.routing import routers
-from ftp_jax.routing.bodies import Body, Contexts, Gate, run_body
-from ftp_jax.routing.cache import Cache, empty_cache, put
+from ftp_jax.routing.bodies import Body, Gate, ScoreTable, project, run_body
+from ftp_jax.routing.cache import Cache, empty_cache, put_tiles
 from ftp_jax.routing.config import RoutingConfig
+from ftp_jax.routing.contexts import Contexts
 from ftp_jax.routing.plan import Plan
 from ftp_jax.routing.routers import Router
 from ftp_jax.routing.selection import decode_schedule, keep_context, least_kept_margin
@@ -93,37 +94,35 @@ def prefill(
   """
   batch, num_positions = tokens_BxT.shape
   assert num_positions == plan.num_positions and router.kind != "given"
-  contexts = Contexts(config, routing, params, tokens_BxT, context_B, attention)
-  scored = routing.scored_blocks([plan.bodies[i][1] for i in plan.body_of], router.recurrent)
-  scored = [router.reads_scores and some for some in scored]
-  fits = all(offset + num_positions <= sum(plan.cache_slots) for offset in plan.offsets[:-1])
+  contexts = Contexts(config, params, tokens_BxT, context_B, attention)
+  row_B, table = routers.row_seed(tokens_BxT, context_B), ScoreTable(contexts, routing.score_window)
+  scored = [router.reads_scores and some for some in routing.scored_blocks(plan.routed, router.recurrent)]
 
   def decide(x, score, state, inputs):
-    return decide_context(
-        routing, router, inputs, x, score, state, contexts.position_BxT, context_B, contexts.row_B
-    )
+    return decide_context(routing, router, inputs, x, score, state, contexts.position_BxT, context_B, row_B)
 
-  def run(carry, inputs, begin, end, planned):
+  def one_block(bodies, carry, inputs):
+    """A block that has one of the bodies: what the next one gets, and its routes as `Cache` keeps them."""
+    x, score, state, buffers = carry
+    gate, least_B, state = _gate(contexts, bodies, decide, router.recurrent, x, score, state, inputs)
+    held = None
+    if not bodies[0].evict:
+      score, buffers, held = project(contexts, bodies[0].table, x, score, gate, buffers, inputs)
+    x, score, tiles = run_body(contexts, bodies, inputs["body"], x, score, gate, held, inputs)
+    if tiles:
+      buffers = put_tiles(buffers, tiles, inputs["offset"], plan.tiles_fit or bodies[0].last)
+    return (x, score, state, buffers), (gate.keep_BxT, least_B)
+
+  def run(carry, inputs, begin, end):
     """Blocks [begin, end), with bodies for the buckets they have."""
     used = sorted(set(plan.body_of[begin:end]))
-    scores, evict = any(scored[begin:end]), begin >= plan.evict_from
-    bodies = [Body(contexts, *plan.bodies[i], evict, scores=scores) for i in used]
+    own = table if any(scored[begin:end]) else None
+    bodies = [Body(contexts, *plan.bodies[i], begin >= plan.evict_from, own) for i in used]
     inputs = inputs | {"body": jnp.asarray([used.index(i) for i in plan.body_of[begin:end]], jnp.int32)}
-
-    def step(carry, inputs):
-      x, score, state, buffers = carry
-      gate, least, state = _gate(contexts, bodies, decide, x, score, state, inputs, planned, router.recurrent)
-      held = None
-      if not evict:
-        score, buffers, held = contexts.project(x, score, gate, buffers, inputs, scores)
-      x, score, tiles = run_body(contexts, bodies, inputs["body"], x, score, gate, held, inputs)
-      buffers = put(buffers, tiles, inputs["offset"], fits) if tiles else buffers
-      return (x, score, state, buffers), (gate.keep_BxT, least)
-
-    return jax.lax.scan(step, carry, inputs)
+    return jax.lax.scan(lambda carry, inputs: one_block(bodies, carry, inputs), carry, inputs)
 
   inputs = block_inputs(routing, router, schedule_L) | {
-      "routed": jnp.asarray([plan.bodies[i][1] for i in plan.body_of]),
+      "routed": jnp.asarray(plan.routed),
       "scored": jnp.asarray(scored),
       "offset": jnp.asarray(plan.offsets, jnp.int32),
   }
@@ -133,64 +132,64 @@ def prefill(
       routers.init_state(router, batch, num_positions),
       empty_cache(config, plan, batch, dtype),
   )
-  last, decided, planned = config.num_blocks - 1, [], None
+  last, start, routes, planned = config.num_blocks - 1, routing.one_pass_block, [], None
   for begin, end in routing.phases(config.num_blocks):
-    some = jax.tree.map(lambda a: a[begin:end], inputs)
-    if begin == routing.one_pass_block and any(plan.bodies[i][1] for i in plan.body_of[begin:]):
-      x, score, state, _ = carry  # all gates from here on, before any of these blocks is computed
-
-      def plan_block(state, inputs):
-        keep, least, state = decide(x, score, state, inputs)
-        return state, (keep, least)
-
-      _, planned = jax.lax.scan(plan_block, state, jax.tree.map(lambda a: a[begin:], inputs))
+    of_phase, stop = jax.tree.map(lambda a: a[begin:end], inputs), min(end, last)
+    if begin == start and any(plan.routed[begin:]):
+      planned = _decide_ahead(decide, carry, jax.tree.map(lambda a: a[begin:], inputs))
     if planned:
-      first = begin - routing.one_pass_block
-      some["decided"] = jax.tree.map(lambda a: a[first : first + end - begin], planned)
-    if begin < min(end, last):
-      carry, out = run(carry, jax.tree.map(lambda a: a[: last - begin], some), begin, min(end, last), bool(planned))
-      decided.append(out)
-  x, score, state, buffers = carry
-  some = jax.tree.map(lambda a: a[-1], some)
-  body, held = Body(contexts, *plan.bodies[plan.body_of[-1]], last >= plan.evict_from, last=True), None
-  gate, least, _ = _gate(contexts, [body], decide, x, score, state, some, bool(planned), router.recurrent)
-  if not body.evict:
-    score, buffers, held = contexts.project(x, score, gate, buffers, some, False)
-  x, _, tiles = body.whole(x, score, gate, held, some)
-  buffers = put(buffers, tiles, some["offset"]) if tiles else buffers
-  decided.append((gate.keep_BxT[None], least[None]))
-  keep, least = jax.tree.map(lambda *a: jnp.concatenate(a), *decided)
-  cache = Cache(*buffers, keep, context_B, contexts.row_B, least)
-  return Prefilled(decoder.unembed(config, params, x[:, 0]), cache)
+      of_phase["decided"] = jax.tree.map(lambda a: a[begin - start : end - start], planned)
+    if begin < stop:
+      carry, found = run(carry, jax.tree.map(lambda a: a[: last - begin], of_phase), begin, stop)
+      routes.append(found)
+  body = Body(contexts, *plan.bodies[plan.body_of[-1]], last >= plan.evict_from, last=True)
+  (x, _, _, buffers), found = one_block([body], carry, jax.tree.map(lambda a: a[-1], of_phase) | {"body": 0})
+  routes.append(jax.tree.map(lambda a: a[None], found))
+  keep, least = jax.tree.map(lambda *a: jnp.concatenate(a), *routes)
+  return Prefilled(decoder.unembed(config, params, x[:, 0]), Cache(*buffers, keep, context_B, row_B, least))
+
+
+def _decide_ahead(decide, carry, inputs) -> tuple[jax.Array, jax.Array]:
+  """Gates (L,B,T) and margins (L,B), see `decide_context`, of blocks of which none is computed yet."""
+  x, score, state, _ = carry
+
+  def one(state, inputs):
+    keep, least, state = decide(x, score, state, inputs)
+    return state, (keep, least)
+
+  return jax.lax.scan(one, state, inputs)[1]
 
 
 def _gate(
-    contexts: Contexts, bodies: Sequence[Body], decide, x, score, state, inputs, planned: bool, recurrent: bool
+    contexts: Contexts, bodies: Sequence[Body], decide, recurrent: bool, x, score, state, inputs
 ) -> tuple[Gate, jax.Array, jax.Array]:
-  """What a block that may have any of these bodies decides, what `decide_context` says of its margins, and the state.
+  """What a block that has one of these bodies decides: the gate, and margin (B) and state as of `decide_context`.
 
   Args:
-    planned: it was decided before, see `RoutingConfig.one_pass_block`.
-    recurrent: a router is asked in every block, for the sake of its state.
+    decide: `decide_context` of (x, score, state, inputs).
+    recurrent: the router is asked in every block, for the sake of its state.
+    inputs: of them it reads `routed`, whether anything is asked of the block, and `decided`, which is there if the gate
+      was decided ahead; decide reads the others.
   """
   routed = [body.routed for body in bodies]
-  most = max((body.slots for body in bodies if body.gathers), default=0)
+  most = max((body.num_slots for body in bodies if body.gathers), default=0)
 
   def decided(x, score, state, inputs):
-    keep, least, state = (*inputs["decided"], state) if planned else decide(x, score, state, inputs)
+    keep, least, state = (*inputs["decided"], state) if "decided" in inputs else decide(x, score, state, inputs)
     return keep, fill_slots(keep, most) if most else None, least, state
 
   def undecided(x, score, state, inputs):
+    """All tokens; slots that no body reads, as both branches must have the same shapes."""
     del x, score, inputs
-    whole = lambda width: jnp.zeros((contexts.batch, width), int)
-    none = Slots(whole(most), whole(most) > 0, whole(contexts.num_positions))
+    zeros = lambda width: jnp.zeros((contexts.batch, width), int)
+    none = Slots(zeros(most), zeros(most) > 0, zeros(contexts.num_positions))
     return contexts.in_context_BxT, none if most else None, jnp.zeros(contexts.batch), state
 
   operands = x, score, state, inputs
   if recurrent or all(routed):
-    keep, slots, least, state = decided(*operands)
+    keep, filled, least, state = decided(*operands)
   elif not any(routed):
-    keep, slots, least, state = undecided(*operands)
+    keep, filled, least, state = undecided(*operands)
   else:
-    keep, slots, least, state = jax.lax.cond(inputs["routed"], decided, undecided, *operands)
-  return Gate(keep, slots), least, state
+    keep, filled, least, state = jax.lax.cond(inputs["routed"], decided, undecided, *operands)
+  return Gate(keep, filled), least, state

@@ -103,7 +103,10 @@ def write(buffer: jax.Array, tile: jax.Array, offset: jax.Array, axis: int, fits
 
 
 def as_tiles(k_BxKxGxN, v_BxKxGxN, key_BxK, size: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """Keys, values and their positions as the cache holds them, in `size` >= K slots."""
+  """Keys, values and positions as the cache holds them, (B,G,N,size), (B,G,size,N) and (B,size); size >= K.
+
+  Slots beyond K are empty.
+  """
   spare = size - key_BxK.shape[1]
   pad = lambda a, axis, value: jnp.pad(
       a, [(0, spare if i == axis else 0) for i in range(a.ndim)], constant_values=value
@@ -113,6 +116,11 @@ def as_tiles(k_BxKxGxN, v_BxKxGxN, key_BxK, size: int) -> tuple[jax.Array, jax.A
   )  # fmt: skip
 
 
-def put(buffers, tiles, offset: jax.Array, fits: bool = True) -> tuple[jax.Array, jax.Array, jax.Array]:
+def from_tiles(k_BxGxNxS: jax.Array, v_BxGxSxN: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Keys and values (B,S,G,N) of parts of the cache."""
+  return k_BxGxNxS.transpose(0, 3, 1, 2), v_BxGxSxN.transpose(0, 2, 1, 3)
+
+
+def put_tiles(buffers, tiles, offset: jax.Array, fits: bool) -> tuple[jax.Array, jax.Array, jax.Array]:
   """The buffers of `empty_cache` with a block's tiles written at its offset; `fits` as in `write`."""
   return tuple(write(buffer, tile, offset, axis, fits) for buffer, tile, axis in zip(buffers, tiles, (3, 2, 1)))

@@ -36,6 +36,11 @@ class Plan:
   evict_from: int
 
   @property
+  def routed(self) -> tuple[bool, ...]:
+    """Whether anything is asked of each block, (L)."""
+    return tuple(self.bodies[i][1] for i in self.body_of)
+
+  @property
   def slots(self) -> tuple[int, ...]:
     """Token slots each block computes, (L)."""
     return tuple(self.bodies[i][0] for i in self.body_of)
@@ -49,6 +54,11 @@ class Plan:
   def offsets(self) -> tuple[int, ...]:
     """Where each block's slots begin in the one cache buffer, (L)."""
     return tuple(itertools.accumulate((0, *self.cache_slots[:-1])))
+
+  @property
+  def tiles_fit(self) -> bool:
+    """Tiles of T slots fit into the cache at every block's offset but the last one's, whose tile has its own size."""
+    return all(offset + self.num_positions <= sum(self.cache_slots) for offset in self.offsets[:-1])
 
 
 def make_plan(

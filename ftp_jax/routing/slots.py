@@ -36,14 +36,14 @@ def gather(x_BxTxD: jax.Array, index_BxK: jax.Array) -> jax.Array:
   return jax.vmap(lambda x, i: x.at[i].get(mode="promise_in_bounds"))(x_BxTxD, index_BxK)
 
 
-def in_parts(function: Callable[[jax.Array], jax.Array], x_BxKxD: jax.Array, largest: int) -> jax.Array:
-  """A function of single tokens, computed in parts of at most `largest` slots and nearly equal size, one by one."""
+def in_chunks(function: Callable[[jax.Array], jax.Array], x_BxKxD: jax.Array, largest: int) -> jax.Array:
+  """A function of single tokens, computed in chunks of at most `largest` slots and nearly equal size, one by one."""
   num_slots = x_BxKxD.shape[1]
-  parts = -(-num_slots // largest)
-  if parts == 1:
+  chunks = -(-num_slots // largest)
+  if chunks == 1:
     return function(x_BxKxD)
-  size = -(-num_slots // parts)
-  x = jnp.pad(x_BxKxD, ((0, 0), (0, parts * size - num_slots), (0, 0)))
-  x = jnp.swapaxes(x.reshape(x.shape[0], parts, size, -1), 0, 1)
+  size = -(-num_slots // chunks)
+  x = jnp.pad(x_BxKxD, ((0, 0), (0, chunks * size - num_slots), (0, 0)))
+  x = jnp.swapaxes(x.reshape(x.shape[0], chunks, size, -1), 0, 1)
   y = jnp.swapaxes(jax.lax.map(function, x), 0, 1)
-  return y.reshape(y.shape[0], parts * size, -1)[:, :num_slots]
+  return y.reshape(y.shape[0], chunks * size, -1)[:, :num_slots]

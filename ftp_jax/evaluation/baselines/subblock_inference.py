@@ -17,9 +17,9 @@ from ftp_jax.inference.programs import Spec
 from ftp_jax.models import decoder
 from ftp_jax.models.attention import attend_cached, visible
 from ftp_jax.models.config import ModelConfig
-from ftp_jax.routing.bodies import Contexts
 from ftp_jax.routing.bucketed import Prefilled
 from ftp_jax.routing.cache import Recent
+from ftp_jax.routing.contexts import Contexts
 from ftp_jax.routing.decode import Extended
 from ftp_jax.routing.plan import MAX_BUCKETS, Plan, make_plan
 from ftp_jax.routing.selection import keep_context
@@ -113,9 +113,9 @@ def prefill(
     plan: made of the very `schedule_Lx2`; T of the tokens is its `num_positions`.
   """
   batch, num_positions = tokens_BxT.shape
-  contexts = Contexts(config, ROUTING, params, tokens_BxT, context_B, attention)
+  contexts = Contexts(config, params, tokens_BxT, context_B, attention)
   nothing = jnp.zeros_like(contexts.in_context_BxT)
-  last_BxT = contexts.position_BxT == contexts.last()
+  last_BxT = contexts.position_BxT == contexts.last_position()
   final = max(i for i, (gone, _) in enumerate(removed) if not gone)  # the last attention
 
   def keys_values(apply, x):
@@ -192,7 +192,7 @@ def prefill(
     carry, decided = jax.lax.scan(step, carry, inputs)
     keep.append(decided)
   x, *buffers = carry
-  apply, at = contexts.block(jnp.int32(final)), contexts.last()
+  apply, at = contexts.block(jnp.int32(final)), contexts.last_position()
   k, v, tiles = keys_values(apply, x)
   buffers = [b.at[slots[final]].set(tile) for b, tile in zip(buffers, tiles)]
   x = gather(x, at)
