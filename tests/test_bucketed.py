@@ -495,7 +495,7 @@ def test_merge_costs_the_fewest_slots(pairs, most):
 def test_a_plan_holds_every_context_in_few_bodies(schedule, num_positions, multiple, max_buckets, kv_mode):
   routing = RoutingConfig(kv_mode, bucket_multiple=multiple)
   plan = make_plan(schedule, num_positions, routing, max_buckets)
-  routed = plan.routed
+  routed = list(plan.routed)
   assert routed == [s > 0 for s in schedule]
   assert len({body for body in plan.bodies if body[1]}) <= max_buckets and len(plan.bodies) <= max_buckets + 1
   contexts = np.arange(1, num_positions + 1)
