@@ -17,7 +17,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from ftp_jax import cli, distributed
+from ftp_jax import cli, distributed, sharding
 from ftp_jax.data.prompts import Prompts
 from ftp_jax.errors import UserError
 from ftp_jax.models import decoder, scoring
@@ -513,9 +513,8 @@ def test_sigterm_saves_and_the_training_goes_on_bit_for_bit(tmp_path, undisturbe
 
 
 def test_a_checkpoint_is_restored_to_the_bit_on_another_mesh(tmp_path, monkeypatch):
-  mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 3)
-  spread = lambda p: jax.device_put(p, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
-  one, many = frozen_params(CONFIG), jax.tree.map(spread, frozen_params(CONFIG))
+  mesh = sharding.make_mesh(2, 2, 2)
+  one, many = frozen_params(CONFIG), jax.device_put(frozen_params(CONFIG), decoder.param_shardings(mesh, CONFIG))
 
   def first_state(directory, params):
     """The state that a resumed training starts from."""
