@@ -1,5 +1,6 @@
 """Eight CPU devices, quick compilation and strict ranks for every test, set before jax is imported."""
 
+import functools
 import os
 
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -13,10 +14,16 @@ os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + _FLAGS
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 
+import hypothesis  # noqa: E402
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# Shrinking a failure would compile for minutes, and the drawn inputs are small as they are.
+drawn = functools.partial(
+    hypothesis.settings, deadline=None, derandomize=True, database=None, phases=[hypothesis.Phase.generate]
+)
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -374,7 +374,10 @@ def test_what_a_compiler_says_of_memory(message, want):
     (["--mesh=0,-1,1"], "makes no sense"),
     (["--mesh=4"], "--mesh=4 must be three numbers data,fsdp,tensor"),
     (["--batch=6"], "--batch=6 is not a multiple of the 4 parts of a batch .*; choose 8"),
-    (["--context=200", "--attention=splash"], "needs a multiple of 128 positions, not 200; choose 256 or attention=full"),
+    (
+        ["--context=200", "--attention=splash"],
+        "needs a multiple of 128 positions, not 200; choose 256 or attention=full",
+    ),
     (["--context=64"], "--context=64 leaves nothing before the 64 scored positions"),
     (["--attention=auto"], "--attention=auto is unknown; choose one of full, splash"),
     (["--candidates=0"], "--candidates must be at least 1"),

@@ -398,7 +398,7 @@ def test_mmlu_prompts_are_those_of_lm_eval(shots, tmp_path):
 
 def test_prompts_by_hand(tmp_path):
   make = lambda kind: requests_of(own_task(kind, ITEMS[kind], tmp_path))
-  assert make("choice")[0] == [(f"Question: Which is a metal?\nAnswer:", f" {c}") for c in ("wood", "iron", "wool")]
+  assert make("choice")[0] == [("Question: Which is a metal?\nAnswer:", f" {c}") for c in ("wood", "iron", "wool")]
   assert make("winogrande")[0] == [(f"Ann thanked Eve because {name}", " had helped.") for name in ("Ann", "Eve")]
   assert make("hellaswag")[1][3] == ("Sewing: How to sew. Take a needle.", " Thread it now.")
   assert make("mmlu")[1][2] == (

@@ -1,6 +1,10 @@
 """Tests of attention by positions: the tiled XLA form against the mask, the fused kernels against the tiled form."""
 
 import functools
+import json
+import pathlib
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -322,3 +326,15 @@ def test_backend_name_tells_gpus_apart(capability, want, monkeypatch):
 
 def test_backend_name_of_this_machine():
   assert kernels.backend_name() == "cpu"
+
+
+def test_the_parity_script_compares_every_way_of_attending(tmp_path):
+  """Here both sides are XLA; with a GPU or a TPU the first is its kernel."""
+  report, root = tmp_path / "parity.json", pathlib.Path(__file__).parent.parent
+  small = ["--lengths=40,128", "--batch=2", "--heads=4", "--groups=2", "--dim=8", "--runs=1", f"--json={report}"]
+  subprocess.run([sys.executable, root / "experiments/kernel_parity.py", *small], check=True, cwd=root)
+  records = json.loads(report.read_text())["records"]
+  assert len({(r["case"], r["slots"]) for r in records}) == 8
+  for r in records:
+    assert r["finite"] and r["kernel"] == "xla"
+    assert 0 < r["kernel_difference"] == r["xla_difference"] < 0.01 * r["largest"]

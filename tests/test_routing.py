@@ -456,8 +456,8 @@ def test_continuation_tokens_are_asked_for_their_own_sparsity():
   c = tiny.config()
   tokens, context, length = tiny.batch(c, [4], [40], 40)
   share = lambda asked: 1 - np.mean(tiny.forward(
-      c, RoutingConfig(decode_sparsity=asked), tiny.params(c), routers.Router("random", None, jax.random.key(0)), tokens,
-      context, length, jnp.full(4, 0.5),
+      c, RoutingConfig(decode_sparsity=asked), tiny.params(c), routers.Router("random", None, jax.random.key(0)),
+      tokens, context, length, jnp.full(4, 0.5),
   ).keep_LxBxT[:, 0, 4:])
   assert share(0.0) == 0 and 0.1 < share(0.2) < 0.3 and 0.5 < share(0.7) < 0.85
 

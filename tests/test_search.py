@@ -6,10 +6,12 @@ import json
 import os
 import signal
 
-from hypothesis import given, settings as hypothesis_settings, strategies as st
 import jax
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
 
 from ftp_jax import cli, distributed
 from ftp_jax.config import get_config

@@ -14,6 +14,9 @@ from ftp_jax.models import huggingface
 from ftp_jax.models.config import ModelConfig
 from ftp_jax.models.decoder import abstract_params
 from ftp_jax.models.huggingface import fingerprint, fingerprint_params, load_params, save_params
+from ftp_jax.models.sources import load_model
+from tests import scripts
+from tests.test_data import byte_tokenizer
 
 HF = dict(
     model_type="qwen2",  # biases: every kind of leaf but the q/k norms
@@ -255,3 +258,18 @@ def test_fingerprint_of_a_tied_model_ignores_the_duplicate_head(tmp_path):
   config = ModelConfig.from_hf(hf)
   params = load_params(tmp_path / "b", config, np.float32)  # widening is lossless
   assert fingerprint(tmp_path / "a") == fingerprint(tmp_path / "b") == fingerprint_params(params, config)
+
+
+@pytest.mark.parametrize("vocabulary", [32, 500])
+def test_a_random_checkpoint_loads_with_an_embedding_for_every_token(vocabulary, tmp_path, monkeypatch):
+  script = scripts.load("random_checkpoint")
+  monkeypatch.setitem(script.ARCHITECTURES, "tiny", HF | {"vocab_size": vocabulary})
+  byte_tokenizer().save_pretrained(tmp_path / "tokenizer")
+  script.write("tiny", tmp_path / "tokenizer", tmp_path / "model")
+  model = load_model(str(tmp_path / "model"), "bfloat16")
+  assert model.config.vocab_size == max(vocabulary, len(model.tokenizer))
+  assert model.params["embed"]["embedding"].dtype == jnp.bfloat16
+  kernel = np.asarray(model.params["blocks"]["down"]["kernel"], np.float32)
+  assert (kernel.std(axis=(1, 2)) > 0.01).all() and not np.array_equal(kernel[0], kernel[1])
+  with pytest.raises(UserError, match="already holds weights"):
+    script.write("tiny", tmp_path / "tokenizer", tmp_path / "model")

@@ -1,0 +1,65 @@
+"""Writes a checkpoint of a full-size architecture with random weights in bf16: for timing, good for nothing else.
+
+  python experiments/random_checkpoint.py --architecture=llama2-7b --tokenizer=DIR --out=DIR
+  ftp-jax bench prefill --model=DIR --dtype=bfloat16
+
+What a prefill costs depends on shapes and routes, not on what the weights are. The tokenizer is that of a model at
+hand; where it has more tokens than the architecture has embeddings, as many embeddings are made. Llama-2-7B takes 13.5
+GB on disk, and twice as much memory while it is made.
+"""
+
+import json
+import pathlib
+import shutil
+import sys
+
+import jax
+import jax.numpy as jnp
+from absl import app, flags
+
+from ftp_jax.errors import UserError
+from ftp_jax.models import decoder
+from ftp_jax.models.architectures import ARCHITECTURES
+from ftp_jax.models.config import ModelConfig
+from ftp_jax.models.huggingface import save_params
+from ftp_jax.models.sources import resolve
+from ftp_jax.models.tokenizer import load_tokenizer
+
+_ARCHITECTURE = flags.DEFINE_enum("architecture", "llama2-7b", list(ARCHITECTURES), "Whose shapes.")
+_TOKENIZER = flags.DEFINE_string("tokenizer", "smollm2-135m", "Model source whose tokenizer is copied.")
+_OUT = flags.DEFINE_string("out", None, "Directory to write.", required=True)
+
+
+def write(architecture: str, tokenizer: pathlib.Path, out: pathlib.Path) -> None:
+  """Writes weights, `config.json` and tokenizer.
+
+  Args:
+    tokenizer: directory that holds one.
+
+  Raises:
+    UserError: `out` holds weights, or the disk refuses.
+  """
+  out.mkdir(parents=True, exist_ok=True)
+  for file in ("tokenizer.json", "tokenizer_config.json"):
+    shutil.copy(tokenizer / file, out / file)
+  hf = ARCHITECTURES[architecture] | {"dtype": "bfloat16"}
+  (out / "config.json").write_text(json.dumps(hf))  # what transformers takes for the tokenizer depends on it
+  tokens = max(load_tokenizer(out).get_vocab().values()) + 1
+  hf["vocab_size"] = max(tokens, hf["vocab_size"])
+  config = ModelConfig.from_hf(hf)
+  random = lambda key: jax.tree.map(lambda a: a.astype(jnp.bfloat16), decoder.init_params(config, key))
+  save_params(jax.jit(random)(jax.random.key(0)), config, out, hf)
+
+
+def main(argv) -> None:
+  if len(argv) > 1:
+    raise app.UsageError(f"The argument {argv[1]!r} is not understood.")
+  write(_ARCHITECTURE.value, resolve(_TOKENIZER.value), pathlib.Path(_OUT.value))
+  print(f"written to {_OUT.value}")
+
+
+if __name__ == "__main__":
+  try:
+    app.run(main)
+  except UserError as error:
+    sys.exit(f"random_checkpoint: {error}")
