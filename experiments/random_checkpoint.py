@@ -39,6 +39,10 @@ def write(architecture: str, tokenizer: pathlib.Path, out: pathlib.Path) -> None
   Raises:
     UserError: `out` holds weights, or the disk refuses.
   """
+  if not (tokenizer / "tokenizer.json").exists():
+    raise UserError(f"{tokenizer} has no tokenizer.json; name another --tokenizer.")
+  if out.exists() and any(out.iterdir()):
+    raise UserError(f"{out} is not empty; name another --out.")
   out.mkdir(parents=True, exist_ok=True)
   for file in ("tokenizer.json", "tokenizer_config.json"):
     shutil.copy(tokenizer / file, out / file)

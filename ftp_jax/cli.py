@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 
 from ftp_jax import distributed, launch
-from ftp_jax.errors import UserError
+from ftp_jax.errors import UserError, check_target
 
 _OVERRIDES = """\
 Every key of the config can be set: --config.train.steps=20 --config.sparsities="(0.3, 0.4)".
@@ -63,7 +63,7 @@ def outcome(error: BaseException, saves: bool = True) -> tuple[int, str] | None:
     return 2, " ".join(str(error).split())
   if isinstance(error, OSError):  # a full or read-only disk, a path that is no directory
     reason = f"{error.filename or 'a file'}: {error.strerror or error}"
-    return 2, f"{reason}; free space or choose another --workdir."
+    return 2, f"{reason}; free space or choose another place."
   if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in str(error):  # jax tells by the text alone
     return 2, ("the device is out of memory; lower train.batch, search.batch or evaluation.batch, or set "
                "model.remat=full.")  # fmt: skip
@@ -278,8 +278,8 @@ def _lm_eval(arguments: argparse.Namespace, rest: list[str]) -> None:
 def _stages(arguments: argparse.Namespace, rest: list[str]) -> None:
   config, workdir = launch.load_config(arguments.config, arguments.workdir, rest)
   target = pathlib.Path(arguments.json) if "json" in arguments and arguments.json else None
-  if target and not target.absolute().parent.is_dir():  # known now, not after an hour
-    raise UserError(f"--json={target} lies in no existing directory; create {target.parent} first.")
+  if target:
+    check_target(target)  # known now, not after an hour
   with distributed.together(launch.processes(arguments), outcome):
     _run_stages(arguments.name, config, workdir, target)
 

@@ -1,5 +1,15 @@
 """The one exception for mistakes a user can make: one sentence, with the fix."""
 
+import pathlib
+
 
 class UserError(Exception):
   """Something the user can correct; command-line entries print it without a traceback."""
+
+
+def check_target(path: pathlib.Path) -> None:
+  """Raises UserError unless --json can name this file, before there is anything to write."""
+  if not path.absolute().parent.is_dir():
+    raise UserError(f"--json={path} lies in no existing directory; create {path.parent} first.")
+  if path.is_dir():
+    raise UserError(f"--json={path} is a directory; name a file.")

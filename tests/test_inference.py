@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import io
 import json
+import os
 import pathlib
 import re
 
@@ -582,9 +583,27 @@ def test_the_command_streams_the_continuation_of_one_prompt(directories, served,
       r"ftp-jax: 18 prompt tokens, 18 new tokens, first token after \d+\.\d\d s, \d+\.\d tokens/s, cache [\d,]+ bytes, "
       r"pruned: not below the crossover of 10 tokens\n", err,
   )  # fmt: skip
-  monkeypatch.setattr("sys.stdin", io.StringIO("Do tiny ones talk?\n"))
+  monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"Do tiny ones talk?\n")))
   assert generate(directories, "--max-new-tokens=18") == 0
   assert capsys.readouterr().out == out
+
+
+@pytest.mark.parametrize("typed", [b"caf\xe9", b""])
+def test_a_prompt_that_is_no_text_is_one_sentence(typed, directories, capsys, monkeypatch):
+  message = "is not UTF-8" if typed else "is empty"
+  monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(typed + b"\n")))
+  assert generate(directories) == 2
+  assert message in capsys.readouterr().err
+  assert generate(directories, f"--prompt={os.fsdecode(typed)}") == 2
+  assert message in capsys.readouterr().err
+
+
+def test_the_command_does_not_write_over_its_prompts(directories, tmp_path, capsys):
+  prompts = tmp_path / "prompts.jsonl"
+  prompts.write_text('{"prompt": "Do tiny ones talk?"}\n')
+  assert generate(directories, f"--prompts={prompts}", f"--json={tmp_path}/../{tmp_path.name}/prompts.jsonl") == 2
+  assert "is the file of --prompts" in capsys.readouterr().err
+  assert json.loads(prompts.read_text()) == {"prompt": "Do tiny ones talk?"}
 
 
 def test_the_command_samples_stops_and_chats(directories, served, capsys):

@@ -210,6 +210,11 @@ def test_routers_a_block_learn_the_scores_of_their_blocks_whichever_block_evicts
     (lambda c: c.search.update(seed_schedules=()), "seed_schedules"),
     (lambda c: c.update(sparsities=(0.3, 0.304)), "two decimals"),
     (lambda c: c.update(sparsities=(0.0,)), "out of reach"),
+    (lambda c: c.update(sparsities=(0.004,)), "out of reach"),  # its folder would be that of dense
+    (lambda c: c.train.update(validate_every=0), "train.validate_every"),
+    (lambda c: c.finetune.update(rounds=0), "finetune.rounds=0 .* search.schedule='fisher'"),
+    (lambda c: (c.search.update(schedule="fisher"), c.routing.update(one_pass_block=3), c.update(sparsities=(0.25,))),
+     "0.25 is more than the blocks from 3 on can skip"),
     (lambda c: c.update(seeds=(-1,)), "seeds"),
     (lambda c: c.model.update(remat="some"), "model.remat"),
     (lambda c: c.train.update(batch=0), "train.batch"),
@@ -227,6 +232,34 @@ def test_impossible_settings_are_one_sentence(model_directory, tmp_path, change,
   with pytest.raises(UserError, match=named) as error:
     pipeline.run(config, str(tmp_path), pipeline.STAGES[:3])
   assert "\n" not in str(error.value)
+
+
+def test_a_foreign_config_is_not_overwritten(finished, model_directory, tmp_path):
+  """Of a model, for instance; the report of a run changes no config either."""
+  config, path = tiny_run(model_directory), tmp_path / "config.json"
+  for text in (json.dumps({"model_type": "llama"}), "[]", "{"):
+    path.write_text(text)
+    for stages in (pipeline.STAGES, ("report",)):
+      with pytest.raises(UserError, match="not the config of a run; give another --workdir"):
+        pipeline.run(config, str(tmp_path), stages)
+    assert path.read_text() == text and list(tmp_path.iterdir()) == [path]
+  before = (finished / "config.json").read_text()
+  config.search.batch += 1
+  with pytest.raises(UserError):
+    pipeline.run(config, str(finished), ("report",))
+  assert (finished / "config.json").read_text() == before
+
+
+def test_a_run_without_finetuning_has_no_row_of_it(model_directory, tmp_path):
+  config = tiny_run(model_directory)
+  config.search.schedule, config.finetune.rounds, config.train.steps = "fisher", 0, 1
+  pipeline.run(config, str(tmp_path))
+  records = json.loads((tmp_path / "results.json").read_text())["records"]
+  trained = [r for r in records if r["method"].startswith("dynamic")]
+  assert [(r["method"], r["schedule"]) for r in trained] == [("dynamic_ga", "fisher")]
+  made = artifact.load(tmp_path / "S0.25" / "seed0" / "artifact")
+  assert made.figures["kl"] == trained[0]["kl"]
+  assert "dynamic + fisher" in (tmp_path / "report.html").read_text()
 
 
 def test_damaged_artifacts_are_refused(finished, tmp_path):

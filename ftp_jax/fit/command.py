@@ -5,7 +5,7 @@ import json
 import pathlib
 from typing import Any
 
-from ftp_jax.errors import UserError
+from ftp_jax.errors import UserError, check_target
 from ftp_jax.fit import topologies
 
 _GIB = 2**30
@@ -15,8 +15,8 @@ def run(arguments: argparse.Namespace) -> int:
   """Compiles and prints; returns 0 if it fits, 1 if not."""
   topologies.prepare()  # before jax is imported
   target = pathlib.Path(arguments.json) if arguments.json else None
-  if target and not target.absolute().parent.is_dir():
-    raise UserError(f"--json={target} lies in no existing directory; create {target.parent} first.")
+  if target:
+    check_target(target)
 
   import jax
 
@@ -128,8 +128,6 @@ def report(record: dict[str, Any]) -> str:
     lines.append("collectives, bytes that a chip receives in a step:")
     for kind, total in sorted(record["collectives"].items(), key=lambda item: -item[1]["bytes"]):
       lines.append(f"  {kind:<20}{gib(total['bytes']):>12} in {total['count']:.0f}")
-    if record["unknown_loops"]:
-      lines.append(f"  ({record['unknown_loops']} loops of unknown length are counted as one trip)")
     if record["unknown_loops"]:
       lines.append(f"  not counted: how often {record['unknown_loops']} loops run, each taken once")
     lines.append("largest arrays of a chip beside its arguments:")

@@ -10,7 +10,7 @@ import time
 from collections.abc import Sequence
 from typing import TextIO
 
-from ftp_jax.errors import UserError
+from ftp_jax.errors import UserError, check_target
 from ftp_jax.inference.engine import Engine, Generation
 from ftp_jax.inference.sampling import Sampling
 
@@ -22,14 +22,16 @@ def run(arguments: argparse.Namespace) -> None:
     UserError: there is no prompt, or an argument does not fit the model.
   """
   target = pathlib.Path(arguments.json) if arguments.json else None
-  if target and not target.absolute().parent.is_dir():
-    raise UserError(f"--json={target} lies in no existing directory; create {target.parent} first.")
+  if target:
+    check_target(target)
   if arguments.batch < 1:
     raise UserError(f"--batch={arguments.batch} must be at least 1.")
   if not arguments.artifact and (arguments.decode_sparsity, arguments.decode_threshold) != (None, None):
     raise UserError("--decode-sparsity and --decode-threshold change a router; name one with --artifact=DIR.")
   sampling = Sampling(arguments.temperature, arguments.top_p)
   texts = read_prompts(arguments.prompt, arguments.prompts)
+  if target and arguments.prompts and target.exists() and target.samefile(arguments.prompts):
+    raise UserError(f"--json={target} is the file of --prompts; name another.")
   engine = Engine.load(
       arguments.model, arguments.artifact, dtype=arguments.dtype, fallback=arguments.fallback,
       attention=arguments.attention, decode_sparsity=arguments.decode_sparsity,
@@ -65,13 +67,19 @@ def read_prompts(prompt: str | None, path: str | None) -> list[str]:
     raise UserError("--prompt and --prompts exclude each other; pass one of them.")
   if path is not None:
     return _read_file(path)
-  if prompt is None:
-    if sys.stdin.isatty():
-      raise UserError("There is no prompt; pass --prompt=TEXT, --prompts=FILE, or pipe a text in.")
-    prompt = sys.stdin.read().rstrip("\n")
-  if not prompt:
+  if prompt is not None:
+    given = os.fsencode(prompt)  # as it was typed, whatever the locale made of it
+  elif sys.stdin.isatty():
+    raise UserError("There is no prompt; pass --prompt=TEXT, --prompts=FILE, or pipe a text in.")
+  else:
+    given = sys.stdin.buffer.read().rstrip(b"\r\n")
+  try:
+    text = given.decode("utf-8")
+  except UnicodeDecodeError:
+    raise UserError("The prompt is not UTF-8; convert it first.") from None
+  if not text:
     raise UserError("The prompt is empty; pass some text.")
-  return [prompt]
+  return [text]
 
 
 def _read_file(path: str) -> list[str]:

@@ -20,7 +20,7 @@ _AT_LEAST = {
     1: (
         "data.num_search", "data.num_train", "data.num_validation", "data.num_test", "search.batch", "train.batch",
         "train.fisher_draws", "train.warmup_guide_prompts", "router.hidden_size", "evaluation.batch",
-        "evaluation.redundancy_prompts",
+        "evaluation.redundancy_prompts", "train.validate_every", "train.checkpoint_every",
     ),
     0: (
         "train.warmup", "train.warmup_guide_steps", "search.generations", "finetune.rounds", "finetune.generations",
@@ -38,9 +38,9 @@ def check_config(config) -> None:
       raise UserError(f"seeds={tuple(config.seeds)} must be whole numbers that are not negative.")
   largest = schedules.max_units(config.search.grid, config.search.max_sparsity) / config.search.grid
   for sparsity in config.sparsities:
-    if not isinstance(sparsity, float) or not 0 < sparsity <= largest:
+    if not isinstance(sparsity, float) or not 0.005 <= sparsity <= largest:
       raise UserError(
-          f"Sparsity {sparsity!r} is out of reach: choose numbers above 0 and at most {largest:g}, the largest that "
+          f"Sparsity {sparsity!r} is out of reach: choose numbers from 0.005 to {largest:g}, the largest that "
           f"search.max_sparsity={config.search.max_sparsity} allows."
       )
   folders = [{f"{s:.2f}" for s in config.sparsities}, set(config.seeds)]
@@ -61,10 +61,46 @@ def check_config(config) -> None:
       section, key = name.split(".")
       if config[section][key] < least:
         raise UserError(f"{name}={config[section][key]} must be at least {least}.")
+  if config.finetune.rounds == 0 and config.train.guide == "fisher" and config.search.schedule != "fisher":
+    if config.train.fisher_share:
+      raise UserError(
+          "finetune.rounds=0 would keep a schedule that the router is not trained for; set train.fisher_share=0, "
+          "search.schedule='fisher' or finetune.rounds=1."
+      )
   if not 0 <= config.train.fisher_share <= 1:
     raise UserError(f"train.fisher_share={config.train.fisher_share} must lie between 0 and 1.")
   if config.data.chat and config.data.source in ("embedded", "text"):
     raise UserError("data.chat=True needs prompts; set data.source='prompts' or 'hub', or data.chat=False.")
+
+
+def check_plan(config, num_blocks: int) -> None:
+  """Raises UserError where the Fisher schedule of a plan made at one block would need blocks before it."""
+  first = config.routing.one_pass_block
+  largest = schedules.max_units(config.search.grid, config.search.max_sparsity) / config.search.grid
+  for sparsity in config.sparsities:
+    if config.search.schedule == "fisher" and first > 0 and sparsity * num_blocks > (num_blocks - first) * largest:
+      raise beyond_plan(sparsity, first)
+
+
+def beyond_plan(sparsity: float, first: int) -> UserError:
+  return UserError(
+      f"Sparsity {sparsity:g} is more than the blocks from {first} on can skip, and with search.schedule='fisher' "
+      "those before a plan are dense; choose a smaller S or a smaller routing.one_pass_block."
+  )
+
+
+def check_workdir(directory: pathlib.Path) -> None:
+  """Raises UserError if a directory holds a config.json that is not that of a run: it would be overwritten."""
+  path = directory / "config.json"
+  if not path.exists():
+    return
+  try:
+    found = json.loads(path.read_text(encoding="utf-8"))
+    own = {"sparsities", "seeds", "search", "train"} <= set(found)
+  except (OSError, ValueError, TypeError):
+    own = False
+  if not own:
+    raise UserError(f"{path} is not the config of a run; give another --workdir.")
 
 
 def check_alike(config, stages: tuple[str, ...]) -> None:

@@ -61,7 +61,8 @@ def run(config: Any, workdir: str, stages: tuple[str, ...] = STAGES) -> None:
     checks.check_alike(config, stages)
     checks.check_batches(config, sharding.batch_parts(pipeline.mesh))
   distributed.on_first(pipeline.check)
-  write_json(pipeline.workdir / "config.json", json.loads(config.to_json()))
+  if stages != ("report",):
+    write_json(pipeline.workdir / "config.json", json.loads(config.to_json()))
   distributed.barrier()
   checks.check_shared(pipeline.workdir / "config.json")
   for stage in STAGES:
@@ -121,6 +122,7 @@ class Pipeline:
 
   def check(self) -> None:
     """Raises UserError if any stage that exists was begun with other settings, before anything is written."""
+    checks.check_workdir(self.workdir)
     for stage in ("data", "importance"):
       check_stage(self.workdir / stage, self.settings(stage))
     for sparsity, seed in self.cells:
@@ -143,6 +145,7 @@ class Pipeline:
   def model(self) -> Model:
     loaded = self._load_model()
     self.routing.check_blocks(loaded.config.num_blocks)
+    checks.check_plan(self.config, loaded.config.num_blocks)
     return loaded
 
   def _load_model(self) -> Model:
@@ -211,7 +214,10 @@ class Pipeline:
         ),
         "file": lambda: checks.schedule_file(s.schedule_path, blocks, sparsity, s.grid),
     }[name]()
-    return schedules.to_units(real, sparsity, s.grid, s.max_sparsity)
+    units = schedules.to_units(real, sparsity, s.grid, s.max_sparsity)
+    if name == s.schedule == "fisher" and units[: max(self.routing.one_pass_block, 0)].any():
+      raise checks.beyond_plan(sparsity, self.routing.one_pass_block)
+    return units
 
   def find_schedule(self, directory, seeds_units, router: routers.Router, generations: int, seed: int) -> np.ndarray:
     """Runs the search with one router, and leaves `schedule.json`; the sparsities (L,)."""
@@ -415,8 +421,9 @@ class Pipeline:
             bench().random(sparsity, seed),
             bench().routed("static_ga", sparsity, seed, routers.STATIC, found),
             bench().routed("dynamic_ga", sparsity, seed, first, found),
-            bench().routed("dynamic_finetuned", sparsity, seed, final, tuned),
         ]
+        if c.finetune.rounds:
+          rows.append(bench().routed("dynamic_finetuned", sparsity, seed, final, tuned))
         for row in rows[1:]:
           row["schedule"] = c.search.schedule
         write_json(directory / "records.json", rows)

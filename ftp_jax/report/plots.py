@@ -146,14 +146,14 @@ def _plain_log(axis):
 
 @_styled
 def plot_schedules(run: Run):
-  """Asked sparsity of every block, before and after fine-tuning; a panel for each S."""
+  """Asked sparsity of every block, before fine-tuning and, where there was any, after it; a panel for each S."""
   by_sparsity = run.by_sparsity()
   figure, panels = _panels(len(by_sparsity), 1, 8, 2.6)
   for axes, (sparsity, cells) in zip(panels[:, 0], by_sparsity.items()):
     for label, colour, style, schedules in (
         ("search", BLUE, (0, (4, 2)), [cell.search_schedule for cell in cells]),
         ("fine-tuned", GREEN, "-", [cell.schedule for cell in cells]),
-    ):
+    )[: 2 if run.cells[0].histories else 1]:
       schedules = 100 * np.asarray(schedules)
       blocks = np.arange(schedules.shape[1])
       if len(schedules) > 1:
@@ -266,7 +266,7 @@ def plot_routes(prompts):
     skipped = _percent(1 - keep.mean())
     axes.set_title(f"{context} context tokens, {skipped} of (token, block) pairs skipped", loc="left")
   panels[-1, 0].set_xlabel("context token")
-  return figure, "Blue: the block computes the token; pale: the token skips the block. First seed, fine-tuned schedule."
+  return figure, "Blue: the block computes the token; pale: the token skips the block. First seed, final schedule."
 
 
 def _readable(token: str) -> str:

@@ -133,7 +133,7 @@ def prefill(
       empty_cache(config, plan, batch, dtype),
   )
   last, start, routes, planned = config.num_blocks - 1, routing.one_pass_block, [], None
-  for begin, end in routing.phases(config.num_blocks):
+  for begin, end in plan.phases(routing):
     of_phase, stop = jax.tree.map(lambda a: a[begin:end], inputs), min(end, last)
     if begin == start and any(plan.routed[begin:]):
       planned = _decide_ahead(decide, carry, jax.tree.map(lambda a: a[begin:], inputs))

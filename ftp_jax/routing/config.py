@@ -1,7 +1,7 @@
 """How tokens are routed: the static description shared by every execution."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from ftp_jax.errors import UserError
 
@@ -128,8 +128,8 @@ class RoutingConfig:
     asked = {min(block, plan) for block in range(last + 1) if routed_L[block] or recurrent}
     return [block + 1 in asked for block in range(len(routed_L))]
 
-  def phases(self, num_blocks: int, start: int = 0) -> list[tuple[int, int]]:
-    """The runs of blocks [begin, end) from `start` on, cut where a plan is made and where eviction begins."""
-    cuts = {block for block in (self.one_pass_block, self.first_evicting(num_blocks)) if start < block < num_blocks}
-    bounds = [start, *sorted(cuts), num_blocks]
+  def phases(self, num_blocks: int, start: int = 0, more: Iterable[int] = ()) -> list[tuple[int, int]]:
+    """Runs of blocks [begin, end) from `start` on, cut where a plan is made, where eviction begins, and at `more`."""
+    cuts = {self.one_pass_block, self.first_evicting(num_blocks), *more}
+    bounds = [start, *sorted(cut for cut in cuts if start < cut < num_blocks), num_blocks]
     return list(zip(bounds, bounds[1:]))

@@ -60,6 +60,14 @@ class Plan:
     """Tiles of T slots fit into the cache at every block's offset but the last one's, whose tile has its own size."""
     return all(offset + self.num_positions <= sum(self.cache_slots) for offset in self.offsets[:-1])
 
+  def phases(self, routing: RoutingConfig) -> list[tuple[int, int]]:
+    """Those of `routing`, with the dense blocks before and after all routed ones in phases of their own.
+
+    A phase of one body branches nowhere.
+    """
+    routed = [block for block, routed in enumerate(self.routed) if routed]
+    return routing.phases(len(self.body_of), more=(routed[0], routed[-1] + 1) if routed else ())
+
 
 def make_plan(
     schedule_L: Sequence[float],

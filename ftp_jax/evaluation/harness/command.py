@@ -8,7 +8,7 @@ import logging
 import pathlib
 from typing import Any
 
-from ftp_jax.errors import UserError
+from ftp_jax.errors import UserError, check_target
 from ftp_jax.export.artifact import CONFIG_FILE, WEIGHTS_FILE
 from ftp_jax.inference import Engine
 from ftp_jax.machine import describe_machine
@@ -31,8 +31,8 @@ def run(arguments: argparse.Namespace) -> None:
   """
   check_installed()
   target = pathlib.Path(arguments.json) if arguments.json else None
-  if target and not target.absolute().parent.is_dir():
-    raise UserError(f"--json={target} lies in no existing directory; create {target.parent} first.")
+  if target:
+    check_target(target)
   if not arguments.artifact and (arguments.decode_sparsity, arguments.decode_threshold) != (None, None):
     raise UserError("--decode-sparsity and --decode-threshold change a router; name one with --artifact=DIR.")
 
