@@ -250,7 +250,10 @@ class Table:
 
   def report(self) -> None:
     rows = [self._row(cell) for cell in self.cells]
-    rows = [row for row in rows if any((row["quality"], row["long"], row["correct"], any(row["speedup"].values())))]
+    known = lambda row: (
+        row["quality"], row["long"], row["correct"], any(row["speedup"].values()), row["retrieval"] is not None
+    )
+    rows = [row for row in rows if any(known(row))]
     table = table_figures.summarise(rows, {task: chance(task, _DATA.value) for task in _TASKS.value}, self.contexts)
     means = lambda of_tasks: {task: statistics.fmean(items.values()) for task, items in of_tasks.items()}
     cells = [row | {name: means(row[name]) for name in ("same_choice", "choice_kl")} for row in rows]

@@ -16,6 +16,7 @@ from ftp_jax.models.huggingface import fingerprint, save_params
 from ftp_jax.pipeline import checks
 from ftp_jax.pipeline.run import Pipeline
 from ftp_jax.routing import masked, routers
+from ftp_jax.training import guide
 from tests import tiny
 from tests.test_data import byte_tokenizer
 
@@ -94,6 +95,30 @@ def test_a_deleted_stage_is_made_again_with_the_same_result(finished, model_dire
   pipeline.run(tiny_run(model_directory), str(copy), pipeline.STAGES[:-1])
   for name in ("search/schedule.json", "train/metrics.jsonl", "finetune/schedule.json", "evaluate/records.json"):
     assert (cell / name).read_text() == (finished / "S0.25" / "seed0" / name).read_text()
+
+
+def test_interrupted_gate_scores_go_on_with_the_next_batch(finished, model_directory, tmp_path, monkeypatch):
+  config, asked, score = tiny_run(model_directory), [], guide.gate_fisher
+
+  def stopped_at(call):
+    def gate_fisher(*arguments, **options):
+      asked.append(arguments)
+      if len(asked) == call:
+        raise KeyboardInterrupt
+      return score(*arguments, **options)
+
+    return gate_fisher
+
+  monkeypatch.setattr(guide, "gate_fisher", stopped_at(2))
+  with pytest.raises(KeyboardInterrupt):
+    pipeline.run(config, str(tmp_path), pipeline.STAGES[:2])
+  asked.clear()
+  monkeypatch.setattr(guide, "gate_fisher", stopped_at(None))
+  pipeline.run(config, str(tmp_path), pipeline.STAGES[:2])
+  assert len(asked) == 1  # of two batches
+  found, want = (np.load(path / "importance" / "fisher.npz")["fisher_LxNxT"] for path in (tmp_path, finished))
+  np.testing.assert_array_equal(found, want)
+  assert not list((tmp_path / "importance").glob("batch*"))
 
 
 @pytest.mark.parametrize("section,key,value,stage", [

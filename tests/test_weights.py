@@ -13,7 +13,8 @@ from ftp_jax.errors import UserError
 from ftp_jax.models import huggingface
 from ftp_jax.models.config import ModelConfig
 from ftp_jax.models.decoder import abstract_params
-from ftp_jax.models.huggingface import fingerprint, fingerprint_params, load_params, save_params
+from ftp_jax.models.fingerprint import fingerprint_tensors
+from ftp_jax.models.huggingface import fingerprint, hf_tensors, load_params, save_params
 from ftp_jax.models.sources import load_model
 from tests import scripts
 from tests.test_data import byte_tokenizer
@@ -29,6 +30,12 @@ HF = dict(
     tie_word_embeddings=False,
 )
 CONFIG = ModelConfig.from_hf(HF)
+
+
+def fingerprint_params(params, config) -> str:
+  """That of a directory from which they were loaded without loss."""
+  arrays = ((name, make()) for name, _, make in hf_tensors(params, config))
+  return fingerprint_tensors((name, array.shape, array.__getitem__) for name, array in arrays)
 
 
 def tensor_shapes(hf: dict) -> dict[str, tuple[int, ...]]:

@@ -216,12 +216,6 @@ def fingerprint(directory: str | pathlib.Path) -> str:
     )
 
 
-def fingerprint_params(params: Any, config: ModelConfig) -> str:
-  """The same hash of parameters in memory; equal to the directory's where loading was lossless."""
-  arrays = ((name, make()) for name, _, make in hf_tensors(params, config))
-  return fingerprint_tensors((name, array.shape, array.__getitem__) for name, array in arrays)
-
-
 def write_checkpoint(
     tensors: Sequence[tuple[str, int, Callable[[], np.ndarray]]], directory: pathlib.Path, max_shard_bytes: int
 ) -> None:

@@ -13,6 +13,7 @@ import functools
 import json
 import pathlib
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -271,6 +272,13 @@ class Pipeline:
     run_stage(self.workdir / "data", self.settings("data"), work)
 
   def importance(self) -> None:
+    def kept(directory: pathlib.Path, i: int, make: Callable[[], np.ndarray]) -> np.ndarray:
+      path = directory / f"batch{i}.npz"
+      if not _exists(path):
+        save_arrays(path, fisher_LxBxT=make())
+        distributed.barrier()
+      return load_arrays(path)["fisher_LxBxT"]
+
     def work(directory):
       train = self.prompts("train")
       some = take(train, np.arange(min(self.config.evaluation.redundancy_prompts, len(train.tokens))))
@@ -283,11 +291,12 @@ class Pipeline:
             self.frozen.config, routing, self.frozen.params, self.prompts("train"), self.config.train.batch,
             self.config.data.seed, num_scored=self.num_scored, draws=self.config.train.fisher_draws,
             dtype=self.frozen.dtype, remat_policy=self.config.model.remat,
-            progress=functools.partial(tqdm.tqdm, desc="fisher scores"),
+            progress=functools.partial(tqdm.tqdm, desc="fisher scores"), keep=functools.partial(kept, directory),
         )
         valid = np.arange(fisher.shape[-1])[None] < self.prompts("train").context[:, None]
         write_json(directory / "fisher.json", fisher[:, valid].mean(axis=1).tolist())
         save_arrays(directory / "fisher.npz", fisher_LxNxT=fisher)
+        distributed.on_first(lambda: [path.unlink() for path in directory.glob("batch*.npz")])
 
     run_stage(self.workdir / "importance", self.settings("importance"), work)
 

@@ -1,8 +1,8 @@
 """Bucketed execution of a prefill: kept tokens are gathered, in order, into the block's bucket of slots.
 
 The routes are those of `masked.forward`, by the same functions; only kept tokens are computed. One scan runs over the
-blocks of each of `RoutingConfig.phases` and branches to the body of the block's bucket, so that it holds as many block
-bodies as there are distinct buckets; where XLA computes attention, bodies share it: the scan branches before and after.
+blocks of each of `Plan.phases` and branches to the body of the block's bucket, so that it holds as many block bodies as
+its blocks have distinct buckets; where XLA computes attention, bodies share it: the scan branches before and after.
 The last block computes the last token's output alone, as nothing else is read.
 """
 

@@ -7,6 +7,7 @@ fills its capacity.
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -85,17 +86,26 @@ def collect_fisher(
     dtype: Any,
     remat_policy: str = "none",
     progress: Any = lambda rows: rows,
+    keep: Callable[[int, Callable[[], np.ndarray]], np.ndarray] = lambda i, make: make(),
 ) -> np.ndarray:
-  """Fisher scores (L,N,T) of all prompts; `progress` wraps the list of batches."""
-  parts = []
-  for i, (rows, _) in enumerate(progress(list(batches(prompts, batch)))):
+  """Fisher scores (L,N,T) of all prompts.
+
+  Args:
+    progress: wraps the list of batches.
+    keep: gives the scores (L,B,T) of batch i: those that it kept, or what the function makes, which it may keep.
+  """
+
+  def make(i: int, rows: Prompts) -> np.ndarray:
     key = jax.random.fold_in(jax.random.key(seed), i)
     with sharding.over(params):
       scores = gate_fisher(
           config, routing, params, *sharding.place(params, rows, "batch"), key,
           num_scored=num_scored, draws=draws, dtype=dtype, remat_policy=remat_policy,
-      )
-    parts.append(np.asarray(scores))
+      )  # fmt: skip
+    return np.asarray(scores)
+
+  of_batches = enumerate(progress(list(batches(prompts, batch))))
+  parts = [keep(i, functools.partial(make, i, rows)) for i, (rows, _) in of_batches]
   return np.concatenate(parts, axis=1)[:, : len(prompts.tokens)]
 
 
