@@ -2,6 +2,7 @@
 
 import functools
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -332,7 +333,8 @@ def test_the_parity_script_compares_every_way_of_attending(tmp_path):
   """Here both sides are XLA; with a GPU or a TPU the first is its kernel."""
   report, root = tmp_path / "parity.json", pathlib.Path(__file__).parent.parent
   small = ["--lengths=40,128", "--batch=2", "--heads=4", "--groups=2", "--dim=8", "--runs=1", f"--json={report}"]
-  subprocess.run([sys.executable, root / "experiments/kernel_parity.py", *small], check=True, cwd=root)
+  command = [sys.executable, root / "experiments/kernel_parity.py", *small]
+  subprocess.run(command, check=True, env=os.environ | {"PYTHONPATH": str(root)})
   records = json.loads(report.read_text())["records"]
   assert len({(r["case"], r["slots"]) for r in records}) == 8
   for r in records:

@@ -34,6 +34,19 @@ def test_a_plan_by_hand():
   assert hash(plan) == hash(make_plan([0.0, 0.5, 0.3, 0.5, 0.0], 10, routing))
 
 
+@pytest.mark.parametrize("routed, routing, want", [
+    ("0011000", {}, [(0, 2), (2, 4), (4, 7)]),
+    ("0110100", {}, [(0, 7)]),  # one dense block before, one but the last after
+    ("0001111", {}, [(0, 3), (3, 7)]),
+    ("0000000", {}, [(0, 7)]),
+    ("0001111", dict(one_pass_block=3), [(0, 3), (3, 7)]),
+    ("0001111", dict(one_pass_block=2, kv_mode="evict", evict_from=5), [(0, 2), (2, 3), (3, 5), (5, 7)]),
+])  # fmt: skip
+def test_phases_by_hand(routed, routing, want):
+  routing = RoutingConfig(**routing)
+  assert make_plan([0.5 * int(r) for r in routed], 10, routing).phases(routing) == want
+
+
 def test_merged_buckets_by_hand():
   # 3 and 4 merge at the cost of one slot, 7 and 10 would cost three.
   assert make_plan([0.7, 0.6, 0.3, 0.0], 10, RoutingConfig(), 2).slots == (4, 4, 7, 10)

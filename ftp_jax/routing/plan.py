@@ -63,10 +63,12 @@ class Plan:
   def phases(self, routing: RoutingConfig) -> list[tuple[int, int]]:
     """Those of `routing`, with the dense blocks before and after all routed ones in phases of their own.
 
-    A phase of one body branches nowhere.
+    A phase of one body branches nowhere; for a single block, or the last one, which stands apart anyway, that is not
+    worth one more body to compile.
     """
-    routed = [block for block, routed in enumerate(self.routed) if routed]
-    return routing.phases(len(self.body_of), more=(routed[0], routed[-1] + 1) if routed else ())
+    routed, end = [block for block, routed in enumerate(self.routed) if routed], len(self.body_of) - 1
+    cuts = (routed[0] if routed[0] > 1 else 0, routed[-1] + 1 if routed[-1] + 2 < end else 0) if routed else ()
+    return routing.phases(len(self.body_of), more=cuts)
 
 
 def make_plan(
