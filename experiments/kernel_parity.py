@@ -10,6 +10,7 @@ takes. The kernel passes where its difference is at most twice XLA's. A few minu
 
 import functools
 import json
+import pathlib
 import statistics
 import sys
 
@@ -19,7 +20,7 @@ import numpy as np
 from absl import app, flags
 
 from ftp_jax.bench.timing import seconds_of
-from ftp_jax.errors import UserError
+from ftp_jax.errors import UserError, check_target
 from ftp_jax.machine import describe_machine
 from ftp_jax.models import attention, kernels
 
@@ -90,8 +91,16 @@ def compare(case: str, slots: int) -> dict:
 def main(argv) -> None:
   if len(argv) > 1:
     raise app.UsageError(f"The argument {argv[1]!r} is not understood.")
+  try:
+    lengths = [int(length) for length in _LENGTHS.value]
+  except ValueError:
+    lengths = []
+  if not lengths or min(lengths) < 8:
+    raise UserError(f"--lengths={','.join(_LENGTHS.value)} must be whole numbers from 8, with commas between them.")
+  if _JSON.value:
+    check_target(pathlib.Path(_JSON.value))
   records = []
-  for slots in map(int, _LENGTHS.value):
+  for slots in lengths:
     for case in _CASES:
       records.append(compare(case, slots))
       print(json.dumps(records[-1]), flush=True)

@@ -93,7 +93,8 @@ def get_config() -> config_dict.ConfigDict:
   c.train.checkpoint_every = 25  # steps between two checkpoints
 
   c.finetune = config_dict.ConfigDict()
-  c.finetune.rounds = 1  # of (schedule fine-tuning; training again before every further one); 0: none
+  c.finetune.rounds = 1  # of (schedule fine-tuning; training again before every further one)
+  # 0: none, where training asks for the very schedule: train.fisher_share=0 or search.schedule='fisher'
   c.finetune.generations = 8  # generations of the fine-tuning search
 
   c.evaluation = config_dict.ConfigDict()

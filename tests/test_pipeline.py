@@ -273,6 +273,11 @@ def test_a_foreign_config_is_not_overwritten(finished, model_directory, tmp_path
   with pytest.raises(UserError):
     pipeline.run(config, str(finished), ("report",))
   assert (finished / "config.json").read_text() == before
+  without = tmp_path / "without"
+  shutil.copytree(finished, without)
+  (without / "config.json").unlink()
+  pipeline.run(tiny_run(model_directory), str(without), ("report",))
+  assert not (without / "config.json").exists()
 
 
 def test_a_run_without_finetuning_has_no_row_of_it(model_directory, tmp_path):

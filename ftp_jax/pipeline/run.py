@@ -64,8 +64,8 @@ def run(config: Any, workdir: str, stages: tuple[str, ...] = STAGES) -> None:
   distributed.on_first(pipeline.check)
   if stages != ("report",):
     write_json(pipeline.workdir / "config.json", json.loads(config.to_json()))
-  distributed.barrier()
-  checks.check_shared(pipeline.workdir / "config.json")
+    distributed.barrier()
+    checks.check_shared(pipeline.workdir / "config.json")
   for stage in STAGES:
     if stage in stages:
       getattr(pipeline, stage)()
