@@ -35,11 +35,11 @@ setup(
         # To run an exported artifact. `generate` of transformers changes between minor versions: the last one tested.
         "torch": ["torch>=2.8,<3", "transformers<5.25"],
         # To compile for TPUs on a machine without one: `ftp-jax compile-check`.
-        "tpu-check": ["libtpu==0.0.42.*"],
+        "tpu-check": ["jax[tpu]"],
         "test": [
             "accelerate>=1.0,<2",  # lm-eval's Hugging Face model class
             "hypothesis>=6.100,<7",
-            "libtpu==0.0.42.*",
+            "jax[tpu]",
             "lm-eval==0.4.13",
             "pytest>=8,<10",
             "pytest-xdist>=3.6,<4",

@@ -1,5 +1,6 @@
 """The one exception for mistakes a user can make: one sentence, with the fix."""
 
+import os
 import pathlib
 
 
@@ -13,3 +14,5 @@ def check_target(path: pathlib.Path) -> None:
     raise UserError(f"--json={path} lies in no existing directory; create {path.parent} first.")
   if path.is_dir():
     raise UserError(f"--json={path} is a directory; name a file.")
+  if not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
+    raise UserError(f"--json={path} cannot be written; name a file in a directory of yours.")

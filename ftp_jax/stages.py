@@ -15,12 +15,13 @@ import pathlib
 from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO
 
+import filelock
 import numpy as np
 
 from ftp_jax import distributed
 from ftp_jax.errors import UserError
 
-SETTINGS, DONE = "settings.json", "done"
+SETTINGS, DONE, LOCK = "settings.json", "done", ".lock"
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -111,6 +112,27 @@ def describe_changes(before: dict[str, Any], now: dict[str, Any]) -> str | None:
   name = changed[0]
   more = f" (and {len(changed) - 1} more changed: {', '.join(changed[1:4])})" if len(changed) > 1 else ""
   return f"{name}={before.get(name)!r}, now it is {now.get(name)!r}{more}"
+
+
+@contextlib.contextmanager
+def alone_in(directory: pathlib.Path) -> Iterator[None]:
+  """Raises UserError while another run has the directory; one that was killed has it no more."""
+  lock = filelock.FileLock(directory / LOCK)
+
+  def take() -> None:
+    try:
+      directory.mkdir(parents=True, exist_ok=True)
+      lock.acquire(timeout=0)
+    except filelock.Timeout:
+      raise UserError(f"Another run is writing to {directory}; wait for its end, or give another --workdir.") from None
+    except (OSError, NotImplementedError):
+      pass  # a file system without locks, or one where the first write will say what is wrong
+
+  distributed.on_first(take)
+  try:
+    yield
+  finally:
+    lock.release()
 
 
 def check_stage(directory: pathlib.Path, settings: dict[str, Any]) -> None:

@@ -339,6 +339,7 @@ BAD_FILES = {
     "other fields": ('{"question": "a", "reply": "b"}\n', "^Line 1 of .* has the fields question, reply; rename"),
     "wrong type": ('{"context": 3, "continuation": "b"}\n', "^Line 1 of .* has 'context' of type int"),
     "bad chat": ('{"context": "a", "continuation": "b", "chat": "no"}\n', "has chat='no'; it must be true"),
+    "half a pair": ('{"context": "a", "continuation": "\\ud83d"}\n', "^Line 1 of .* holds half a surrogate pair"),
     "not UTF-8": (b"\xff\xfe", "is not UTF-8"),
 }
 

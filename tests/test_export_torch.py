@@ -318,6 +318,8 @@ def test_either_side_of_padding_and_rows_alone_give_the_same(skipping):
     alone = skipping(torch.tensor([prompt])).logits[0]
     torch.testing.assert_close(left[b, -len(prompt) :], alone, rtol=0, atol=1e-4)
     torch.testing.assert_close(right[b, : len(prompt)], alone, rtol=0, atol=1e-4)
+  with pytest.raises(ValueError, match="use padding_side='left'"):
+    skipping.generate(**padded(prompts, "right"), max_new_tokens=2, do_sample=False)
 
 
 def test_a_filled_cache_continues_and_its_rows_can_be_repeated_and_reordered(skipping):

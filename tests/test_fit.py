@@ -395,7 +395,7 @@ def test_mistakes_are_one_sentence(model, options, words, capsys):
 def test_without_libtpu_the_command_says_how_to_get_it(model, monkeypatch, capsys):
   monkeypatch.setitem(sys.modules, "libtpu", None)
   assert check(model) == 2
-  assert "libtpu is missing; install it with: pip install 'libtpu==0.0.42.*'" in capsys.readouterr().err
+  assert "libtpu is missing; install it with: pip install 'jax[tpu]'" in capsys.readouterr().err
 
 
 def test_the_environment_is_prepared_but_not_overruled():

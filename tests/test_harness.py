@@ -581,6 +581,37 @@ def test_finished_tasks_are_not_run_again_and_changed_settings_are_named(data, t
     suite.run(lm, suite.plan(choose(data, ["winogrande"])), settings, {}, path)
 
 
+def test_tasks_that_another_process_has_finished_meanwhile_stay_in_the_file(data, tmp_path):
+  path = tmp_path / "results.json"
+  plan = lambda name: suite.plan(choose(data, [name], limit=1))
+
+  class Slow(Fake):
+    def loglikelihood(self, requests, disable_tqdm=False):
+      if not path.exists():
+        suite.run(Fake(), plan("winogrande"), {}, {}, path)
+      return super().loglikelihood(requests)
+
+  assert list(suite.run(Slow(), plan("arc_easy"), {}, {}, path)) == ["winogrande", "arc_easy"]
+  assert list(json.loads(path.read_text())["tasks"]) == ["winogrande", "arc_easy"]
+
+
+def test_metrics_over_all_items_are_kept_as_numbers(tmp_path):
+  """lm-eval gives those of an item as numpy's integers and arrays."""
+  rows = [{"question": q, "choices": ["a", "bb"], "gold": gold} for q, gold in (("one", 1), ("two", 0))]
+  task = ConfigurableTask(config={
+      "task": "own", "custom_dataset": lambda **_: {"test": Dataset.from_list(rows)}, "test_split": "test",
+      "output_type": "multiple_choice", "doc_to_text": "{{question}}", "doc_to_choice": "choices",
+      "doc_to_target": "gold",
+      "metric_list": [{"metric": m, "higher_is_better": True} for m in ("acc", "f1", "mcc")],
+  })  # fmt: skip
+  path = tmp_path / "results.json"
+  done = suite.run(Fake(), [suite.Job("own", suite.FOREIGN, {}, task=task)], {}, {}, path)
+  assert json.loads(path.read_text())["tasks"]["own"] == json.loads(json.dumps(done["own"]))
+  assert [record["mcc"] for record in done["own"]["records"]] == [[1, 1], [0, 1]]  # of the answer, of the choice
+  assert done["own"]["figures"]["acc"]["value"] == 0.5 and done["own"]["figures"]["mcc"]["value"] == 0.0
+  assert done["own"]["figures"]["f1"]["value"] == pytest.approx(2 / 3)
+
+
 def test_the_command_equals_the_adapter(directories, served, data, tmp_path, capsys):
   target = tmp_path / "out.json"
   options = [f"--model={directories[0]}", f"--artifact={directories[1]}", f"--data={data}", "--batch=4"]

@@ -29,7 +29,7 @@ from ftp_jax.inference.sampling import nucleus, sample
 from ftp_jax.models import decoder
 from ftp_jax.models.huggingface import fingerprint, save_params
 from ftp_jax.models.kernels import IMPLEMENTATIONS
-from ftp_jax.models.sources import Model
+from ftp_jax.models.sources import Model, load_model
 from ftp_jax.routing import routers
 from ftp_jax.routing.config import RouterConfig, RoutingConfig
 from tests import tiny
@@ -598,6 +598,29 @@ def test_a_prompt_that_is_no_text_is_one_sentence(typed, directories, capsys, mo
   assert message in capsys.readouterr().err
 
 
+def test_prompts_of_other_systems_and_with_rare_line_ends(tmp_path):
+  texts = ["one\u2028two\x85\x0cthree", "four"]
+  (tmp_path / "mark.jsonl").write_text(
+      "".join(json.dumps({"prompt": text}, ensure_ascii=False) + "\r\n" for text in texts), encoding="utf-8-sig"
+  )
+  (tmp_path / "mark.txt").write_text("\r\n".join(texts), encoding="utf-8-sig")
+  assert command.read_prompts(None, str(tmp_path / "mark.jsonl")) == texts
+  assert command.read_prompts(None, str(tmp_path / "mark.txt")) == texts
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda a: {"params": jax.tree.map(lambda w: w[:1], a.params)}, "is not of its ftp_config.json"),
+    (lambda a: {"params": {"hidden": a.params["hidden"]}}, "is not of its ftp_config.json"),
+    (lambda a: {"schedule": (*a.schedule, 0.5)}, "one number from 0 to 1 for each of"),
+    (lambda a: {"schedule": ("0.5", *a.schedule[1:])}, "one number from 0 to 1 for each of"),
+    (lambda a: {"routing": RoutingConfig(one_pass_block=99)}, "routing.one_pass_block=99 does not exist"),
+])  # fmt: skip
+def test_an_artifact_of_mixed_files_is_refused(directories, change, message):
+  good = artifacts.load(directories[1])
+  with pytest.raises(UserError, match=message):
+    Engine(load_model(directories[0]), dataclasses.replace(good, **change(good)))
+
+
 def test_the_command_does_not_write_over_its_prompts(directories, tmp_path, capsys):
   prompts = tmp_path / "prompts.jsonl"
   prompts.write_text('{"prompt": "Do tiny ones talk?"}\n')
@@ -676,7 +699,8 @@ def test_the_command_says_why_a_prompt_was_pruned_or_not(options, expected):
         (["--prompt=a", "--prompts=b"], "exclude each other"),
         (["--prompts={tmp}/missing.txt"], "missing.txt cannot be read (No such file or directory)"),
         (["--prompts={tmp}/blank.txt"], "holds no prompt"),
-        (["--prompts={tmp}/broken.jsonl"], "Line 2 of --prompts="),
+        (["--prompts={tmp}/broken.jsonl"], 'broken.jsonl has no text "prompt"'),
+        (["--prompts={tmp}/half.jsonl"], "Line 1 of {tmp}/half.jsonl holds half a surrogate pair"),
         (["--prompt=" + "x" * 129], "129 tokens exceeds the model's 128 positions"),
         (["--prompt=" + "x" * 120], "120 tokens and 64 new ones exceed"),
         (["--prompt=a", "--artifact={tmp}"], "has no ftp_config.json"),
@@ -696,6 +720,7 @@ def test_the_command_says_why_a_prompt_was_pruned_or_not(options, expected):
 def test_mistakes_in_the_command(directories, capsys, tmp_path, arguments, message):
   (tmp_path / "blank.txt").write_text("\n \n")
   (tmp_path / "broken.jsonl").write_text('{"prompt": "a"}\n{"text": "b"}\n')
+  (tmp_path / "half.jsonl").write_text(r'{"prompt": "hi \ud83d"}')
   foreign = artifacts.load(directories[1])
   artifacts.save(dataclasses.replace(foreign, fingerprint="0123"), tmp_path / "foreign")
   fill = lambda text: text.replace("{tmp}", str(tmp_path))

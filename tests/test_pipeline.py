@@ -16,6 +16,7 @@ from ftp_jax.models.huggingface import fingerprint, save_params
 from ftp_jax.pipeline import checks
 from ftp_jax.pipeline.run import Pipeline
 from ftp_jax.routing import masked, routers
+from ftp_jax.stages import alone_in
 from ftp_jax.training import guide
 from tests import tiny
 from tests.test_data import byte_tokenizer
@@ -119,6 +120,53 @@ def test_interrupted_gate_scores_go_on_with_the_next_batch(finished, model_direc
   found, want = (np.load(path / "importance" / "fisher.npz")["fisher_LxNxT"] for path in (tmp_path, finished))
   np.testing.assert_array_equal(found, want)
   assert not list((tmp_path / "importance").glob("batch*"))
+
+
+def test_scores_that_are_complete_are_kept_however_late_the_run_was_killed(finished, model_directory, tmp_path):
+  copy = tmp_path / "run"
+  for stage in ("data", "importance"):
+    shutil.copytree(finished / stage, copy / stage)
+  left = copy / "importance" / "batch0.npz"
+  left.touch()
+  pipeline.run(tiny_run(model_directory), str(copy), pipeline.STAGES[:2])
+  before, after = (path / "importance" / "fisher.npz" for path in (finished, copy))
+  assert not left.exists() and before.stat().st_mtime_ns == after.stat().st_mtime_ns
+
+
+def test_two_runs_do_not_share_a_directory(model_directory, tmp_path):
+  with alone_in(tmp_path), pytest.raises(UserError, match="Another run is writing to .*; wait for its end, or give an"):
+    pipeline.run(tiny_run(model_directory), str(tmp_path), pipeline.STAGES[:1])
+  pipeline.run(tiny_run(model_directory), str(tmp_path), pipeline.STAGES[:1])
+  pipeline.run(tiny_run(model_directory), str(tmp_path), pipeline.STAGES[:1])  # each gives it back
+
+
+def test_other_weights_in_the_same_place_are_noticed(finished, model_directory, tmp_path):
+  model = tmp_path / "model"
+  shutil.copytree(model_directory, model)
+  config = tiny_run(model)
+  pipeline.run(config, str(tmp_path / "run"), pipeline.STAGES[:1])
+  c = tiny.config(vocab_size=len(byte_tokenizer()), max_positions=128)
+  (model / "model.safetensors").unlink()
+  save_params(tiny.params(c, seed=1), c, model, json.loads((model / "config.json").read_text()))
+  with pytest.raises(UserError, match="are not those that .* was begun with; give another --workdir"):
+    pipeline.run(config, str(tmp_path / "run"), pipeline.STAGES[:2])
+
+
+def test_an_artifact_does_not_outlive_its_training_and_figures_keep_their_machine(finished, model_directory, tmp_path):
+  copy = tmp_path / "run"
+  shutil.copytree(finished, copy)
+  machine = json.loads((finished / "results.json").read_text())["machine"]
+  assert json.loads((finished / "evaluate" / "machine.json").read_text()) == machine
+  (copy / "evaluate" / "machine.json").write_text(json.dumps(machine | {"cpu": "another"}))
+  pipeline.run(tiny_run(model_directory), str(copy), ("report",))
+  assert json.loads((copy / "results.json").read_text())["machine"]["cpu"] == "another"
+  for stage in ("train", "finetune", "evaluate"):
+    shutil.rmtree(copy / "S0.25" / "seed0" / stage)
+  pipeline.run(tiny_run(model_directory), str(copy), ("train",))
+  with pytest.raises(UserError, match="has no ftp_config.json"):
+    artifact.load(copy / "S0.25" / "seed0" / "artifact")
+  pipeline.run(tiny_run(model_directory), str(copy), ("finetune", "evaluate"))
+  artifact.load(copy / "S0.25" / "seed0" / "artifact")
 
 
 @pytest.mark.parametrize("section,key,value,stage", [

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from ftp_jax import stages
-from ftp_jax.errors import UserError
+from ftp_jax.errors import UserError, check_target
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
@@ -57,3 +57,12 @@ def test_a_stage_is_run_until_it_is_done(tmp_path):
   stages.run_stage(here, {"a": 1}, runs.append)
   stages.run_stage(here, {"a": 1}, runs.append)
   assert runs == [here, here] and (here / stages.DONE).exists()
+
+
+def test_a_target_that_cannot_be_written_is_refused_before_any_work(tmp_path, monkeypatch):
+  check_target(tmp_path / "a.json")
+  asked = []
+  monkeypatch.setattr(os, "access", lambda path, mode: asked.append((path, mode)))
+  with pytest.raises(UserError, match="a.json cannot be written; name a file in a directory of yours"):
+    check_target(tmp_path / "a.json")
+  assert asked == [(tmp_path, os.W_OK)]

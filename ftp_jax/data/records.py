@@ -76,7 +76,7 @@ def read_documents(path: str) -> list[str]:
   """
   if pathlib.Path(path).suffix == ".jsonl":
     return [_field(record, "text", where) for where, record in read_jsonl(path)]
-  text = _read_text(path)
+  text = read_text(path)
   rows = list(io.StringIO(text))
   if _is_wikitext(rows):
     return _articles(rows)
@@ -125,7 +125,8 @@ def _field(record: dict[str, Any], name: str, where: str) -> str:
   return record[name]
 
 
-def _read_text(path: str) -> str:
+def read_text(path: str) -> str:
+  """The text of a UTF-8 file, with or without a byte order mark; UserError if it cannot be read."""
   if not path:
     raise UserError("data.path is empty; set it to the file to read.")
   try:
@@ -139,7 +140,7 @@ def _read_text(path: str) -> str:
 def read_jsonl(path: str) -> list[tuple[str, dict[str, Any]]]:
   """(where, record) of every line that is not blank; `where` names the line for error messages."""
   records = []
-  for number, line in enumerate(io.StringIO(_read_text(path)), start=1):
+  for number, line in enumerate(io.StringIO(read_text(path)), start=1):
     if not line.strip():
       continue
     try:
@@ -148,6 +149,10 @@ def read_jsonl(path: str) -> list[tuple[str, dict[str, Any]]]:
       raise UserError(f"Line {number} of {path} is not JSON ({error.msg}); write one JSON object a line.") from None
     if not isinstance(record, dict):
       raise UserError(f"Line {number} of {path} is not a JSON object; write one JSON object a line.")
+    try:
+      json.dumps(record, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError:  # "\\ud83d" alone is valid JSON, but no text that a tokenizer takes
+      raise UserError(f"Line {number} of {path} holds half a surrogate pair; mend or remove it.") from None
     records.append((f"Line {number} of {path}", record))
   return records
 

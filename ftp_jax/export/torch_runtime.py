@@ -509,6 +509,8 @@ class PrunedModel:
       if attention_mask.shape != (batch, cache.columns + columns):
         raise ValueError(f"attention_mask must have the shape {(batch, cache.columns + columns)}: all columns so far.")
       present_BxC = attention_mask[:, cache.columns :].to(embeds.device, torch.bool)
+    if isinstance(logits_to_keep, int) and logits_to_keep == 1 and not present_BxC[:, -1].all():  # as `generate` asks
+      raise ValueError("The last column is padding, whose logits mean nothing; use padding_side='left'.")
     index_BxC, size_B = present_BxC.cumsum(1) - 1, present_BxC.sum(1)
     if first and position_ids is not None and not ((position_ids == index_BxC) | ~present_BxC).all():
       raise ValueError("position_ids must count the tokens of each row; leave them out.")

@@ -8,7 +8,6 @@ from typing import Any
 
 from ftp_jax.errors import UserError
 
-LIBTPU = "libtpu==0.0.42.*"
 # Without these libtpu waits for a cloud's metadata server, refuses to be loaded by two processes, or logs a lot.
 _ENVIRONMENT = {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
@@ -76,7 +75,7 @@ def devices(topology: str) -> list[Any]:
   try:
     import libtpu  # noqa: F401
   except ImportError:
-    raise UserError(f"libtpu is missing; install it with: pip install '{LIBTPU}' (210 MB; no TPU is needed).") from None
+    raise UserError("libtpu is missing; install it with: pip install 'jax[tpu]' (210 MB; no TPU is needed).") from None
   sizes = topology.partition(":")[2].split("x")
   single = all(size == "1" for size in sizes)  # a host of one chip has to be asked for
   options = {"chips_per_host_bounds": (1, 1, 1)} if single else {}

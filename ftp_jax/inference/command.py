@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import io
 import json
 import os
 import pathlib
@@ -10,6 +11,7 @@ import time
 from collections.abc import Sequence
 from typing import TextIO
 
+from ftp_jax.data.records import read_jsonl, read_text
 from ftp_jax.errors import UserError, check_target
 from ftp_jax.inference.engine import Engine, Generation
 from ftp_jax.inference.sampling import Sampling
@@ -74,7 +76,7 @@ def read_prompts(prompt: str | None, path: str | None) -> list[str]:
   else:
     given = sys.stdin.buffer.read().rstrip(b"\r\n")
   try:
-    text = given.decode("utf-8")
+    text = given.decode("utf-8-sig")
   except UnicodeDecodeError:
     raise UserError("The prompt is not UTF-8; convert it first.") from None
   if not text:
@@ -83,26 +85,16 @@ def read_prompts(prompt: str | None, path: str | None) -> list[str]:
 
 
 def _read_file(path: str) -> list[str]:
-  try:
-    lines = pathlib.Path(path).read_text(encoding="utf-8").splitlines()
-  except (OSError, UnicodeDecodeError) as error:
-    reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
-    raise UserError(f"--prompts={path} cannot be read ({reason}); name a text file.") from None
-  numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
-  if not numbered:
+  lines = [line.rstrip("\n") for line in io.StringIO(read_text(path)) if line.strip()]
+  if not lines:
     raise UserError(f"--prompts={path} holds no prompt; write one a line.")
-  if not numbered[0][1].lstrip().startswith("{"):
-    return [line for _, line in numbered]
-  texts = []
-  for number, line in numbered:
-    try:
-      text = json.loads(line)["prompt"]
-    except (ValueError, KeyError, TypeError):
-      text = None
+  if not lines[0].lstrip().startswith("{"):
+    return lines
+  texts = [(where, record.get("prompt")) for where, record in read_jsonl(path)]
+  for where, text in texts:
     if not isinstance(text, str) or not text:
-      raise UserError(f'Line {number} of --prompts={path} is no JSON object with a text "prompt"; mend or remove it.')
-    texts.append(text)
-  return texts
+      raise UserError(f'{where} has no text "prompt"; mend or remove it.')
+  return [text for _, text in texts]
 
 
 def _generate(

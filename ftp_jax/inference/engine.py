@@ -27,6 +27,7 @@ from ftp_jax.inference.padding import FINE, Padding, power_of_two, room
 from ftp_jax.inference.programs import Execution, Spec, Stream, Weights
 from ftp_jax.inference.sampling import Sampling
 from ftp_jax.models import kernels
+from ftp_jax.models.config import ModelConfig
 from ftp_jax.models.huggingface import fingerprint
 from ftp_jax.models.sources import DTYPES, Model, load_model
 from ftp_jax.routing import routers
@@ -127,7 +128,7 @@ class Engine:
       decode_sparsity, decode_threshold: replace those of the artifact.
 
     Raises:
-      UserError: the artifact was made for another model, or an option is unknown.
+      UserError: the artifact was made for another model or is of mixed files, or an option is unknown.
     """
     _check_options(dtype, fallback, attention)
     self.model, self.artifact = model, artifact
@@ -149,6 +150,7 @@ class Engine:
           f"The artifact was made for {artifact.base_model} (fingerprint {artifact.fingerprint}), but this model has "
           f"{found}; load the base model it belongs to."
       )
+    _check_fit(artifact, model.config)
     changes = {"decode_sparsity": decode_sparsity, "decode_threshold": decode_threshold}
     routing = dataclasses.replace(artifact.routing, **{k: v for k, v in changes.items() if v is not None})
     router = routers.Router("dynamic", artifact.router, jax.tree.map(jnp.asarray, artifact.params))
@@ -409,6 +411,23 @@ class _Stops:
 
   def _at(self, text: str) -> int | None:
     return min((text.index(string) for string in self.strings if string in text), default=None)
+
+
+def _check_fit(artifact: Artifact, config: ModelConfig) -> None:
+  """UserError unless router, schedule and routing have the model's size, as those of mixed or edited files may not."""
+  init = functools.partial(
+      routers.init_router, artifact.router, num_blocks=config.num_blocks, model_size=config.hidden_size
+  )
+  want = jax.tree.map(lambda leaf: leaf.shape, jax.eval_shape(init, jax.random.key(0)))
+  if jax.tree.map(np.shape, artifact.params) != want:
+    raise UserError("The artifact's router.safetensors is not of its ftp_config.json; copy the artifact again.")
+  fractions = [s for s in artifact.schedule if isinstance(s, int | float) and 0 <= s <= 1]
+  if len(artifact.schedule) != config.num_blocks or len(fractions) != config.num_blocks:
+    raise UserError(
+        f"The artifact's schedule is not one number from 0 to 1 for each of {config.num_blocks} blocks; copy the "
+        "artifact again."
+    )
+  artifact.routing.check_blocks(config.num_blocks)
 
 
 def _check_options(dtype: str, fallback: str, attention: str) -> None:

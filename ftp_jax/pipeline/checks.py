@@ -11,9 +11,10 @@ import numpy as np
 from ftp_jax import __version__, distributed
 from ftp_jax.errors import UserError
 from ftp_jax.models.decoder import REMAT
+from ftp_jax.models.huggingface import fingerprint
 from ftp_jax.models.sources import DTYPES
 from ftp_jax.search import schedule as schedules
-from ftp_jax.stages import flatten
+from ftp_jax.stages import flatten, read_json
 
 SCHEDULES = ("ga", "uniform", "middle", "late", "influence", "fisher", "file")
 _AT_LEAST = {
@@ -101,6 +102,14 @@ def check_workdir(directory: pathlib.Path) -> None:
     own = False
   if not own:
     raise UserError(f"{path} is not the config of a run; give another --workdir.")
+
+
+def check_weights(path: pathlib.Path, model: str) -> None:
+  """Raises UserError if a run was begun with a model of other weights than those in the directory `model`."""
+  if path.exists() and read_json(path)["fingerprint"] != fingerprint(model):
+    raise UserError(
+        f"The weights in {model} are not those that {path.parent.parent} was begun with; give another --workdir."
+    )
 
 
 def check_alike(config, stages: tuple[str, ...]) -> None:

@@ -29,6 +29,7 @@ from ftp_jax.errors import UserError
 from ftp_jax.evaluation import methods, redundancy
 from ftp_jax.evaluation.judge import Frozen, Judge
 from ftp_jax.export import artifact as artifact_lib
+from ftp_jax.machine import describe_machine
 from ftp_jax.models.decoder import abstract_params, param_shardings
 from ftp_jax.models.huggingface import fingerprint
 from ftp_jax.models.sources import DTYPES, Model, load_model
@@ -38,7 +39,7 @@ from ftp_jax.routing.config import RouterConfig, RoutingConfig
 from ftp_jax.search import schedule as schedules
 from ftp_jax.search.genetic import SearchSettings
 from ftp_jax.search.loop import run_search
-from ftp_jax.stages import check_stage, flatten, load_arrays, read_json, run_stage, save_arrays, write_json
+from ftp_jax.stages import alone_in, check_stage, flatten, load_arrays, read_json, run_stage, save_arrays, write_json
 from ftp_jax.training import guide
 from ftp_jax.training.loop import train_router
 from ftp_jax.training.step import StepSpec, TrainSettings
@@ -58,17 +59,20 @@ def run(config: Any, workdir: str, stages: tuple[str, ...] = STAGES) -> None:
   if stages == ("report",):
     if not pipeline.workdir.is_dir():
       raise UserError(f"{workdir} does not exist; give the --workdir of an evaluated run.")
-  else:  # all processes meet where the devices are found
-    checks.check_alike(config, stages)
-    checks.check_batches(config, sharding.batch_parts(pipeline.mesh))
+    distributed.on_first(pipeline.check)
+    pipeline.report()
+    return
+  # All processes meet where the devices are found.
+  checks.check_alike(config, stages)
+  checks.check_batches(config, sharding.batch_parts(pipeline.mesh))
   distributed.on_first(pipeline.check)
-  if stages != ("report",):
+  with alone_in(pipeline.workdir):
     write_json(pipeline.workdir / "config.json", json.loads(config.to_json()))
     distributed.barrier()
     checks.check_shared(pipeline.workdir / "config.json")
-  for stage in STAGES:
-    if stage in stages:
-      getattr(pipeline, stage)()
+    for stage in STAGES:
+      if stage in stages:
+        getattr(pipeline, stage)()
 
 
 class Pipeline:
@@ -147,6 +151,7 @@ class Pipeline:
     loaded = self._load_model()
     self.routing.check_blocks(loaded.config.num_blocks)
     checks.check_plan(self.config, loaded.config.num_blocks)
+    distributed.on_first(lambda: checks.check_weights(self.workdir / "data" / "model.json", loaded.directory))
     return loaded
 
   def _load_model(self) -> Model:
@@ -268,6 +273,7 @@ class Pipeline:
       for split, prompts in load_splits(c.data, model.tokenizer).items():
         save_arrays(directory / f"{split}.npz", **prompts._asdict())
       save_arrays(directory / "windows.npz", **windows._asdict())
+      write_json(directory / "model.json", {"fingerprint": fingerprint(model.directory)})
 
     run_stage(self.workdir / "data", self.settings("data"), work)
 
@@ -296,9 +302,10 @@ class Pipeline:
         valid = np.arange(fisher.shape[-1])[None] < self.prompts("train").context[:, None]
         write_json(directory / "fisher.json", fisher[:, valid].mean(axis=1).tolist())
         save_arrays(directory / "fisher.npz", fisher_LxNxT=fisher)
-        distributed.on_first(lambda: [path.unlink() for path in directory.glob("batch*.npz")])
 
-    run_stage(self.workdir / "importance", self.settings("importance"), work)
+    here = self.workdir / "importance"
+    run_stage(here, self.settings("importance"), work)
+    distributed.on_first(lambda: [path.unlink() for path in here.glob("batch*.npz")])
 
   def search(self) -> None:
     c = self.config.search
@@ -323,6 +330,7 @@ class Pipeline:
 
       def work(directory):
         _say(f"train: S={sparsity:.2f}, seed {seed}")
+        distributed.on_first(lambda: withdraw(cell / "artifact"))
         asked = self.training_schedule(self.schedule(cell / "search"), sparsity)
         # Kept, because a resumed training must start from the very same numbers, on any hardware.
         initial = directory / "initial.safetensors"
@@ -415,6 +423,7 @@ class Pipeline:
 
       def shared(directory):
         rows = [bench().truncation(asked), bench().static_uniform(asked)] if asked else [bench().dense()]
+        write_json(self.workdir / "evaluate" / "machine.json", describe_machine())
         write_json(directory / "records.json", rows)
 
       here = self.workdir / "evaluate" / f"S{asked:.2f}"
@@ -435,6 +444,7 @@ class Pipeline:
           rows.append(bench().routed("dynamic_finetuned", sparsity, seed, final, tuned))
         for row in rows[1:]:
           row["schedule"] = c.search.schedule
+        write_json(self.workdir / "evaluate" / "machine.json", describe_machine())
         write_json(directory / "records.json", rows)
         write_json(directory / "routes.json", self.route_maps(final, tuned))
         self.write_artifact(cell / "artifact", final, tuned, rows[-1])
@@ -464,12 +474,17 @@ class Pipeline:
         params=jax.device_get(router.params),
         figures=record,
     )
-    distributed.on_first(lambda: artifact_lib.save(made, directory))
+    distributed.on_first(lambda: (withdraw(directory), artifact_lib.save(made, directory)))
 
   def report(self) -> None:
     from ftp_jax.report import write_report  # matplotlib loads slowly, and only this stage needs it
 
     distributed.on_first(lambda: print(write_report(str(self.workdir), self.config)))
+
+
+def withdraw(artifact: pathlib.Path) -> None:
+  """Makes an artifact of an earlier state of the run unloadable."""
+  (artifact / artifact_lib.CONFIG_FILE).unlink(missing_ok=True)
 
 
 def save_weights(router: Any, path: pathlib.Path) -> None:

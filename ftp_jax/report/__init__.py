@@ -8,6 +8,7 @@ from ml_collections import ConfigDict
 from ftp_jax.machine import describe_machine
 from ftp_jax.report import html, plots, tables
 from ftp_jax.report.rundir import read_run
+from ftp_jax.stages import read_json
 
 
 def results(workdir: str, config: ConfigDict) -> dict:
@@ -18,11 +19,17 @@ def results(workdir: str, config: ConfigDict) -> dict:
   """
   records = tables.read_records(workdir)
   return {
-      "machine": describe_machine(),
+      "machine": measured_on(workdir),
       "config": config.to_dict(),
       "records": records,
       "aggregated": tables.aggregate(records),
   }
+
+
+def measured_on(workdir: str) -> dict:
+  """The machine of the last evaluation; runs of earlier versions do not know it, and it is taken to be this one."""
+  path = os.path.join(workdir, "evaluate", "machine.json")
+  return read_json(path) if os.path.exists(path) else describe_machine()
 
 
 def write_report(workdir: str, config: ConfigDict) -> str:

@@ -179,19 +179,23 @@ def warm_up(
   """
   optimizer = optax.adamw(optax.cosine_decay_schedule(settings.learning_rate, settings.steps), weight_decay=1e-3)
   num_inputs, _, num_positions = data.score_UxNxT.shape
-  # The loss is of `blocks`, margins are computed from `inputs` (which of U), and `margin_of` says which are a block's.
-  blocks = np.arange(len(schedule_L))
-  inputs = np.minimum(blocks, num_inputs - 1)
-  margin_of = like = blocks  # like: a block that reads an input, whose sparsity is a factor
+  # The loss is of `blocks`, which read `inputs` (of U). Margins are computed for `like` (of blocks) from `input_of`
+  # (of inputs), and `margin_of` says which are a block's.
+  blocks = np.arange(len(schedule_L)) if router.kind == "recurrent" else np.flatnonzero(schedule_L)
+  inputs, like, input_of = np.unique(np.minimum(blocks, num_inputs - 1), return_index=True, return_inverse=True)
   if router.kind == "global" and "sparsity" not in router.factors:  # equal inputs give equal margins
-    blocks = np.flatnonzero(schedule_L)
-    inputs, like, margin_of = np.unique(inputs[blocks], return_index=True, return_inverse=True)
+    input_of, margin_of = np.arange(len(inputs)), input_of
+  else:
+    like = margin_of = np.arange(len(blocks))
 
   def loss_fn(params, context, score, hidden, fisher, schedule):
     in_context = jnp.arange(num_positions)[None] < context[:, None]
-    features = jax.vmap(lambda score, s: context_factors(FACTORS, score, s, context))(score, schedule[like])
+    features = jax.vmap(lambda score, s: context_factors(FACTORS, score, s, context))(score[input_of], schedule[like])
     target = losses.top_targets(fisher, schedule, context, routing.bucket_multiple)
-    return losses.guide_loss(margins(router, params, features, hidden)[margin_of], target, schedule, in_context)
+    if router.kind == "per_block":
+      params = jax.tree.map(lambda a: a[blocks], params)
+    margin = margins(router, params, features, None if hidden is None else hidden[input_of])[margin_of]
+    return losses.guide_loss(margin, target, schedule, in_context)
 
   @jax.jit
   def step(params, state, *batch):

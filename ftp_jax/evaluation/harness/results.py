@@ -9,6 +9,7 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 from lm_eval.api.task import Task
 from lm_eval.evaluator import evaluate
 
@@ -108,10 +109,20 @@ def record_foreign(samples: Sequence[dict]) -> list[Record]:
   return [
       {
           "id": str(sample["doc_id"]), "filter": sample["filter"], "target": str(sample["target"]),
-          "responses": sample["filtered_resps"], **{name: sample[name] for name in sample["metrics"]},
+          "responses": _plain(sample["filtered_resps"]),
+          **{name: _plain(sample[name]) for name in sample["metrics"]},
       }
       for sample in samples
   ]  # fmt: skip
+
+
+def _plain(value: Any) -> Any:
+  """A value as JSON can hold it: metrics over all items, as f1, keep numpy's numbers and arrays of each."""
+  if isinstance(value, (np.generic, np.ndarray)):
+    return value.tolist()
+  if isinstance(value, (list, tuple)):
+    return [_plain(part) for part in value]
+  return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
 
 
 def summarise_foreign(results: dict[str, Any], records: Sequence[Record]) -> dict[str, Any]:
@@ -119,7 +130,7 @@ def summarise_foreign(results: dict[str, Any], records: Sequence[Record]) -> dic
   figures = {}
   for key, value in results.items():
     metric, _, filter_name = key.partition(",")
-    if not filter_name or metric.endswith("_stderr") or not isinstance(value, (int, float)):
+    if not filter_name or metric.endswith("_stderr") or not isinstance(value, (int, float, np.number)):
       continue
     own = [record.get(metric) for record in records if record["filter"] == filter_name]
     numbers = all(isinstance(v, (int, float)) for v in own)

@@ -171,6 +171,8 @@ def run(
     begin = time.perf_counter()
     found = _run_foreign(lm, job) if job.task else _run_own(lm, job)
     seconds = round(time.perf_counter() - begin, 1)
+    if path:  # another process may have added to it
+      tasks = read_results(path, settings, jobs)
     tasks[job.name] = {"settings": {"kind": job.kind, **job.settings}, **found, "seconds": seconds}
     if path:
       write_json(path, {"machine": machine, "settings": settings, "tasks": tasks})
