@@ -210,6 +210,32 @@ def map_candidates(function: Any, candidates: Any, *operands: Any) -> Any:
   return jax.tree.map(lambda a: a[:count], split(padded, *operands))
 
 
+def look_up(table_VxD: Any, index_BxT: jax.Array) -> jax.Array:
+  """`table_VxD[index_BxT]`, of a table that lies as ("vocab", "embed"): (B,T,D), as ("replica", None, "embed").
+
+  Each device looks up what is in its rows, and the parts are added. XLA's partitioner does the same by itself, but from
+  jax 0.11 on not inside `map_candidates`, where it fails.
+  """
+  mesh = context()
+  table, index = (RULES.spec(names, a.shape, mesh) for names, a in (
+      (("vocab", "embed"), table_VxD), (("replica", None), index_BxT)
+  ))  # fmt: skip
+  axis = table[0]
+  if axis is None:
+    x = table_VxD[constrain(index_BxT, "replica", None)]
+    return constrain(x, "replica", None, "embed")
+
+  def own(rows, index):
+    index = index - jax.lax.axis_index(axis) * rows.shape[0]
+    here = (index >= 0) & (index < rows.shape[0])
+    return jax.lax.psum(jax.numpy.where(here[:, :, None], rows[jax.numpy.where(here, index, 0)], 0), axis)
+
+  return jax.shard_map(
+      own, in_specs=(table, index), out_specs=PartitionSpec(index[0], None, table[1]), axis_names=set(mesh),
+      check_vma=False,
+  )(table_VxD, index_BxT)  # fmt: skip
+
+
 def map_devices(function: Any, arrays: Sequence[Any], logical: Sequence[Sequence[str | None]], out: Any) -> Any:
   """`function(*arrays)` with each device running it on its own parts: what XLA cannot partition by itself.
 

@@ -164,8 +164,7 @@ class Embedding(nn.Module):
 
   def encode(self, tokens_BxT, dtype):
     # Each part of the width is looked up for the tokens of all that share it; then rows change places with widths.
-    x = constrain(self.embedding[constrain(tokens_BxT, "replica", None)].astype(dtype), "replica", None, "embed")
-    return constrain(x, "batch", None, None)
+    return constrain(sharding.look_up(self.embedding, tokens_BxT).astype(dtype), "batch", None, None)
 
   def decode(self, x):
     """Logits (..., V) in fp32 of final hidden states (..., D)."""
