@@ -15,6 +15,4 @@ from ftp_jax.config import late_preset, small_preset
 
 
 def get_config():
-  config = late_preset(small_preset(get_default_config()))
-  config.router.factors = ()  # on hidden states alone: docs/results.md, Ablations
-  return config
+  return late_preset(small_preset(get_default_config()))
