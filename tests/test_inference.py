@@ -697,6 +697,7 @@ def test_the_command_says_why_a_prompt_was_pruned_or_not(options, expected):
     [
         (["--prompt="], "The prompt is empty"),
         (["--prompt=a", "--prompts=b"], "exclude each other"),
+        (["--prompts="], "--prompts is empty; name a text file"),
         (["--prompts={tmp}/missing.txt"], "missing.txt cannot be read (No such file or directory)"),
         (["--prompts={tmp}/blank.txt"], "holds no prompt"),
         (["--prompts={tmp}/broken.jsonl"], 'broken.jsonl has no text "prompt"'),

@@ -85,6 +85,8 @@ def read_prompts(prompt: str | None, path: str | None) -> list[str]:
 
 
 def _read_file(path: str) -> list[str]:
+  if not path:
+    raise UserError("--prompts is empty; name a text file.")
   lines = [line.rstrip("\n") for line in io.StringIO(read_text(path)) if line.strip()]
   if not lines:
     raise UserError(f"--prompts={path} holds no prompt; write one a line.")
