@@ -110,7 +110,7 @@ def development_prompts(pipeline: Pipeline, source: pathlib.Path, count: int) ->
       prompts that the run's have not.
   """
   data = pipeline.config.data
-  found, documents, _ = load_prompts(data, pipeline.model.tokenizer)
+  found, documents, _ = load_prompts(data, pipeline.model.tokenizer, data.train_min_context or data.min_context)
   sets = [load_arrays(source / "data" / f"{split}.npz") for split in SPLITS]
   used = {row.tobytes() for arrays in sets for row in arrays["tokens"]}
   known = [row.tobytes() in used for row in found.tokens]
@@ -122,7 +122,7 @@ def development_prompts(pipeline: Pipeline, source: pathlib.Path, count: int) ->
         "--run with the largest data.num_* settings of all variants."
     )
   taken = set(documents[known].tolist())
-  free = np.flatnonzero([number not in taken for number in documents])
+  free = np.flatnonzero((found.context >= data.min_context) & [number not in taken for number in documents])
   if len(free) < count:
     raise UserError(
         f"--prompts={count} development prompts are needed and {source} leaves {len(free)} of its source; "

@@ -40,7 +40,7 @@ from ftp_jax.evaluation.baselines.cells import baseline_at
 from ftp_jax.evaluation.harness import suite
 from ftp_jax.evaluation.harness.adapter import EngineLM
 from ftp_jax.evaluation.harness.files import read_items
-from ftp_jax.export.artifact import CONFIG_FILE, WEIGHTS_FILE
+from ftp_jax.export.artifact import CONFIG_FILE
 from ftp_jax.export.artifact import load as load_artifact
 from ftp_jax.inference import Prefix
 from ftp_jax.inference.padding import FINE, Padding
@@ -91,7 +91,8 @@ class Table:
     if any(round(s, 2) != s for s in self.sparsities):
       raise UserError("--sparsities must have two decimals: they name the directories of the cells.")
     self.config = read_json(self.run / "config.json")
-    self.model: Model = load_model(self.config["model"]["source"], self.config["model"]["dtype"])
+    self.dtype = self.config["model"]["dtype"]
+    self.model: Model = load_model(self.config["model"]["source"], self.dtype)
     prompts = lambda split: Prompts(**load_arrays(self.run / "data" / f"{split}.npz"))
     self.test, self.windows, train = prompts("test"), prompts("windows"), prompts("train")
     self.calibration = lambda method, where: baselines.Calibration(
@@ -103,6 +104,7 @@ class Table:
       for method in _METHODS.value:
         seeds = numbers("seeds", _SEEDS.value, int) if method in SEEDED else [0]
         self.cells += [(method, sparsity, seed) for seed in seeds]
+    self.cells = list(dict.fromkeys(self.cells))
     for cell in self.cells:
       self.check_artifact(*cell)
     for cell in self.cells:
@@ -125,11 +127,10 @@ class Table:
     of_split = lambda name: digest(str(self.run / "data" / f"{name}.npz"))
     found = {
         "method": method, "sparsity": sparsity, "seed": seed, "model": self.config["model"]["source"],
-        "dtype": self.config["model"]["dtype"], "test prompts": of_split("test"), "windows": of_split("windows"),
+        "dtype": self.dtype, "test prompts": of_split("test"), "windows": of_split("windows"),
     }  # fmt: skip
     if method == "ftp":
-      where = self.artifact(sparsity, seed)
-      found["artifact"] = [digest(str(where / name)) for name in (CONFIG_FILE, WEIGHTS_FILE)]
+      found["artifact"] = load_artifact(self.artifact(sparsity, seed)).digest
     elif method != "dense" and baselines.METHODS[method].calibrated:
       if method != "fastv":
         found |= {"calibration prompts": calibration_prompts(method), "training prompts": of_split("train")}
@@ -152,9 +153,9 @@ class Table:
 
   def baseline(self, method: str, sparsity: float, seed: int) -> baselines.Baseline:
     if method == "ftp":
-      return baselines.from_artifact(self.model, load_artifact(self.artifact(sparsity, seed)))
+      return baselines.from_artifact(self.model, load_artifact(self.artifact(sparsity, seed)), dtype=self.dtype)
     where = self.directory(method, sparsity, seed)
-    return baseline_at(where, method, self.model, sparsity, self.calibration(method, where), seed)
+    return baseline_at(where, method, self.model, sparsity, self.calibration(method, where), seed, dtype=self.dtype)
 
   # --- stages ------------------------------------------------------------------------------------
 
@@ -181,7 +182,7 @@ class Table:
     """Writes NAME.json, a Yardstick's record, of the cells that miss it."""
     if not missing:
       return
-    yardstick = baselines.Yardstick(self.model, prompts, batch)
+    yardstick = baselines.Yardstick(self.model, prompts, batch, dtype=self.dtype)
     with tqdm.tqdm(missing, desc=name) as bar:
       for method, sparsity, seed in bar:
         bar.set_postfix_str(f"{method} S={sparsity:.2f} seed {seed}")
@@ -237,6 +238,11 @@ class Table:
         stored = read_json(path) if path.exists() else {"settings": [], "runs": 0}
         if stored["runs"] == _RUNS.value and all(own in stored["settings"] for own in wanted.values()):
           continue
+        # The cells of earlier calls as well, or they would lose their times.
+        for own in stored["settings"]:
+          cell = own["method"], own["sparsity"], own["seed"]
+          if cell not in wanted and self.settings(*cell) == own:
+            wanted[cell] = own
         tokens = random_tokens(self.model, 1, context)
         methods = [BaselinePrefill(self.baseline(*cell), tokens) for cell in wanted]
         seconds = interleave(methods, _RUNS.value, f"latency S={sparsity:.2f} context {context}")

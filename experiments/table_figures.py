@@ -245,8 +245,9 @@ def differences_to_ftp(table: list[dict[str, Any]]) -> str:
 def equal_latency(table: list[dict[str, Any]], context: int, figure: str) -> str:
   """A figure of every method at the prefill time of each S of `ftp`; with `kl` also the average accuracy if known.
 
-  Between the times of its own S, and 1 (dense), a method is taken to lie on straight lines; "-": no S at which it has
-  both is so fast. Empty where no method has the figure, or `ftp` no time.
+  Between the times of its own S, and 1 (dense), a method is taken to lie on straight lines. In square brackets: on the
+  one from dense to the slowest S that it has; "-": no S at which it has both is so fast. Empty where no method has the
+  figure, or `ftp` no time.
   """
   key = f"speedup_{context}"
   ours = sorted((e for e in table if e["method"] == "ftp" and e[key]), key=lambda entry: entry[key])
@@ -264,15 +265,16 @@ def equal_latency(table: list[dict[str, Any]], context: int, figure: str) -> str
   def at(own, name, speedup):
     known = sorted((1 / e[key], e[name]) for e in own + dense if e[key] and e[name] is not None)
     if len(known) < 2 or 1 / speedup < known[0][0]:
-      return None
-    return float(np.interp(1 / speedup, *zip(*known)))
+      return None, ""
+    form = "{:.3f}" if 1 / speedup <= known[-2][0] else "[{:.3f}]"  # the last one is dense
+    return (value := float(np.interp(1 / speedup, *zip(*known)))), form.format(value)
 
   for method in dict.fromkeys(e["method"] for e in table if e["method"] != "dense"):
     own, line = [e for e in table if e["method"] == method], [method]
     for e in ours:
-      kl, average = (at(own, name, e[key]) for name in (figure, "average"))
+      (kl, text), (average, _) = (at(own, name, e[key]) for name in (figure, "average"))
       shown = "" if average is None or figure != "kl" else f" ({100 * average:.1f} %)"
-      line.append("-" if kl is None else f"{kl:.3f}{shown}")
+      line.append("-" if kl is None else text + shown)
     lines.append(line)
   return _table(lines)
 

@@ -30,6 +30,7 @@ def get_config() -> config_dict.ConfigDict:
   c.data.split = "train"  # split of a hub data set
   c.data.chat = False  # wrap prompts in the model's chat template
   c.data.min_context = 32  # shortest context in tokens; shorter prompts are dropped
+  c.data.train_min_context = 0  # shortest one in the training set, which then has shorter prompts too; 0: min_context
   c.data.max_context = 96  # longest context in tokens; longer prompts are dropped, text is cut
   c.data.continuation = 32  # scored continuation tokens (longest)
   c.data.min_continuation = 8  # shortest continuation in tokens; shorter prompts are dropped

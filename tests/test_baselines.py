@@ -18,6 +18,7 @@ from ftp_jax.evaluation.perplexity import truncated_perplexity
 from ftp_jax.export.artifact import Artifact
 from ftp_jax.inference import Engine, Sampling
 from ftp_jax.inference import engine as engine_module
+from ftp_jax.machine import describe_machine
 from ftp_jax.models.sources import Model
 from ftp_jax.routing import masked, routers
 from ftp_jax.routing.config import RouterConfig, RoutingConfig
@@ -247,7 +248,7 @@ def test_a_trained_artifact_is_measured_alike(model, yardstick, prompts, monkeyp
   router = RouterConfig()
   weights = jax.tree.map(lambda a: np.asarray(a) * 3, routers.init_router(router, jax.random.key(1), BLOCKS, 32))
   schedule = (0.0, 0.5, 0.5, 0.25, 0.5)
-  made_for, crossover = str(IN_MEMORY), {"context": 10}
+  made_for, crossover = str(IN_MEMORY), {"context": 10, "machine": describe_machine()}
   artifact = Artifact("tiny", made_for, "llama", schedule, RoutingConfig(), router, weights, {}, crossover)
   baseline = baselines.from_artifact(model, artifact)
   judge = Judge(Frozen(CONFIG, model.params), artifact.routing, prompts, 2, 4)

@@ -23,6 +23,7 @@ from ftp_jax.inference import programs
 from ftp_jax.inference.engine import Engine
 from ftp_jax.inference.programs import Spec, Weights
 from ftp_jax.inference.sampling import Sampling
+from ftp_jax.machine import describe_machine
 from ftp_jax.models import decoder
 from ftp_jax.models.attention import visible
 from ftp_jax.models.huggingface import fingerprint, save_params
@@ -405,6 +406,7 @@ def test_crossover_is_written_into_the_artifact_and_obeyed(model_directory, arti
   assert after.crossover["measured"] == measured and after.crossover["context"] == crossover.crossover(measured)
   assert (after.crossover["batch"], after.crossover["dtype"]) == (2, "float32") and after.crossover["machine"]["cores"]
   jax.tree.map(np.testing.assert_array_equal, before.params, after.params)
+  assert after.digest == before.digest
   assert (before.schedule, before.routing, before.router) == (after.schedule, after.routing, after.router)
   assert str(artifact_directory) in capsys.readouterr().out
 
@@ -412,7 +414,7 @@ def test_crossover_is_written_into_the_artifact_and_obeyed(model_directory, arti
   options = types.SimpleNamespace(artifact=(str(artifact_directory),), batch=(1,), dtype="float32")
   for speedups, pruned in (((0.9, 1.2), (False, True)), ((1.1, 1.2), (True, True)), ((1.1, 0.9), (False, False))):
     faked = [{"method": "ftp", "context": c, "speedup": s} for c, s in zip((16, 32), speedups)]
-    crossover.write(faked, options, {})
+    crossover.write(faked, options, describe_machine())
     engine = Engine(model, artifacts.load(artifact_directory), fallback="auto")
     assert (engine.prunes(16), engine.prunes(32)) == pruned
 

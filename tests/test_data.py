@@ -222,6 +222,27 @@ def test_splits_depend_on_the_seed_alone_and_held_sets_not_on_the_training_size(
   assert (first["test"].tokens != other["test"].tokens).any()
 
 
+def test_the_training_set_alone_takes_shorter_prompts_last_and_none_of_a_held_document(tmp_path, tokenizer):
+  long = [{"context": f"longer {n:02d}", "continuation": "a", "document": f"d{n}"} for n in range(12)]
+  short = [{"context": f"s{n:02d}", "continuation": "a", "document": f"d{n}"} for n in range(24)]
+  path = write_jsonl(tmp_path / "a.jsonl", short + long)
+  texts = lambda splits, name: [context for context, _ in rows_as_text(splits[name], tokenizer)]
+  plain = load_splits(data_config(path=path, min_context=9, num_train=6), tokenizer)
+  more = load_splits(data_config(path=path, min_context=9, train_min_context=3, num_train=24), tokenizer)
+  for name in ("test", "validation", "search"):
+    assert texts(more, name) == texts(plain, name)
+  train = texts(more, "train")
+  assert train[:6] == texts(plain, "train")
+  assert len(set(train)) == 24 and all(context.startswith("s") for context in train[6:])
+  held = {context[-2:] for name in ("test", "validation", "search") for context in texts(more, name)}
+  assert held == {f"{n:02d}" for n in range(12)} - {context[-2:] for context in train[:6]}
+  assert not held & {context[-2:] for context in train}
+  refused(
+      data_config(path=path, min_context=9, train_min_context=3, num_train=25), tokenizer,
+      r"31 prompts are needed .* 36 distinct ones",
+  )  # fmt: skip
+
+
 def test_exactly_enough_prompts_are_enough_and_a_set_may_be_empty(tmp_path, tokenizer):
   path = write_jsonl(tmp_path / "a.jsonl", [{"context": f"q{n}", "continuation": "a"} for n in range(6)])
   splits = load_splits(data_config(path=path, num_validation=0), tokenizer)
@@ -362,6 +383,7 @@ def test_bad_prompt_files_are_refused_in_one_sentence(name, tmp_path, tokenizer)
         (dict(source="hub", path="no-one/nothing"), "'no-one/nothing' .* cannot be loaded"),
         (dict(source="embedded", num_train=10**6), "^1000006 prompts are needed"),
         (dict(min_context=21), "data.min_context=21 and data.max_context=20 are not in order"),
+        (dict(train_min_context=2), "data.train_min_context=2 must be at most data.min_context=1"),
         (dict(min_continuation=0), "data.min_continuation=0"),
         (dict(num_test=-1), "is negative"),
     ],

@@ -289,7 +289,9 @@ def test_the_base_model_stays_dense_and_shares_its_weights(tmp_path):
   inputs = padded(prompts_of(), "left")
   before = base(**inputs).logits
   out = exported(tmp_path, "llama-gqa", RoutingConfig("evict"), RouterConfig())
+  base.train()
   model = load_pruned(base, out)
+  assert base.model.layers[0].training
   assert isinstance(model, transformers.LlamaForCausalLM) and model.lm_head is base.lm_head
   assert type(load_pruned(model, out)).__mro__[1:] == type(model).__mro__[1:]
   assert not torch.allclose(model(**inputs).logits[:, -1], before[:, -1], atol=0.1)
@@ -353,7 +355,9 @@ def test_generation_options(skipping):
 
 def test_loss_tuple_embeddings_and_no_cache(skipping):
   tokens = torch.tensor(prompts_of((12, 12)))
-  out = skipping(tokens, labels=tokens, use_cache=False)
+  with pytest.raises(ValueError, match="gates which have seen its later tokens; pass context_length"):
+    skipping(tokens, labels=tokens)
+  out = skipping(tokens, labels=tokens, use_cache=False, context_length=12)
   expected = torch.nn.functional.cross_entropy(out.logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
   torch.testing.assert_close(out.loss, expected)
   assert out.past_key_values is None
@@ -421,6 +425,14 @@ def test_what_a_cache_cannot_do_is_refused(skipping):
   cache = skipping(torch.tensor([[1, 2, 3, 4]])).past_key_values
   with pytest.raises(ValueError, match="belongs to the first call"):
     skipping(torch.tensor([[5]]), past_key_values=cache, context_length=1)
+  with pytest.raises(ValueError, match="cache is of 1 rows, but 2 are given"):
+    skipping(torch.tensor([[5], [6]]), past_key_values=cache)
+  with pytest.raises(ValueError, match="either input_ids or inputs_embeds"):
+    skipping(past_key_values=cache)
+  for kind in ("static", "quantized"):
+    with pytest.raises(ValueError, match="keeps its own cache"):
+      options = {"cache_config": {"backend": "fp8"}} if kind == "quantized" else {}
+      skipping.generate(torch.tensor([[1, 2]]), max_new_tokens=2, cache_implementation=kind, **options)
   with pytest.raises(ValueError, match="cannot be cropped"):
     cache.crop(-1)
   with pytest.raises(ValueError, match="leave the cache on"):
@@ -441,6 +453,9 @@ def test_the_way_back_gives_the_identical_artifact(kind, tmp_path):
   out = exported(tmp_path, "qwen2", RoutingConfig("evict", one_pass_block=1), router, figures=figures)
   before, after = artifacts.load(tmp_path / "artifact"), artifacts.load(out)
   assert dataclasses.replace(before, params=None) == dataclasses.replace(after, params=None)
+  told = dataclasses.replace(after, figures={}, crossover={"context": 9})  # what is told of it does not compute
+  other = dataclasses.replace(after, params=jax.tree.map(lambda a: a + 1, after.params))
+  assert before.digest == told.digest != other.digest != dataclasses.replace(other, schedule=(0.5,) * 3).digest
   assert all(jax.tree.leaves(jax.tree.map(same_bits, before.params, after.params)))
   weights = torch_runtime.read_artifact(out).weights
   lead = (3,) if kind == "per_block" else ()

@@ -39,6 +39,7 @@ DOC = pathlib.Path(__file__).parent.parent / "docs" / "inference.md"
 IN_MEMORY = pathlib.Path("a tiny model that stands in no directory")
 VOCABULARY, POSITIONS, LETTERS = 262, 128, 94  # of the byte tokenizer; ids below LETTERS are printable ASCII
 SCHEDULE = (0.5, 0.5, 0.5, 0.5)
+HERE = {"device": "cpu"}  # as jax names what the tests run on
 LENGTHS = (17, 9, 3)
 DRAWN = Sampling(0.8, 0.9)
 PLAIN = byte_tokenizer()
@@ -284,6 +285,10 @@ def test_the_tokenizer_names_the_default_stops(engine):
   done = own.generate(PROMPTS, 18)[0]
   assert done.tokens == free[0].tokens[: end + 1] and done.stopped and done.text == free[0].text[:end]
   assert own.generate(PROMPTS, 18, stop_tokens=())[0].tokens == free[0].tokens
+  assert own.generate(PROMPTS, 18, stop_tokens=free[0].tokens[6])[0] == done  # one of each may be given as it is
+  assert engine.generate(PROMPTS, 18, stop_strings=free[0].text[5:8]) == engine.generate(
+      PROMPTS, 18, stop_strings=[free[0].text[5:8]]
+  )
   # A string that is a token of its own stops as one: its text is not in the decoded text.
   assert own.generate(PROMPTS, 18, stop_tokens=(), stop_strings=[letter])[0] == done
   chat = build(tokenizer=byte_tokenizer(CHAT))
@@ -341,7 +346,7 @@ def test_one_prefill_serves_all_continuations(engine, monkeypatch):
 
 
 def test_scores_where_some_contexts_are_pruned_and_others_dense(engine):
-  mixed, dense = build(crossover={"context": 10, "machine": "here"}), build(routing=None)
+  mixed, dense = build(crossover={"context": 10, "machine": HERE}), build(routing=None)
   short, *long = prompts = prompts_of((9, 10, 17))
   continuations, rows = prompts_of((5, 2, 7, 1, 3), seed=2), [2, 0, 1, 0, 2]
   prefix = mixed.prefill(prompts)
@@ -375,7 +380,7 @@ def logits_of(engine, prompts):
 
 
 def test_prompts_below_the_crossover_are_dense_and_the_others_pruned(engine):
-  mixed, dense = build(crossover={"context": 10, "machine": "here"}), build(routing=None)
+  mixed, dense = build(crossover={"context": 10, "machine": HERE}), build(routing=None)
   short, *long = prompts = prompts_of((9, 10, 17))
   found = logits_of(mixed, prompts)
   np.testing.assert_array_equal(found[:1], logits_of(dense, [short]))
@@ -392,11 +397,12 @@ def test_prompts_below_the_crossover_are_dense_and_the_others_pruned(engine):
     "crossover, fallback, pruned",
     [
         (None, "auto", True),
-        ({"context": None, "machine": "here"}, "auto", False),
-        ({"context": None, "machine": "here"}, "never", True),
-        ({"context": 2000, "machine": "here"}, "never", True),
+        ({"context": None, "machine": {"device": "TPU v5e"}}, "auto", True),  # says nothing about this machine
+        ({"context": None, "machine": HERE}, "auto", False),
+        ({"context": None, "machine": HERE}, "never", True),
+        ({"context": 2000, "machine": HERE}, "never", True),
         (None, "always", False),
-        ({"context": 1, "machine": "here"}, "always", False),
+        ({"context": 1, "machine": HERE}, "always", False),
     ],
 )
 def test_fallback_without_crossover_and_by_order(engine, crossover, fallback, pruned):
@@ -506,12 +512,20 @@ def test_of_equally_likely_tokens_the_first_is_the_greedy_one(engine):
         (lambda e: e.generate([[1], []], 4), "Prompt 1 is empty"),
         (lambda e: e.score([], [[1]]), "Prompt 0 is empty"),
         (lambda e: e.generate(["text"], 4), "Prompt 0 is a text"),
+        (lambda e: e.generate([1, 2, 3], 4), "Prompt 0 is no list of token ids; pass a list of lists"),
+        (lambda e: e.generate([[1, 2], [1.0, 2.0]], 4), "Prompt 1 is no list of token ids"),
+        (lambda e: e.prefill([[[1, 2], [3]]]), "Prompt 0 is no list of token ids"),
+        (lambda e: e.score([1], ["text"]), "Continuation 0 is a text"),
+        (lambda e: e.score([1], [1, 2]), "Continuation 0 is no list of token ids"),
+        (lambda e: e.generate([[1]], 4.5), "max_new_tokens=4.5 must be a whole number"),
+        (lambda e: build(routing=None, decode_sparsity=0.2), "decode_sparsity need an artifact"),
+        (lambda e: build(routing=None, decode_sparsity=0.2, decode_threshold=0.5), "decode_sparsity and decode_thresh"),
         (lambda e: e.prefill([[1] * 129]), "129 tokens exceeds the model's 128 positions"),
         (lambda e: e.generate([[1] * 100], 29), "100 tokens and 29 new ones exceed the model's 128 positions"),
         (lambda e: e.generate([[1]], 0), "max_new_tokens=0"),
         (lambda e: e.generate([[1, VOCABULARY]], 4), "outside 0..261"),
         (lambda e: e.generate([[-1]], 4), "outside 0..261"),
-        (lambda e: e.score([1], [[1], []]), "A continuation is empty"),
+        (lambda e: e.score([1], [[1], []]), "Continuation 1 is empty"),
         (lambda e: e.score([1], [[1, VOCABULARY]]), "outside 0..261"),
         (lambda e: e.score([1] * 120, [[1] * 10]), "120 tokens with a continuation of 10 exceeds"),
         (lambda e: e.score([1], [[1]], rows=[1]), "one of the 1 contexts"),
@@ -558,7 +572,7 @@ def directories(tmp_path_factory):
   )
   save_params(params(c), c, root / "model", hf)
   byte_tokenizer(CHAT).save_pretrained(root / "model")
-  made = artifact(c, RoutingConfig("evict"), RouterConfig(), {"context": 10, "machine": "here"})
+  made = artifact(c, RoutingConfig("evict"), RouterConfig(), {"context": 10, "machine": HERE})
   artifacts.save(dataclasses.replace(made, fingerprint=fingerprint(root / "model")), root / "artifact")
   return str(root / "model"), str(root / "artifact")
 
@@ -682,10 +696,10 @@ def test_the_screen_holds_back_what_may_still_change(capsys):
         ({"fallback": "never"}, "pruned: --fallback=never"),
         ({"fallback": "always"}, "dense: --fallback=always"),
         ({}, "pruned: no crossover was measured"),
-        ({"crossover": {"context": None, "machine": ""}}, "dense: pruning was faster at no length"),
-        ({"crossover": {"context": 30, "machine": ""}}, "dense: below the crossover of 30 tokens"),
-        ({"crossover": {"context": 5, "machine": ""}}, "pruned: not below the crossover of 5 tokens"),
-        ({"crossover": {"context": 10, "machine": ""}}, "1 of 2 pruned"),
+        ({"crossover": {"context": None, "machine": HERE}}, "dense: pruning was faster at no length"),
+        ({"crossover": {"context": 30, "machine": HERE}}, "dense: below the crossover of 30 tokens"),
+        ({"crossover": {"context": 5, "machine": HERE}}, "pruned: not below the crossover of 5 tokens"),
+        ({"crossover": {"context": 10, "machine": HERE}}, "1 of 2 pruned"),
     ],
 )
 def test_the_command_says_why_a_prompt_was_pruned_or_not(options, expected):

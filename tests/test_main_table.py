@@ -26,7 +26,7 @@ def chats(script, tmp_path, monkeypatch):
   data.chat, data.min_context, data.max_context, data.continuation = True, 2, 6, 3
   table = object.__new__(script.Table)
   table.run = table.out = tmp_path
-  table.config = {"data": data.to_dict()}
+  table.config, table.dtype = {"data": data.to_dict()}, "bfloat16"
   table.model = types.SimpleNamespace(tokenizer=byte_tokenizer(CHAT), config=types.SimpleNamespace(max_positions=30))
   (tmp_path / "data").mkdir()
   for split in ("search", "train", "validation"):
@@ -70,7 +70,7 @@ def test_long_prompts_are_measured_once_a_cell(script, chats, monkeypatch):
     table.directory(*cell).mkdir(parents=True)
   measured = []
   yardstick = types.SimpleNamespace(record=lambda name, windows: measured.append(name) or {"kl": 0.5, "seed": 0})
-  monkeypatch.setattr(script.baselines, "Yardstick", lambda model, prompts, batch: yardstick)
+  monkeypatch.setattr(script.baselines, "Yardstick", lambda model, prompts, batch, dtype: yardstick)
   read = lambda cell: json.loads((table.directory(*cell) / "long-chats.json").read_text())
   table.long()
   assert measured == ["late", "ftp"] and read(table.cells[1])["seed"] == 1 and read(table.cells[1])["kl"] == 0.5
@@ -102,6 +102,40 @@ def test_a_cell_is_not_reused_with_other_settings(script, tmp_path):
   (tmp_path / "S0.30" / "mod-seed0" / "quality.json").write_text("{}")
   with pytest.raises(UserError, match="mod-seed0 has figures but no settings.json"):
     table.claim(("mod", 0.3, 0))
+
+
+def test_a_later_call_keeps_the_times_of_earlier_cells_and_measures_in_the_runs_dtype(script, tmp_path, monkeypatch):
+  measured = []
+  monkeypatch.setattr(script, "random_tokens", lambda *_: None)
+  prefill = lambda baseline, tokens: types.SimpleNamespace(describe=lambda: baseline)
+  monkeypatch.setattr(script, "BaselinePrefill", prefill)
+  interleave = lambda methods, runs, what: measured.append(len(methods)) or [[1.0]] * len(methods)
+  monkeypatch.setattr(script, "interleave", interleave)
+  monkeypatch.setattr(script, "speedup", lambda own, dense: 1.0)
+  monkeypatch.setattr(script, "_RUNS", types.SimpleNamespace(value=1))
+  monkeypatch.setattr(script, "load_artifact", lambda path: None)
+  for module, name in ((script.baselines, "from_artifact"), (script, "baseline_at")):
+    monkeypatch.setattr(module, name, lambda *_, dtype: {"dtype": dtype})
+  table = object.__new__(script.Table)
+  table.run = table.out = tmp_path
+  table.model, table.dtype, table.sparsities, table.contexts, version = None, "bfloat16", [0.3], [512], 1
+  table.calibration = lambda method, where: None
+  table.settings = lambda method, sparsity, seed: {
+      "method": method, "sparsity": sparsity, "seed": seed, "version": version * (method == "late"),
+  }  # fmt: skip
+
+  def latency(*methods):
+    table.cells = [("dense", 0.0, 0), *((method, 0.3, 0) for method in methods)]
+    table.latency()
+    stored = json.loads((tmp_path / "S0.30" / "latency512.json").read_text())
+    assert all(record["dtype"] == "bfloat16" for record in stored["records"])
+    return [settings["method"] for settings in stored["settings"]]
+
+  assert latency("late", "static", "ftp") == ["dense", "late", "static", "ftp"]
+  assert latency("mod") == ["dense", "mod", "late", "static", "ftp"] and measured == [4, 5]
+  assert latency("late", "ftp") == ["dense", "mod", "late", "static", "ftp"] and measured == [4, 5]
+  version = 2  # what was made with other settings is another cell
+  assert latency("random") == ["dense", "random", "mod", "static", "ftp"]
 
 
 def test_an_artifact_that_is_not_there_yet_is_named(script, tmp_path):

@@ -4,8 +4,9 @@ Who goes where is decided by whole documents (all prompts that name one `documen
 all its answers), drawn in an order that `data.seed` fixes:
   1. test, validation and search, in this order, take document after document until they have their
      number, at most a quarter of it from one document (half or all of it where documents run out
-     otherwise); train draws from all documents left. So while documents suffice, the test prompts
-     do not change with the sizes of the other sets.
+     otherwise); train draws from all documents left, and where they run out from prompts of at least
+     `data.train_min_context` tokens whose documents are in no other set. So while documents suffice,
+     the test prompts change neither with the sizes of the other sets nor with that.
   2. Where even that runs out of documents (a single book), the windows of all documents lie in a
      line that is cut into test, validation, search and train; one window between two sets is
      dropped, so that no two sets hold neighbouring text.
@@ -42,10 +43,12 @@ def load_splits(data, tokenizer) -> dict[str, Prompts]:
     UserError: a setting is out of range, the data cannot be read, or there is too little of it.
   """
   _check(data)
-  prompts, documents, found = load_prompts(data, tokenizer)
+  prompts, documents, found = load_prompts(data, tokenizer, data.train_min_context or data.min_context)
+  # Windows are all of one length; prompts that only the training set may have come last.
+  held = np.count_nonzero(prompts.context >= data.min_context)
   counts = {split: getattr(data, f"num_{split}") for split in _DRAWN}
-  attempts = (_by_document(documents, counts, data.seed, spread) for spread in _SPREADS)
-  indices = next(filter(None, attempts), None) or _by_position(documents, counts, data.seed)
+  attempts = (_by_document(documents, held, counts, data.seed, spread) for spread in _SPREADS)
+  indices = next(filter(None, attempts), None) or _by_position(documents[:held], counts, data.seed)
   if indices is None:
     wanted = " + ".join(f"{counts[split]} {split}" for split in SPLITS)
     raise UserError(
@@ -56,12 +59,16 @@ def load_splits(data, tokenizer) -> dict[str, Prompts]:
   return {split: take(prompts, indices[split]) for split in SPLITS}
 
 
-def load_prompts(data, tokenizer) -> tuple[Prompts, np.ndarray, str]:
-  """All distinct prompts (N, T) of the source, the document (N,) of each, and a count in words."""
+def load_prompts(data, tokenizer, shortest: int | None = None) -> tuple[Prompts, np.ndarray, str]:
+  """All distinct prompts (N, T) of the source, the document (N,) of each, and a count in words.
+
+  With `shortest` contexts may be that short; those below data.min_context come last.
+  """
   records = read_source(data)
   width = data.max_context + data.continuation
   if isinstance(records[0], Pair):
-    keyed, found = _pair_rows(records, encode_pairs(records, tokenizer, data.chat), data)
+    keyed, found = _pair_rows(records, encode_pairs(records, tokenizer, data.chat), data, shortest or data.min_context)
+    keyed.sort(key=lambda row: row[2] < data.min_context)
   else:
     windows = encode_windows(records, tokenizer, width)
     keyed = [(number, window, data.max_context) for number, rows in enumerate(windows) for window in rows]
@@ -74,30 +81,34 @@ def load_prompts(data, tokenizer) -> tuple[Prompts, np.ndarray, str]:
   return pack(list(distinct), width), np.array([numbers[key] for key in distinct.values()], np.int64), found
 
 
-def _pair_rows(pairs, encoded, data):
+def _pair_rows(pairs, encoded, data, shortest):
   """Rows (document key, ids, context length) of the pairs whose lengths fit, and a count in words."""
   rows, outside, short, documents = [], 0, 0, {}
   for pair, (context, answer) in zip(pairs, encoded):
     answer, asked = answer[: data.continuation], tuple(context)
     document = documents.setdefault(asked, pair.document or asked)  # answers to one prompt go together, however named
-    if not data.min_context <= len(context) <= data.max_context:
+    if not shortest <= len(context) <= data.max_context:
       outside += 1
     elif len(answer) < data.min_continuation:
       short += 1
     else:
       rows.append((document, context + answer, len(context)))
   found = (
-      f"{len(encoded)} records, of which {outside} have a context outside {data.min_context}..{data.max_context} "
+      f"{len(encoded)} records, of which {outside} have a context outside {shortest}..{data.max_context} "
       f"tokens and {short} an answer below {data.min_continuation}"
   )
   return rows, found
 
 
 def _by_document(
-    documents: np.ndarray, counts: dict[str, int], seed: int, spread: int
+    documents: np.ndarray, held: int, counts: dict[str, int], seed: int, spread: int
 ) -> dict[str, np.ndarray] | None:
-  """Rule 1 of the module: row indices of each split, or None if there are too few documents."""
-  left = [np.flatnonzero(documents == number) for number in shuffled(documents.max(initial=-1) + 1, seed)]
+  """Rule 1 of the module: row indices of each split, or None if there are too few documents.
+
+  The rows from `held` on are for training alone.
+  """
+  numbers = shuffled(documents[:held].max(initial=-1) + 1, seed)
+  left, taken = [np.flatnonzero(documents[:held] == number) for number in numbers], []
   indices = {}
   for stream, split in enumerate(_DRAWN, start=1):
     count = counts[split]
@@ -105,10 +116,16 @@ def _by_document(
     pool = []
     while left and (split == "train" or len(pool) < count):
       rows = left.pop(0)
+      if split != "train":
+        taken.append(documents[rows[0]])
       pool.extend(rows[shuffled(len(rows), seed, stream)][:most])
-    if len(pool) < count:
+    order = np.array(pool, np.int64)[shuffled(len(pool), seed, stream)]
+    if split == "train":
+      shorter = held + np.flatnonzero(~np.isin(documents[held:], taken))
+      order = np.concatenate([order, shorter[shuffled(len(shorter), seed, stream)]])
+    if len(order) < count:
       return None
-    indices[split] = np.array(pool, np.int64)[shuffled(len(pool), seed, stream)][:count]
+    indices[split] = order[:count]
   return indices
 
 
@@ -132,6 +149,11 @@ def _check(data) -> None:
     raise UserError(
         f"data.min_context={data.min_context} and data.max_context={data.max_context} are not in order; "
         "use 1 <= min_context <= max_context."
+    )
+  if not 0 <= data.train_min_context <= data.min_context:
+    raise UserError(
+        f"data.train_min_context={data.train_min_context} must be at most data.min_context={data.min_context}; 0 means "
+        "that."
     )
   if not 1 <= data.min_continuation <= data.continuation:
     raise UserError(

@@ -8,6 +8,7 @@ There are two layouts of the same numbers: `flax` as the router's own parameters
 """
 
 import dataclasses
+import hashlib
 import json
 import os
 import pathlib
@@ -47,6 +48,15 @@ class Artifact:
   params: Any
   figures: dict[str, Any]
   crossover: dict[str, Any] | None = None
+
+  @property
+  def digest(self) -> str:
+    """Hash (16 hex digits) of all that decides what it computes: neither figures nor crossover, nor the layout."""
+    decides = (self.fingerprint, self.schedule, dataclasses.asdict(self.routing), dataclasses.asdict(self.router))
+    found = hashlib.sha256(json.dumps(decides, sort_keys=True).encode())
+    for name, a in sorted(_flat(self.params).items()):
+      found.update(f"{name}{a.dtype}{a.shape}".encode() + np.ascontiguousarray(a).tobytes())
+    return found.hexdigest()[:16]
 
 
 def save(artifact: Artifact, directory: str | os.PathLike, layout: str = "flax") -> None:

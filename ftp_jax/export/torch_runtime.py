@@ -196,7 +196,7 @@ def load_pruned(model, artifact=None, *, dtype=None, device=None) -> "PrunedMode
   _check_fit(pruning, tensors, model.config)
   if len(set(getattr(model, "hf_device_map", {None: 0}).values())) > 1:
     raise ValueError("The model is spread over several devices, which is not supported; load it on one.")
-  pruned = copy.copy(model if device is None else model.to(device)).eval()
+  pruned = copy.copy(model if device is None else model.to(device))
   base = type(model).__mro__[2] if isinstance(model, PrunedModel) else type(model)
   pruned.__class__ = type(f"Pruned{base.__name__}", (PrunedModel, base), {})
   pruned.pruning = pruning
@@ -496,13 +496,17 @@ class PrunedModel:
     """
     if kwargs.get("output_attentions") or kwargs.get("output_hidden_states"):
       raise ValueError("A pruned model gives no attentions and no hidden states; ask the base model.")
+    if (input_ids is None) == (inputs_embeds is None):
+      raise ValueError("Pass either input_ids or inputs_embeds.")
     embeds = self.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
     batch, columns = embeds.shape[:2]
     cache = past_key_values if cache is None else cache
     if not isinstance(cache, PrunedCache):
-      if cache is not None and (cache.get_seq_length() or cache.is_compileable):
+      if cache is not None and (cache.get_seq_length() or type(cache) is not transformers.DynamicCache):
         raise ValueError("A pruned model keeps its own cache; leave out past_key_values and cache_implementation.")
       cache = PrunedCache(batch, embeds.device)
+    if len(cache.length_B) != batch:
+      raise ValueError(f"The cache is of {len(cache.length_B)} rows, but {batch} are given; select its rows first.")
     first = cache.columns == 0
     present_BxC = torch.ones(batch, columns, dtype=torch.bool, device=embeds.device)
     if attention_mask is not None:
@@ -516,6 +520,11 @@ class PrunedModel:
       raise ValueError("position_ids must count the tokens of each row; leave them out.")
     if not first and context_length is not None:
       raise ValueError("context_length belongs to the first call; what follows a filled cache is continuation.")
+    if first and labels is not None and context_length is None:
+      raise ValueError(
+          "The loss of a prompt would be that of gates which have seen its later tokens; pass context_length: 1 for a "
+          "text, or how many tokens of it are the prompt."
+      )
     context_B = size_B if context_length is None else torch.as_tensor(context_length, device=size_B.device)
     if first and not ((context_B >= 1) & (context_B <= size_B)).all():
       raise ValueError("Every row needs a context of at least one token and at most its length.")

@@ -99,7 +99,8 @@ class Engine:
     model: the base model.
     artifact: what prunes it, or None.
     execution: how prompts are run that are not computed densely; the dense one where nothing prunes.
-    crossover: context length from which pruning was measured to pay; None if it was not measured.
+    crossover: context length from which pruning was measured to pay; None if it was not measured on this kind of
+      device.
   """
 
   def __init__(
@@ -122,15 +123,20 @@ class Engine:
       execution: what prunes the model in place of an artifact, with weights of this model.
       dtype: of the computation, "float32" or "bfloat16".
       fallback: `auto` computes prompts shorter than the artifact's crossover densely (all are pruned where none was
-        measured), `never` prunes all, `always` none.
+        measured on this kind of device), `never` prunes all, `always` none.
       attention: implementation, see `models.kernels`.
       max_buckets, buckets: capacities of the compiled programs, see `routing.plan.make_plan`.
       decode_sparsity, decode_threshold: replace those of the artifact.
 
     Raises:
-      UserError: the artifact was made for another model or is of mixed files, or an option is unknown.
+      UserError: the artifact was made for another model or is of mixed files, or an option is unknown or has nothing
+        to change.
     """
     _check_options(dtype, fallback, attention)
+    changes = {"decode_sparsity": decode_sparsity, "decode_threshold": decode_threshold}
+    changes = {name: value for name, value in changes.items() if value is not None}
+    if changes and artifact is None:
+      raise UserError(f"{' and '.join(changes)} need an artifact, whose settings they replace; pass one.")
     self.model, self.artifact = model, artifact
     self.fallback, self.max_buckets, self.buckets = fallback, max_buckets, buckets
     zeros = jnp.zeros(model.config.num_blocks)
@@ -151,15 +157,15 @@ class Engine:
           f"{found}; load the base model it belongs to."
       )
     _check_fit(artifact, model.config)
-    changes = {"decode_sparsity": decode_sparsity, "decode_threshold": decode_threshold}
-    routing = dataclasses.replace(artifact.routing, **{k: v for k, v in changes.items() if v is not None})
+    routing = dataclasses.replace(artifact.routing, **changes)
     router = routers.Router("dynamic", artifact.router, jax.tree.map(jnp.asarray, artifact.params))
     schedule = jnp.asarray(artifact.schedule, jnp.float32)
     spec = dataclasses.replace(self._dense.spec, routing=routing)
     self.execution = Execution(spec, Weights(model.params, router, schedule))
-    if artifact.crossover:  # never faster: no prompt is long enough
-      never = model.config.max_positions + 1
-      self.crossover = never if artifact.crossover["context"] is None else artifact.crossover["context"]
+    measured = artifact.crossover
+    if measured and measured["machine"]["device"] == jax.devices()[0].device_kind:
+      never = model.config.max_positions + 1  # never faster: no prompt is long enough
+      self.crossover = never if measured["context"] is None else measured["context"]
 
   @classmethod
   def load(cls, source: str, artifact: str | None = None, *, dtype: str = "float32", **options) -> "Engine":
@@ -239,8 +245,8 @@ class Engine:
       max_new_tokens: int,
       sampling: Sampling = Sampling(),
       *,
-      stop_tokens: Sequence[int] | None = None,
-      stop_strings: Sequence[str] = (),
+      stop_tokens: int | Sequence[int] | None = None,
+      stop_strings: str | Sequence[str] = (),
       seed: int = 0,
       stream: Callable[[int, list[int]], bool | None] | None = None,
   ) -> list[Generation]:
@@ -249,9 +255,9 @@ class Engine:
     Args:
       prompts: token ids, or what `prefill` gave.
       max_new_tokens: most new tokens of each.
-      stop_tokens: ids that end a row; None: those of the attribute `stop_tokens`.
-      stop_strings: texts that end a row, found on the host in the decoded new tokens; one that is itself a special
-        or added token of the tokenizer counts as a stop token.
+      stop_tokens: ids that end a row, or one; None: those of the attribute `stop_tokens`.
+      stop_strings: texts that end a row, or one, found on the host in the decoded new tokens; one that is itself a
+        special or added token of the tokenizer counts as a stop token.
       seed: row i draws from seed + i.
       stream: called with (prompt, new tokens) as they come, one at a time; returns True to end that row. Rows that
         are pruned come before those computed densely.
@@ -263,8 +269,9 @@ class Engine:
       self.check(prompts, max_new_tokens)  # before the work
       prompts = self.prefill(prompts)
     self._check_room(max(prompts.lengths), max_new_tokens)
+    stop_strings = (stop_strings,) if isinstance(stop_strings, str) else tuple(stop_strings)
     added = self.model.tokenizer.get_added_vocab() if stop_strings else {}
-    stop_tokens = {*(self.stop_tokens if stop_tokens is None else stop_tokens)}
+    stop_tokens = {*np.ravel(self.stop_tokens if stop_tokens is None else stop_tokens).tolist()}
     stop_tokens |= {added[text] for text in stop_strings if text in added}
     stops = _Stops(frozenset(stop_tokens), tuple(text for text in stop_strings if text and text not in added))
     results: list[Generation | None] = [None] * len(prompts.lengths)
@@ -325,9 +332,7 @@ class Engine:
     rows = [0] * len(continuations) if rows is None else list(rows)
     if len(rows) != len(continuations) or not set(rows) <= set(range(len(lengths))):
       raise UserError(f"rows={rows} must name, for each continuation, one of the {len(lengths)} contexts.")
-    if any(not len(c) for c in continuations):
-      raise UserError("A continuation is empty; every continuation needs at least one token to score.")
-    self._check_tokens(continuations)
+    self._check_rows("Continuation", continuations, "every continuation needs at least one token to score")
     most = self.model.config.max_positions
     for row, continuation in zip(rows, continuations):
       if lengths[row] + len(continuation) - 1 > most:  # the last token is scored, not run
@@ -363,18 +368,13 @@ class Engine:
     """Raises the UserError of `prefill`, or of `generate` where new tokens are given, without their work."""
     if not len(prompts):
       raise UserError("There is no prompt; pass at least one.")
-    for i, prompt in enumerate(prompts):
-      if isinstance(prompt, str):
-        raise UserError(f"Prompt {i} is a text; pass its token ids, as Engine.encode gives them.")
-      if not len(prompt):
-        raise UserError(f"Prompt {i} is empty; a prompt needs at least one token (a begin-of-text token will do).")
-    self._check_tokens(prompts)
+    self._check_rows("Prompt", prompts, "a prompt needs at least one token (a begin-of-text token will do)")
     self._check_room(max(map(len, prompts)), max_new_tokens)
 
   def _check_room(self, length: int, new: int | None) -> None:
     most = self.model.config.max_positions
-    if new is not None and new < 1:
-      raise UserError(f"max_new_tokens={new} must be at least 1.")
+    if new is not None and (not isinstance(new, int | np.integer) or new < 1):
+      raise UserError(f"max_new_tokens={new} must be a whole number, at least 1.")
     if length > most:
       raise UserError(f"A prompt of {length} tokens exceeds the model's {most} positions; shorten it.")
     if length + (new or 0) > most:
@@ -383,10 +383,20 @@ class Engine:
           "ask for fewer new tokens."
       )
 
-  def _check_tokens(self, rows: Sequence[Sequence[int]]) -> None:
+  def _check_rows(self, what: str, rows: Sequence[Sequence[int]], needs: str) -> None:
     size = self.model.config.vocab_size
-    for row in rows:
-      if min(row) < 0 or max(row) >= size:
+    for i, row in enumerate(rows):
+      if isinstance(row, str):
+        raise UserError(f"{what} {i} is a text; pass its token ids, as Engine.encode gives them.")
+      try:
+        ids = np.asarray(row)
+      except ValueError:  # lists of several lengths
+        ids = np.empty((1, 1))
+      if ids.ndim == 1 and not ids.size:
+        raise UserError(f"{what} {i} is empty; {needs}.")
+      if ids.ndim != 1 or ids.dtype.kind not in "iu":
+        raise UserError(f"{what} {i} is no list of token ids; pass a list of lists of whole numbers.")
+      if ids.min() < 0 or ids.max() >= size:
         raise UserError(f"A token id lies outside 0..{size - 1}; encode the text with this model's tokenizer.")
 
 

@@ -1,7 +1,6 @@
 """`ftp-jax eval`: reads flags, runs tasks, prints the table and keeps the results file."""
 
 import argparse
-import hashlib
 import importlib.metadata
 import importlib.util
 import logging
@@ -9,7 +8,6 @@ import pathlib
 from typing import Any
 
 from ftp_jax.errors import UserError, check_target
-from ftp_jax.export.artifact import CONFIG_FILE, WEIGHTS_FILE
 from ftp_jax.inference import Engine
 from ftp_jax.machine import describe_machine
 from ftp_jax.models.huggingface import fingerprint
@@ -68,23 +66,16 @@ def model_settings(lm: Any, arguments: argparse.Namespace) -> dict[str, Any]:
   return {
       "model": arguments.model,
       "fingerprint": fingerprint(lm.engine.model.directory),
-      "artifact": artifact and _artifact_digest(arguments.artifact),
+      "artifact": artifact and artifact.digest,
       "decode_sparsity": arguments.decode_sparsity,
       "decode_threshold": arguments.decode_threshold,
       "dtype": arguments.dtype,
       "fallback": arguments.fallback if artifact else None,
+      "crossover": lm.engine.crossover if arguments.fallback == "auto" else None,
       "attention": arguments.attention,
       "max_length": lm.max_length,
       "lm_eval": importlib.metadata.version("lm_eval"),
   }
-
-
-def _artifact_digest(directory: str) -> str:
-  """Hash of both files of an artifact: where it lies does not matter."""
-  digest = hashlib.sha256()
-  for name in (CONFIG_FILE, WEIGHTS_FILE):
-    digest.update((pathlib.Path(directory) / name).read_bytes())
-  return digest.hexdigest()[:16]
 
 
 def _numbers(name: str, text: str | None, kind: type) -> tuple[Any, ...] | None:
