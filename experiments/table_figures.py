@@ -263,11 +263,12 @@ def equal_latency(table: list[dict[str, Any]], context: int, figure: str) -> str
   dense = [entry for entry in table if entry["method"] == "dense"]
 
   def at(own, name, speedup):
-    known = sorted((1 / e[key], e[name]) for e in own + dense if e[key] and e[name] is not None)
-    if len(known) < 2 or 1 / speedup < known[0][0]:
+    points = lambda entries: [(1 / e[key], e[name]) for e in entries if e[key] and e[name] is not None]
+    measured, known = points(own), sorted(points(own + dense))
+    if not measured or len(known) < 2 or 1 / speedup < known[0][0]:
       return None, ""
-    form = "{:.3f}" if 1 / speedup <= known[-2][0] else "[{:.3f}]"  # the last one is dense
-    return (value := float(np.interp(1 / speedup, *zip(*known)))), form.format(value)
+    value = float(np.interp(1 / speedup, *zip(*known)))
+    return value, f"{value:.3f}" if 1 / speedup <= max(measured)[0] else f"[{value:.3f}]"
 
   for method in dict.fromkeys(e["method"] for e in table if e["method"] != "dense"):
     own, line = [e for e in table if e["method"] == method], [method]

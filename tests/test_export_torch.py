@@ -429,7 +429,7 @@ def test_what_a_cache_cannot_do_is_refused(skipping):
     skipping(torch.tensor([[5], [6]]), past_key_values=cache)
   with pytest.raises(ValueError, match="either input_ids or inputs_embeds"):
     skipping(past_key_values=cache)
-  for kind in ("static", "quantized"):
+  for kind in ("static", "quantized", "offloaded"):
     with pytest.raises(ValueError, match="keeps its own cache"):
       options = {"cache_config": {"backend": "fp8"}} if kind == "quantized" else {}
       skipping.generate(torch.tensor([[1, 2]]), max_new_tokens=2, cache_implementation=kind, **options)

@@ -40,6 +40,7 @@ IN_MEMORY = pathlib.Path("a tiny model that stands in no directory")
 VOCABULARY, POSITIONS, LETTERS = 262, 128, 94  # of the byte tokenizer; ids below LETTERS are printable ASCII
 SCHEDULE = (0.5, 0.5, 0.5, 0.5)
 HERE = {"device": "cpu"}  # as jax names what the tests run on
+ELSEWHERE = {"device": "TPU v5e"}
 LENGTHS = (17, 9, 3)
 DRAWN = Sampling(0.8, 0.9)
 PLAIN = byte_tokenizer()
@@ -286,6 +287,7 @@ def test_the_tokenizer_names_the_default_stops(engine):
   assert done.tokens == free[0].tokens[: end + 1] and done.stopped and done.text == free[0].text[:end]
   assert own.generate(PROMPTS, 18, stop_tokens=())[0].tokens == free[0].tokens
   assert own.generate(PROMPTS, 18, stop_tokens=free[0].tokens[6])[0] == done  # one of each may be given as it is
+  assert own.generate(PROMPTS, 18, stop_tokens={free[0].tokens[6]})[0] == done
   assert engine.generate(PROMPTS, 18, stop_strings=free[0].text[5:8]) == engine.generate(
       PROMPTS, 18, stop_strings=[free[0].text[5:8]]
   )
@@ -397,7 +399,7 @@ def test_prompts_below_the_crossover_are_dense_and_the_others_pruned(engine):
     "crossover, fallback, pruned",
     [
         (None, "auto", True),
-        ({"context": None, "machine": {"device": "TPU v5e"}}, "auto", True),  # says nothing about this machine
+        ({"context": None, "machine": ELSEWHERE}, "auto", True),  # says nothing about this machine
         ({"context": None, "machine": HERE}, "auto", False),
         ({"context": None, "machine": HERE}, "never", True),
         ({"context": 2000, "machine": HERE}, "never", True),
@@ -696,6 +698,8 @@ def test_the_screen_holds_back_what_may_still_change(capsys):
         ({"fallback": "never"}, "pruned: --fallback=never"),
         ({"fallback": "always"}, "dense: --fallback=always"),
         ({}, "pruned: no crossover was measured"),
+        ({"crossover": {"context": None, "machine": ELSEWHERE}}, "pruned: no crossover was measured on"),
+        ({"crossover": {"context": 30, "machine": ELSEWHERE}}, "pruned: no crossover was measured on"),
         ({"crossover": {"context": None, "machine": HERE}}, "dense: pruning was faster at no length"),
         ({"crossover": {"context": 30, "machine": HERE}}, "dense: below the crossover of 30 tokens"),
         ({"crossover": {"context": 5, "machine": HERE}}, "pruned: not below the crossover of 5 tokens"),

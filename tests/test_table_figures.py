@@ -161,6 +161,9 @@ def test_equal_latency_by_hand(figures):
   # Half way between dense and 0.8; two thirds of the way from 0.8 to 0.5; never that fast.
   assert late == "| late | [0.050] (80.0 %) | 0.367 (74.2 %) | - |"
   assert ftp == "| ftp | 0.040 (80.0 %) | 0.200 (75.0 %) | 0.300 (75.0 %) |"
+  slower = [*rows[:1], cell("late", 0.2, 0, 0.75, 0.80, 0.1, 0.8), *rows[2:]]  # its slowest point is beyond dense
+  *_, late, _ = figures.equal_latency(figures.summarise(slower, GUESS, [512]), 512, "kl").splitlines()
+  assert late.startswith("| late | 0.100 (")
 
 
 def test_files_of_long_contexts_at_equal_latency(figures):

@@ -50,6 +50,8 @@ def load_splits(data, tokenizer) -> dict[str, Prompts]:
   attempts = (_by_document(documents, held, counts, data.seed, spread) for spread in _SPREADS)
   indices = next(filter(None, attempts), None) or _by_position(documents[:held], counts, data.seed)
   if indices is None:
+    if held < len(documents):
+      found += f"; {held} of these prompts are long enough for the held sets"
     wanted = " + ".join(f"{counts[split]} {split}" for split in SPLITS)
     raise UserError(
         f"{sum(counts.values())} prompts are needed ({wanted}; up to 3 more where two sets share a document), but "

@@ -502,7 +502,8 @@ class PrunedModel:
     batch, columns = embeds.shape[:2]
     cache = past_key_values if cache is None else cache
     if not isinstance(cache, PrunedCache):
-      if cache is not None and (cache.get_seq_length() or type(cache) is not transformers.DynamicCache):
+      plain = type(cache) is transformers.DynamicCache and not getattr(cache, "offloading", False)
+      if cache is not None and (cache.get_seq_length() or not plain):
         raise ValueError("A pruned model keeps its own cache; leave out past_key_values and cache_implementation.")
       cache = PrunedCache(batch, embeds.device)
     if len(cache.length_B) != batch:

@@ -155,8 +155,8 @@ def reason(engine: Engine, lengths: Sequence[int]) -> str:
     return "dense: there is no --artifact"
   if engine.fallback != "auto":
     return f"{'pruned' if engine.fallback == 'never' else 'dense'}: --fallback={engine.fallback}"
-  if not engine.artifact.crossover:
-    return "pruned: no crossover was measured"
+  if engine.crossover is None:
+    return "pruned: no crossover was measured on this kind of device"
   if engine.artifact.crossover["context"] is None:
     return "dense: pruning was faster at no length that was measured"
   pruned = sum(map(engine.prunes, lengths))

@@ -271,7 +271,8 @@ class Engine:
     self._check_room(max(prompts.lengths), max_new_tokens)
     stop_strings = (stop_strings,) if isinstance(stop_strings, str) else tuple(stop_strings)
     added = self.model.tokenizer.get_added_vocab() if stop_strings else {}
-    stop_tokens = {*np.ravel(self.stop_tokens if stop_tokens is None else stop_tokens).tolist()}
+    stop_tokens = self.stop_tokens if stop_tokens is None else stop_tokens
+    stop_tokens = {stop_tokens} if isinstance(stop_tokens, int | np.integer) else {*stop_tokens}
     stop_tokens |= {added[text] for text in stop_strings if text in added}
     stops = _Stops(frozenset(stop_tokens), tuple(text for text in stop_strings if text and text not in added))
     results: list[Generation | None] = [None] * len(prompts.lengths)
