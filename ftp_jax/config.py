@@ -34,6 +34,7 @@ def get_config() -> config_dict.ConfigDict:
   c.data.max_context = 96  # longest context in tokens; longer prompts are dropped, text is cut
   c.data.continuation = 32  # scored continuation tokens (longest)
   c.data.min_continuation = 8  # shortest continuation in tokens; shorter prompts are dropped
+  c.data.length_buckets = ()  # widths below max_context + continuation that batches may have; each costs a compilation
   c.data.num_search = 32  # prompts on which candidates of the search are judged
   c.data.num_train = 256  # prompts on which the router is trained
   c.data.num_validation = 32  # prompts that choose among generations and checkpoints

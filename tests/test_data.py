@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from ftp_jax.config import get_config
 from ftp_jax.data.encoding import chat_turn
-from ftp_jax.data.prompts import Prompts, batches, indices_at, pack, shuffled, take
+from ftp_jax.data.prompts import Prompts, batches, buckets_of, in_order, indices_at, pack, shuffled, take, turns
 from ftp_jax.data.records import embedded_documents, read_documents
 from ftp_jax.data.sources import SPLITS, load_prompts, load_splits
 from ftp_jax.data.windows import perplexity_windows
@@ -94,8 +94,45 @@ def test_pack_pads_on_the_right_and_take_keeps_the_asked_order():
 
 def test_batches_are_full_and_weight_every_prompt_once():
   got = list(batches(numbered(5), 2))
-  assert [batch.tokens[:, 0].tolist() for batch, _ in got] == [[1, 2], [3, 4], [5, 5]]
-  assert [weight.tolist() for _, weight in got] == [[1, 1], [1, 1], [1, 0]]
+  assert [batch.prompts.tokens[:, 0].tolist() for batch in got] == [[1, 2], [3, 4], [5, 5]]
+  assert [batch.weight.tolist() for batch in got] == [[1, 1], [1, 1], [1, 0]]
+  assert [batch.rows.tolist() for batch in got] == [[0, 1], [2, 3], [4, 4]]
+
+
+LENGTHS = pack([([n] * n, 1) for n in (3, 9, 4, 2, 5, 8, 4)], 9)
+
+
+def test_every_prompt_is_in_the_narrowest_bucket_that_holds_it_or_fills_up_a_wider_one():
+  in_words = lambda *arguments: [(width, rows.tolist()) for width, rows in buckets_of(LENGTHS, *arguments)]
+  # None has 7 tokens, and none is longer than 9.
+  assert in_words((2, 4, 6, 7, 20), 1) == [(9, [1, 5]), (6, [4]), (4, [0, 2, 6]), (2, [3])]
+  assert in_words((2, 4, 6, 7, 20), 3) == [(9, [1, 4, 5]), (4, [0, 2, 3, 6])]  # the one of 5 tokens, that of 2
+  assert in_words((2, 4, 6), 4) == in_words((), 1) == in_words((), 9) == [(9, list(range(7)))]
+
+
+def test_batches_of_similar_length_hold_whole_prompts_once_and_results_return_to_their_places():
+  made = list(batches(LENGTHS, 2, (4, 6)))
+  assert [(b.prompts.tokens.shape, b.rows.tolist(), b.weight.tolist()) for b in made] == [
+      ((2, 4), [3, 0], [1, 1]), ((2, 4), [2, 6], [1, 1]), ((2, 9), [4, 5], [1, 1]), ((2, 9), [1, 1], [1, 0]),
+  ]  # fmt: skip
+  for b in made:
+    assert (b.prompts.length == (b.prompts.tokens > 0).sum(1)).all()
+  marked = [np.stack([b.prompts.tokens, -b.prompts.tokens]) for b in made]
+  marked[3][:, 1] = 7  # the row that fills a batch up
+  np.testing.assert_array_equal(in_order(marked, made, (2, 7, 9), 1), [LENGTHS.tokens, -LENGTHS.tokens])
+  np.testing.assert_array_equal(in_order([b.prompts.length for b in made], made, (7,), 0), LENGTHS.length)
+
+
+def test_turns_give_every_bucket_its_share_and_do_not_depend_on_their_number():
+  buckets = buckets_of(pack([([1] * n, 1) for n in [2] * 70 + [4] * 29 + [6]], 6), (2, 4), 1)
+  order = list(turns(buckets, 100))
+  for bucket, count in zip(buckets, (1, 29, 70), strict=True):
+    at = [step for step, (whose, _) in enumerate(order) if whose is bucket]
+    assert [turn for whose, turn in order if whose is bucket] == list(range(count))
+    share = count / 100  # after any number of steps nearly its share of them
+    assert all(abs(done + 1 - share * (step + 1)) < 1.5 for done, step in enumerate(at))
+  assert [(w.width, n) for w, n in turns(buckets, 9)] == [(w.width, n) for w, n in order[:9]]
+  assert [turn for _, turn in turns(buckets_of(LENGTHS, (), 1), 5)] == [0, 1, 2, 3, 4]
 
 
 def test_indices_visit_every_row_once_an_epoch_across_batch_boundaries():
@@ -384,6 +421,11 @@ def test_bad_prompt_files_are_refused_in_one_sentence(name, tmp_path, tokenizer)
         (dict(source="embedded", num_train=10**6), "^1000006 prompts are needed"),
         (dict(min_context=21), "data.min_context=21 and data.max_context=20 are not in order"),
         (dict(train_min_context=2), "data.train_min_context=2 must be at most data.min_context=1"),
+        (dict(length_buckets=(8, 4)), r"data.length_buckets=\(8, 4\) must be whole numbers in ascending order"),
+        (dict(length_buckets=(4, 4)), "data.length_buckets"),
+        (dict(length_buckets=(1,)), "data.length_buckets"),
+        (dict(length_buckets=(4096,)), "data.length_buckets.* less than data.max_context"),
+        (dict(length_buckets=(8.5,)), "data.length_buckets"),
         (dict(min_continuation=0), "data.min_continuation=0"),
         (dict(num_test=-1), "is negative"),
     ],

@@ -70,6 +70,23 @@ def test_kl_of_a_population_equals_the_definition_and_one_by_one(prompts, one_pa
     np.testing.assert_allclose(judge.kl(router, s[None])[0], expected, rtol=1e-4)
 
 
+@pytest.mark.parametrize("buckets", [(8, 10), (9,)])
+def test_length_buckets_change_no_figure(model, judge, prompts, buckets):
+  bucketed = Judge(model, RoutingConfig("project"), prompts, 2, 4, buckets)
+  schedule = np.array([0, 0, 0.5, 0.25, 0.5], np.float32)
+  shorter = methods.truncate(prompts, 0.4)
+  for replaced in (None, shorter):
+    expected, found = (j.quality(routers.STATIC, schedule, replaced) for j in (judge, bucketed))
+    np.testing.assert_array_equal(found.keep_LxNxT, expected.keep_LxNxT)
+    np.testing.assert_array_equal(found.agreement, expected.agreement)
+    np.testing.assert_allclose(found.kl, expected.kl, atol=1e-6)
+    np.testing.assert_allclose(found.nll, expected.nll, atol=1e-5)
+    assert expected.kl.min() > 1e-5 and len(set(expected.nll.tolist())) == len(prompts.tokens)
+  np.testing.assert_allclose(
+      bucketed.kl(routers.STATIC, schedule[None]), judge.kl(routers.STATIC, schedule[None]), atol=1e-6
+  )
+
+
 def test_truncation_keeps_the_sink_the_latest_tokens_and_the_continuation():
   prompts = Prompts(np.array([[5, 6, 7, 8, 9, 1, 2, 0]], np.int32), np.array([5], np.int32), np.array([7], np.int32))
   shorter = methods.truncate(prompts, 0.4)

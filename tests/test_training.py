@@ -18,7 +18,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from ftp_jax import cli, distributed, sharding
-from ftp_jax.data.prompts import Prompts
+from ftp_jax.data.prompts import Prompts, buckets_of, indices_at, take, turns
 from ftp_jax.errors import UserError
 from ftp_jax.models import decoder, scoring
 from ftp_jax.routing import factors, masked, routers
@@ -351,6 +351,34 @@ def test_a_killed_training_resumes_bit_for_bit(where, call, tmp_path, monkeypatc
   check_equal(tmp_path, train(tmp_path), undisturbed)
 
 
+def test_batches_of_length_buckets_train_as_padded_ones_do_and_resume_bit_for_bit(tmp_path, monkeypatch):
+  buckets, rows = (13,), prompts(10)
+  guided = dataclasses.replace(GUIDED, train=dataclasses.replace(GUIDED.train, distill_weight=1.0))
+  setup = dict(
+      spec=guided, router_params=new_router(guided.router), fisher_LxNxT=EARLY, length_buckets=buckets
+  )
+  result = train(tmp_path / "whole", **setup)
+  shapes = []
+  count = lambda spec, params, state, batch, schedule: shapes.append(batch.tokens_BxT.shape) or real(
+      spec, params, state, batch, schedule
+  )
+  real = step.jitted_step
+  with monkeypatch.context() as patch, pytest.raises(Killed):
+    patch.setattr(step, "jitted_step", killing(count, 15))
+    train(tmp_path / "killed", **setup)
+  assert shapes[:4] == [(4, 16), (4, 13), (4, 16), (4, 13)] and len(shapes) == 15
+  check_equal(tmp_path / "killed", train(tmp_path / "killed", **setup), (tmp_path / "whole", result))
+  # The same prompts, every batch padded to the longest.
+  state = step.init_state(guided.train, jax.tree.map(jnp.copy, new_router(guided.router)))
+  written = [line for line in lines(tmp_path / "whole") if "loss" in line]
+  for line, (bucket, turn) in zip(written, turns(buckets_of(rows, buckets, 4), 24), strict=True):
+    picked = bucket.rows[indices_at(5, 4, turn, 3)]
+    batch = step.Batch(*take(rows, picked), EARLY[:, picked])
+    state, metrics = real(guided, frozen_params(CONFIG), state, batch, SCHEDULE)
+    for name in ("loss", "distill", "guide", "grad_norm"):
+      np.testing.assert_allclose(line[name], metrics[name], rtol=1e-3, atol=1e-6)
+
+
 def test_killed_twice_with_a_line_cut_short(tmp_path, monkeypatch, undisturbed):
   for call in (15, 5):
     with monkeypatch.context() as patch, pytest.raises(Killed):
@@ -412,6 +440,7 @@ def test_a_validation_that_is_not_finite_stops_the_training(tmp_path):
         (dict(seed=4), "the seed was 3"),
         (dict(batch_size=2), "train.batch was 4"),
         (dict(validate_every=4), "train.validate_every was 8"),
+        (dict(length_buckets=(13,)), "data.length_buckets was "),
         (dict(schedule_L=[0, 0, 0.25, 0.5]), "the fingerprint of the schedule"),
         (dict(prompts=prompts(10, seed=1)), "the fingerprint of the training prompts"),
         (dict(router_params=new_router(seed=1)), "the fingerprint of the initial router"),
@@ -565,11 +594,11 @@ def test_numbers_below_one_are_refused(change, tmp_path):
 # --- Fisher scores and the guide -----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kv_mode", ["evict", "project"])
-def test_fisher_scores_against_the_exact_expectation(kv_mode):
+@pytest.mark.parametrize("kv_mode, buckets", [("evict", ()), ("project", ()), ("project", (4,))])
+def test_fisher_scores_against_the_exact_expectation(kv_mode, buckets):
   """All answers y of two scored positions are enumerated; the second row has only one such position.
 
-  Collected in batches of two: the second batch is filled up.
+  Collected in batches of two: the second batch is filled up, with a bucket of four tokens the first.
   """
   c = tiny.config(num_blocks=2, vocab_size=11, tie_embeddings=False)
   params = tiny.params(c)
@@ -586,7 +615,7 @@ def test_fisher_scores_against_the_exact_expectation(kv_mode):
   p_BxCxV = np.exp(jax.jit(log_probs)(gates, params))
   jacobian = np.asarray(jax.jit(jax.jacrev(log_probs))(gates, params))  # (B,C,V, L,B,T)
   estimate = guide.collect_fisher(
-      c, routing, params, rows, 2, seed=0, num_scored=2, draws=draws, dtype=jnp.float32
+      c, routing, params, rows, 2, seed=0, num_scored=2, draws=draws, dtype=jnp.float32, length_buckets=buckets
   )
   assert estimate.shape == gates.shape
   for b, num_scored in enumerate([2, 1, 2]):
@@ -632,6 +661,19 @@ def test_inputs_under_one_pass_routing_are_those_of_the_blocks_that_decide():
   for all_blocks, deciding in zip(collect(RoutingConfig()), collect(RoutingConfig(one_pass_block=2))):
     assert (len(all_blocks), len(deciding)) == (4, 3)
     np.testing.assert_array_equal(deciding, all_blocks[:3])
+
+
+def test_inputs_of_length_buckets_are_those_of_padded_batches():
+  rows = prompts(6)
+  collect = lambda *buckets: guide.collect_inputs(
+      CONFIG, RoutingConfig(), frozen_params(CONFIG), rows, 4, with_hidden=True, dtype=jnp.float32,
+      length_buckets=buckets,
+  )  # fmt: skip
+  (score, hidden), (expected_score, expected_hidden) = collect(13), collect()
+  valid = np.arange(16)[None] < rows.length[:, None]
+  np.testing.assert_allclose(score, expected_score, atol=1e-6)
+  np.testing.assert_allclose(hidden[:, valid], expected_hidden[:, valid], atol=2e-3)  # in float16
+  assert hidden.dtype == np.float16 and np.abs(expected_hidden[:, valid]).max() > 1
 
 
 @pytest.mark.parametrize("kind, factors", [

@@ -1,10 +1,12 @@
 """Prompts as arrays of one fixed shape, and the batches drawn from them.
 
-A row is a context followed by its continuation, right padded with 0. Everything here is a pure
-function of its arguments: the order of training data depends on (seed, step) alone, so a resumed
-run needs no iterator state besides its step.
+A row is a context followed by its continuation, right padded with 0. With length buckets a batch holds
+prompts of similar length and is only as wide as that: less padding, and a program a width. Everything
+here is a pure function of its arguments: the order of training data depends on (seed, step) alone, so a
+resumed run needs no iterator state besides its step.
 """
 
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -34,22 +36,100 @@ def pack(rows: Sequence[tuple[Sequence[int], int]], width: int) -> Prompts:
   return Prompts(tokens, context, length)
 
 
-def take(prompts: Prompts, indices) -> Prompts:
-  """The rows at `indices` (K,), in that order."""
+class Bucket(NamedTuple):
+  """Prompts of similar length: the width W that holds them all, in tokens, and their rows (K,), in order."""
+
+  width: int
+  rows: np.ndarray
+
+
+class Batch(NamedTuple):
+  """B prompts, (B, W); their weights (B,) float32; the rows (B,) they were taken from."""
+
+  prompts: Prompts
+  weight: np.ndarray
+  rows: np.ndarray
+
+
+def take(prompts: Prompts, indices, width: int | None = None) -> Prompts:
+  """The rows at `indices` (K,), in that order, cut to `width`, which must hold them."""
   indices = np.asarray(indices, np.int64)
-  return Prompts(*(array[indices] for array in prompts))
+  return Prompts(prompts.tokens[indices, :width], prompts.context[indices], prompts.length[indices])
 
 
-def batches(prompts: Prompts, batch_size: int) -> Iterator[tuple[Prompts, np.ndarray]]:
-  """Yields (prompts of exactly B = `batch_size` rows, weight (B,) float32) over all rows in order.
+def buckets_of(prompts: Prompts, widths: Sequence[int], least: int) -> list[Bucket]:
+  """The buckets of random batches, the widest first: each row in the narrowest of `widths` that holds it, else in T.
 
-  The last batch is filled up with its last row at weight 0; the weights of all batches sum to N,
-  so weighted means are exact.
+  One of fewer than `least` rows is filled up with the longest ones of the next, so that a batch seldom repeats a row.
+
+  Args:
+    widths: ascending, in tokens.
+    least: rows of the smallest bucket, unless there are fewer in all.
+  """
+  longest_first, buckets = np.argsort(-prompts.length, kind="stable"), []
+  lengths = prompts.length[longest_first]
+  for narrower, width in reversed(list(itertools.pairwise([0, *_below(prompts, widths), prompts.tokens.shape[1]]))):
+    begin = sum(len(bucket.rows) for bucket in buckets)
+    count = np.count_nonzero(lengths[begin:] > narrower)
+    if not count:
+      continue
+    count = max(count, least)
+    if len(lengths) - begin - count < least:  # too few would be left
+      count = len(lengths) - begin
+    buckets.append(Bucket(width, np.sort(longest_first[begin : begin + count])))
+  return buckets
+
+
+def batches(prompts: Prompts, batch_size: int, widths: Sequence[int] = ()) -> Iterator[Batch]:
+  """Yields batches of exactly B = `batch_size` rows over all rows in order; with `widths` in that of their lengths.
+
+  A batch is as wide as the narrowest of `widths` (ascending) that holds it, else T. The last one is filled up
+  with its last row at weight 0; the weights of all batches sum to N, so weighted means are exact.
   """
   count = len(prompts.tokens)
+  order = np.argsort(prompts.length, kind="stable") if widths else np.arange(count)
+  widths = np.array([*_below(prompts, widths), prompts.tokens.shape[1]])
   for start in range(0, count, batch_size):
-    rows = np.arange(start, start + batch_size)
-    yield take(prompts, np.minimum(rows, count - 1)), (rows < count).astype(np.float32)
+    at = np.arange(start, start + batch_size)
+    rows = order[np.minimum(at, count - 1)]
+    width = int(widths[np.searchsorted(widths, prompts.length[rows].max())])
+    yield Batch(take(prompts, rows, width), (at < count).astype(np.float32), rows)
+
+
+def _below(prompts: Prompts, widths: Sequence[int]) -> list[int]:
+  return [width for width in widths if width < prompts.tokens.shape[1]]
+
+
+def in_order(parts: Sequence[np.ndarray], made_of: Sequence[Batch], shape: Sequence[int], axis: int) -> np.ndarray:
+  """Puts results of batches back where their prompts were: an array of `shape`, 0 beyond a bucket's width.
+
+  Args:
+    parts: of each batch one array, whose `axis` is B; its axes behind that are as long as the result's or W.
+    made_of: the batches, in the same order.
+    axis: that of the prompts.
+  """
+  result = np.zeros(shape, parts[0].dtype)
+  for part, batch in zip(parts, made_of):
+    real = np.flatnonzero(batch.weight)
+    at = [slice(size) for size in part.shape]
+    at[axis] = batch.rows[real]
+    result[tuple(at)] = np.take(part, real, axis)
+  return result
+
+
+def turns(buckets: Sequence[Bucket], steps: int) -> Iterator[tuple[Bucket, int]]:
+  """Yields for each of `steps` the bucket whose turn it is, and how many turns that had before.
+
+  Turns are spread evenly, as many for a bucket as it has of the rows: whatever `steps`, the order begins alike.
+  """
+  share = np.array([len(bucket.rows) for bucket in buckets])
+  share = share / share.sum()
+  most = np.ceil((steps + len(buckets)) * share).astype(int) + 1
+  which = np.repeat(np.arange(len(buckets)), most)
+  number = np.concatenate([np.arange(count) for count in most])
+  order = np.argsort((number + 0.5) / share[which], kind="stable")[:steps]
+  for i in order:
+    yield buckets[which[i]], int(number[i])
 
 
 def indices_at(count: int, batch_size: int, step: int, seed: int) -> np.ndarray:

@@ -157,6 +157,12 @@ def _check(data) -> None:
         f"data.train_min_context={data.train_min_context} must be at most data.min_context={data.min_context}; 0 means "
         "that."
     )
+  widths, longest = list(data.length_buckets), data.max_context + data.continuation
+  if not all(isinstance(width, int) and 2 <= width < longest for width in widths) or widths != sorted(set(widths)):
+    raise UserError(
+        f"data.length_buckets={tuple(widths)} must be whole numbers in ascending order, from 2 to less than "
+        f"data.max_context + data.continuation = {longest}, which is always the last bucket."
+    )
   if not 1 <= data.min_continuation <= data.continuation:
     raise UserError(
         f"data.min_continuation={data.min_continuation} and data.continuation={data.continuation} are not in order; "

@@ -7,6 +7,7 @@ On a mesh batches lie over data x fsdp; several schedules are spread over data i
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ftp_jax import sharding
-from ftp_jax.data.prompts import Prompts, batches
+from ftp_jax.data.prompts import Prompts, batches, in_order, take
 from ftp_jax.models import scoring
 from ftp_jax.models.config import ModelConfig
 from ftp_jax.routing import masked, routers
@@ -75,19 +76,27 @@ def _quality(
 class Judge:
   """Judges routers and schedules on a fixed set of prompts."""
 
-  def __init__(self, model: Frozen, routing: RoutingConfig, prompts: Prompts, batch: int, num_scored: int):
+  def __init__(
+      self,
+      model: Frozen,
+      routing: RoutingConfig,
+      prompts: Prompts,
+      batch: int,
+      num_scored: int,
+      length_buckets: Sequence[int] = (),
+  ):
     """Runs the dense model over the prompts once.
 
     Args:
-      batch: rows evaluated at once; num_scored: longest continuation (C).
+      batch: rows evaluated at once; num_scored: longest continuation (C); length_buckets: see `config.data`.
     """
     self.model, self.routing, self.prompts, self.num_scored = model, routing, prompts, num_scored
     blocks = model.config.num_blocks
     self.depths = tuple(sorted({blocks * i // _DEPTHS for i in range(_DEPTHS)}))
-    self._batches = list(batches(prompts, batch))
+    self._batches = list(batches(prompts, batch, length_buckets))
     self._teacher, self._entries = [], []
     with sharding.over(model.params):
-      for rows, _ in self._batches:
+      for rows, *_ in self._batches:
         entries, teacher = sharding.park(model.params, _prepare(
             model.config, routing, model.params, *sharding.place(model.params, rows, "batch"),
             num_scored=num_scored, depths=self.depths, dtype=model.dtype,
@@ -96,28 +105,32 @@ class Judge:
         self._entries.append(entries)
 
   def quality(self, router: routers.Router, schedule_L, replaced: Prompts | None = None) -> Quality:
-    """Quality of one schedule. `replaced`: score these prompts against the teacher of the original ones."""
-    other = None if replaced is None else [rows for rows, _ in batches(replaced, len(self._batches[0][1]))]
+    """Quality of one schedule.
+
+    `replaced`: score these prompts, none longer, against the teacher of the original ones.
+    """
     parts = [
-        jax.tree.map(lambda a: a[0], jax.device_get(self._run(i, router, np.asarray(schedule_L)[None], other)))
+        jax.tree.map(lambda a: a[0], jax.device_get(self._run(i, router, np.asarray(schedule_L)[None], replaced)))
         for i in range(len(self._batches))
     ]
-    count = len(self.prompts.tokens)
-    join = lambda name, axis: np.concatenate([getattr(p, name) for p in parts], axis=axis)
-    return Quality(join("kl", 0)[:count], join("nll", 0)[:count], join("agreement", 0)[:count],
-                   join("keep_LxNxT", 1)[:, :count])
+    rows, blocks = self.prompts.tokens.shape, self.model.config.num_blocks
+    join = lambda name, shape, axis: in_order([getattr(p, name) for p in parts], self._batches, shape, axis)
+    figures = (join(name, rows[:1], 0) for name in ("kl", "nll", "agreement"))
+    return Quality(*figures, join("keep_LxNxT", (blocks, *rows), 1))
 
   def kl(self, router: routers.Router, schedules_PxL) -> np.ndarray:
     """Mean KL to dense (P,) of P schedules: the fitness of the search. One compiled call a batch."""
     total = np.zeros(len(schedules_PxL))
-    for i, (_, weight) in enumerate(self._batches):
+    for i, (_, weight, _) in enumerate(self._batches):
       total += np.asarray(self._run(i, router, np.asarray(schedules_PxL), None).kl) @ weight
     return total / len(self.prompts.tokens)
 
-  def _run(self, i: int, router: routers.Router, schedules_PxL: np.ndarray, other) -> Quality:
-    rows = self._batches[i][0] if other is None else other[i]
+  def _run(self, i: int, router: routers.Router, schedules_PxL: np.ndarray, replaced: Prompts | None) -> Quality:
+    rows = self._batches[i].prompts
+    if replaced is not None:
+      rows = take(replaced, self._batches[i].rows, rows.tokens.shape[1])
     start, entry = 0, None
-    if other is None:
+    if replaced is None:
       skipping = np.flatnonzero(schedules_PxL.max(axis=0) > 0)
       first = int(skipping[0]) if len(skipping) else self.model.config.num_blocks - 1
       first = masked.late_start(self.routing, router, first)

@@ -67,7 +67,7 @@ def routed_perplexity(
   # Every position is a continuation token here, asked for the schedule's own sparsity.
   routing = dataclasses.replace(routing, decode_sparsity=round(float(np.mean(schedule_L)), 6))
   total, computed = 0.0, 0
-  for rows, weight in batches(windows, batch):
+  for rows, weight, _ in batches(windows, batch):
     rows = rows._replace(length=np.where(weight > 0, rows.length, 1).astype(np.int32))
     with sharding.over(model.params):
       nll, kept = _routed(
@@ -81,7 +81,7 @@ def routed_perplexity(
 def truncated_perplexity(model: Frozen, sparsity: float, windows: Prompts, batch: int) -> float:
   """Perplexity when token t sees the sink and the latest tokens, ceil((1 - S)(t + 1)) in all."""
   total = 0.0
-  for rows, weight in batches(windows, batch):
+  for rows, weight, _ in batches(windows, batch):
     rows = rows._replace(length=np.where(weight > 0, rows.length, 1).astype(np.int32))
     with sharding.over(model.params):
       placed = sharding.place(model.params, rows, "batch")

@@ -26,7 +26,7 @@ def _similarity(config, params, tokens, length, *, dtype):
 def token_similarity(model: Frozen, prompts: Prompts, batch: int) -> np.ndarray:
   """Cosine similarity (L, tokens) of every valid token before and after every block."""
   parts = []
-  for rows, weight in batches(prompts, batch):
+  for rows, weight, _ in batches(prompts, batch):
     with sharding.over(model.params):
       placed = sharding.place(model.params, (rows.tokens, rows.length), "batch")
       similarity = np.asarray(_similarity(model.config, model.params, *placed, dtype=model.dtype))

@@ -182,7 +182,8 @@ class Pipeline:
     return Prompts(**load_arrays(self.workdir / "data" / f"{split}.npz"))
 
   def _judge(self, split: str, batch: int) -> Judge:
-    return Judge(self.frozen, self.routing, self.prompts(split), batch, self.num_scored)
+    prompts, buckets = self.prompts(split), self.config.data.length_buckets
+    return Judge(self.frozen, self.routing, prompts, batch, self.num_scored, buckets)
 
   @functools.cached_property
   def fisher(self) -> np.ndarray:
@@ -200,6 +201,7 @@ class Pipeline:
     score, hidden = guide.collect_inputs(
         self.frozen.config, self.routing, self.frozen.params, some, self.config.train.batch,
         with_hidden=self.router_config.hidden_states, dtype=self.frozen.dtype,
+        length_buckets=self.config.data.length_buckets,
     )
     return guide.GuideData(some.context, score, hidden, self.guide_scores[:, : len(some.tokens)])
 
@@ -297,6 +299,7 @@ class Pipeline:
             self.frozen.config, routing, self.frozen.params, self.prompts("train"), self.config.train.batch,
             self.config.data.seed, num_scored=self.num_scored, draws=self.config.train.fisher_draws,
             dtype=self.frozen.dtype, remat_policy=self.config.model.remat,
+            length_buckets=self.config.data.length_buckets,
             progress=functools.partial(tqdm.tqdm, desc="fisher scores"), keep=functools.partial(kept, directory),
         )
         valid = np.arange(fisher.shape[-1])[None] < self.prompts("train").context[:, None]
@@ -381,6 +384,7 @@ class Pipeline:
             validation.kl(routers.Router("dynamic", self.router_config, params), schedule[None])[0]
         ),
         validate_every=c.train.validate_every, checkpoint_every=c.train.checkpoint_every,
+        length_buckets=c.data.length_buckets,
     )
     save_weights(result.router, directory / artifact_lib.WEIGHTS_FILE)
 

@@ -7,7 +7,7 @@ fills its capacity.
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -16,7 +16,7 @@ import numpy as np
 import optax
 
 from ftp_jax import sharding
-from ftp_jax.data.prompts import Prompts, batches, indices_at
+from ftp_jax.data.prompts import Prompts, batches, in_order, indices_at
 from ftp_jax.models.config import ModelConfig
 from ftp_jax.routing import masked, routers
 from ftp_jax.routing.config import FACTORS, RouterConfig, RoutingConfig
@@ -61,16 +61,20 @@ def collect_inputs(
     *,
     with_hidden: bool,
     dtype: Any,
+    length_buckets: Sequence[int] = (),
 ) -> tuple[np.ndarray, np.ndarray | None]:
   """(score_UxNxT, hidden_UxNxTxD or None) of a dense pass over all prompts, as GuideData has them."""
+  made_of = list(batches(prompts, batch, length_buckets))
   with sharding.over(params):
-    parts = []
-    for rows, _ in batches(prompts, batch):
+    scores, states = [], []
+    for rows, *_ in made_of:
       placed = sharding.place(params, rows, "batch")
       score, hidden = _inputs(config, routing, params, *placed, with_hidden=with_hidden, dtype=dtype)
-      parts.append((np.asarray(score), sharding.fetch(params, hidden)))
-  join = lambda arrays: np.concatenate(arrays, axis=1)[:, : len(prompts.tokens)]
-  return join([p[0] for p in parts]), join([p[1] for p in parts]) if with_hidden else None
+      scores.append(np.asarray(score))
+      states.append(sharding.fetch(params, hidden))
+  shape = (len(scores[0]), *prompts.tokens.shape)
+  hidden = in_order(states, made_of, (*shape, config.hidden_size), 1) if with_hidden else None
+  return in_order(scores, made_of, shape, 1), hidden
 
 
 def collect_fisher(
@@ -85,6 +89,7 @@ def collect_fisher(
     draws: int,
     dtype: Any,
     remat_policy: str = "none",
+    length_buckets: Sequence[int] = (),
     progress: Any = lambda rows: rows,
     keep: Callable[[int, Callable[[], np.ndarray]], np.ndarray] = lambda i, make: make(),
 ) -> np.ndarray:
@@ -92,7 +97,7 @@ def collect_fisher(
 
   Args:
     progress: wraps the list of batches.
-    keep: gives the scores (L,B,T) of batch i: those that it kept, or what the function makes, which it may keep.
+    keep: gives the scores (L,B,W) of batch i: those that it kept, or what the function makes, which it may keep.
   """
 
   def make(i: int, rows: Prompts) -> np.ndarray:
@@ -104,9 +109,9 @@ def collect_fisher(
       )  # fmt: skip
     return np.asarray(scores)
 
-  of_batches = enumerate(progress(list(batches(prompts, batch))))
-  parts = [keep(i, functools.partial(make, i, rows)) for i, (rows, _) in of_batches]
-  return np.concatenate(parts, axis=1)[:, : len(prompts.tokens)]
+  made_of = list(batches(prompts, batch, length_buckets))
+  parts = [keep(i, functools.partial(make, i, rows)) for i, (rows, *_) in enumerate(progress(made_of))]
+  return in_order(parts, made_of, (config.num_blocks, *prompts.tokens.shape), 1)
 
 
 def joint_scores(fisher_LxNxT: np.ndarray, one_pass_block: int) -> np.ndarray:

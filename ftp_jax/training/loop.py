@@ -1,6 +1,6 @@
 """The host loop of router training: batches, metrics, validation and checkpoints; resumes bit for bit.
 
-Everything a step needs follows from its number and the state: the batch (`data.prompts.indices_at`),
+Everything a step needs follows from its number and the state: the batch (`data.prompts.turns` and `indices_at`),
 the weight of the guide, the learning rate. So a checkpoint holds the state and the best router, and a
 training that was killed repeats the steps since, down to the bytes of its metrics file.
 
@@ -13,10 +13,11 @@ SIGTERM makes the training save after the step that runs or the one behind it an
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -25,7 +26,7 @@ import numpy as np
 import tqdm
 
 from ftp_jax import distributed, sharding
-from ftp_jax.data.prompts import Prompts, indices_at, take
+from ftp_jax.data.prompts import Prompts, buckets_of, indices_at, take, turns
 from ftp_jax.errors import UserError
 from ftp_jax.stages import replacing, writing
 from ftp_jax.training import step as step_lib
@@ -57,6 +58,7 @@ def train_router(
     validate: Callable[[Any], float],
     validate_every: int,
     checkpoint_every: int,
+    length_buckets: Sequence[int] = (),
     progress: bool = True,
 ) -> TrainResult:
   """Trains a router for `spec.train.steps` steps; continues exactly where an earlier call was stopped.
@@ -78,6 +80,7 @@ def train_router(
     validate: router parameters -> held-out KL in nats, lower is better; called at step 0, every
       `validate_every` steps and at the end. Of equal routers the earlier one is kept.
     checkpoint_every: steps between two checkpoints; there is one at step 0 and at the end as well.
+    length_buckets: see `config.data`; a batch holds prompts of one bucket.
     progress: show a progress bar.
 
   Raises:
@@ -94,6 +97,7 @@ def train_router(
       "train.batch": batch_size,
       "the seed": seed,
       "train.validate_every": validate_every,
+      "data.length_buckets": tuple(length_buckets),
   }
   num_steps = spec.train.steps
   path = os.path.join(directory, METRICS_FILE)
@@ -132,9 +136,10 @@ def train_router(
       bar = tqdm.tqdm(total=num_steps, initial=at.step, desc="training", disable=silent, mininterval=0.5)
       with bar:
         pending = ballot = None
-        for step in range(at.step, num_steps):
-          rows = indices_at(len(prompts.tokens), batch_size, step, seed)
-          batch = step_lib.Batch(*take(prompts, rows), fisher_LxNxT[:, rows] if guided else None)
+        order = turns(buckets_of(prompts, length_buckets, batch_size), num_steps)
+        for step, ((width, members), turn) in itertools.islice(enumerate(order), at.step, None):
+          rows = members[indices_at(len(members), batch_size, turn, seed)]
+          batch = step_lib.Batch(*take(prompts, rows, width), fisher_LxNxT[:, rows, :width] if guided else None)
           state, outputs = step_lib.jitted_step(spec, params, state, batch, schedule_L)
           # Like its metrics, the vote cast during a step is read during the next one: nobody waits for it.
           stop, ballot = ballot is not None and ballot(), votes.cast()

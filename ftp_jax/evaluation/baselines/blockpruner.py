@@ -87,7 +87,7 @@ class _Tables:
 
   def _evaluate(self, removed: np.ndarray, bar: tqdm.tqdm) -> np.ndarray:
     model, total = self._model, np.zeros(removed.shape)
-    for rows, weight in batches(self._prompts, self._batch):
+    for rows, weight, _ in batches(self._prompts, self._batch):
       length = np.where(weight > 0, rows.length, 1).astype(np.int32)
       states = _entries(model.config, model.params, rows.tokens, length, removed, dtype=model.dtype)
       for block, sub in np.argwhere(~removed):

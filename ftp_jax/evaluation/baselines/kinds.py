@@ -238,7 +238,7 @@ class Subblocks(Baseline):
   def perplexity(self, windows, batch):
     model, total, computed = self.frozen, 0.0, np.zeros((self.model.config.num_blocks, 2))
     threshold_Lx2 = jnp.asarray(self.facts["threshold"], jnp.float32)
-    for rows, weight in batches(windows, batch):
+    for rows, weight, _ in batches(windows, batch):
       rows = rows._replace(length=np.where(weight > 0, rows.length, 1).astype(np.int32))
       nll, count = _causal_subblocks(
           model.config, model.params, self.removed, self.router, rows, threshold_Lx2, dtype=model.dtype

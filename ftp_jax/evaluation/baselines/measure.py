@@ -65,7 +65,7 @@ class Yardstick:
     self.longest = int(np.max(prompts.length - prompts.context))
     self._batches = list(batches(prompts, batch))
     dense, self._teacher, self.dense_cache_bytes = Engine(model, **options), [], 0
-    for rows, weight in self._batches:
+    for rows, weight, _ in self._batches:
       prefix = dense.prefill(_contexts(rows))
       self.dense_cache_bytes += prefix.cache_bytes
       (group,) = prefix.groups
@@ -79,9 +79,9 @@ class Yardstick:
 
   def compare(self, engine: Engine) -> tuple[Comparison, list[Prefix]]:
     """Compares an engine with the dense model; also what it prefilled, one prefix a batch."""
-    results = [np.zeros((len(self._batches), len(self._batches[0][1]))) for _ in Comparison._fields]
+    results = [np.zeros((len(self._batches), len(self._batches[0].rows))) for _ in Comparison._fields]
     prefixes = []
-    for i, ((rows, _), teacher) in enumerate(zip(self._batches, self._teacher)):
+    for i, ((rows, *_), teacher) in enumerate(zip(self._batches, self._teacher)):
       prefix = engine.prefill(_contexts(rows))
       tokens, weight = self._continuations(rows)
       for group in prefix.groups:
@@ -99,7 +99,7 @@ class Yardstick:
     """
     found, prefixes = self.compare(baseline.engine)
     costs, lengths, before, cache_bytes, config = [], [], 0.0, 0, self.model.config
-    for (rows, weight), prefix in zip(self._batches, prefixes):
+    for (rows, weight, _), prefix in zip(self._batches, prefixes):
       cache_bytes += prefix.cache_bytes
       for group in prefix.groups:
         keep = np.asarray(baseline.routes(group.prefilled.cache))

@@ -159,7 +159,7 @@ def capacities(
   for _ in range(_ROUNDS):
     parts = [
         np.asarray(_margins(model.config, model.params, router, *rows, np.float32(threshold), dtype=model.dtype))
-        for rows, _ in batches(prompts, batch)
+        for rows, _, _ in batches(prompts, batch)
     ]
     margin_Lx2xM = np.concatenate(parts, axis=2)[:, :, : len(prompts.tokens)][:, :, free_NxT]
     weight_Lx2xM = np.broadcast_to(share_2[None, :, None], margin_Lx2xM.shape)
@@ -183,7 +183,7 @@ def _kl(config, num_scored, params, router, rows: Prompts, schedule_Lx2, removed
 
 def _validation_kl(model: Frozen, router: Any, schedule_Lx2: np.ndarray, calibration: Calibration) -> float:
   total, removed = 0.0, np.zeros(schedule_Lx2.shape, bool)
-  for rows, weight in batches(calibration.validation, calibration.batch):
+  for rows, weight, _ in batches(calibration.validation, calibration.batch):
     kl = _kl(
         model.config, calibration.num_scored, model.params, router, rows, jnp.asarray(schedule_Lx2, jnp.float32),
         removed, dtype=model.dtype,
