@@ -34,7 +34,7 @@ from ftp_jax.machine import describe_machine
 from ftp_jax.pipeline.checks import digest
 from ftp_jax.pipeline.run import Pipeline, run
 from ftp_jax.routing import routers
-from ftp_jax.stages import DONE, check_stage, describe_changes, flatten, load_arrays, read_json, write_json
+from ftp_jax.stages import DONE, describe_changes, flatten, load_arrays, read_json, write_json
 
 FACTORS = ("position", "score", "rank", "sparsity")
 STAGES = ("data", "importance", "search", "train", "finetune")
@@ -142,7 +142,7 @@ def share_stages(pipeline: Pipeline, source: pathlib.Path) -> None:
     if (pipeline.workdir / stage).exists() or not (source / stage / DONE).exists():
       continue
     try:
-      check_stage(source / stage, settings)
+      pipeline.check_stage(source / stage, settings)
     except UserError:  # made with other settings
       continue
     copy = pipeline.workdir / stage.with_name(stage.name + ".copying")  # a killed copy must not look finished

@@ -15,7 +15,7 @@ from ftp_jax.errors import UserError, check_target
 
 _OVERRIDES = """\
 Every key of the config can be set: --config.train.steps=20 --config.sparsities="(0.3, 0.4)".
-Finished stages are not repeated; delete a stage's folder to have it run again.
+Finished stages are not repeated; delete a stage's folder and those of later stages to have them run again.
 Several hosts: start the same command on each. SLURM, Open MPI and TPU pods are recognised; elsewhere give
 --coordinator=HOST:PORT --num-processes=N --process-id=I. The run directory must be one that all hosts share.
 Exit status: 0 done, 2 a mistake to mend, 75 another process was lost, 130 Ctrl-C, 143 SIGTERM (saved; go on later)."""
@@ -195,7 +195,7 @@ def _parser() -> argparse.ArgumentParser:
   for name, metavar, kind, default, summary in (
       ("model", "NAME|DIR", str, "llama2-7b", "architecture or directory with a config.json (default: llama2-7b)"),
       ("topology", "NAME", str, "v5e:4x4", "for instance v5e:4x4, v5p:2x2x1, v6e:2x4 (default: v5e:4x4)"),
-      ("program", "NAME", str, "train", "train, search, prefill or decode (default: train)"),
+      ("program", "NAME", str, "train", "train, warmup, search, prefill or decode (default: train)"),
       ("batch", "N", int, 16, "rows, of all chips together (default: 16)"),
       ("context", "T", int, 2048, "positions of a row, scored ones included (default: 2048)"),
       ("scored", "C", int, 64, "scored positions of a row (default: 64)"),

@@ -2,6 +2,8 @@
 
 Run configs (`experiments/configs/*.py`) start from `get_config()` and only override. Keys are
 declared here and nowhere else; the dict is locked, so an unknown key is an error.
+
+A new key gets the default that does what was done before it: so run directories of before it go on (`stages`).
 """
 
 from ml_collections import config_dict
@@ -141,7 +143,7 @@ def large_preset(config: config_dict.ConfigDict) -> config_dict.ConfigDict:
   config.train.steps = 400
   config.train.warmup_guide_prompts = 64  # 32 blocks x 384 tokens x 4096 numbers of 2 bytes: 101 MB a prompt
   config.finetune.generations = 16
-  config.evaluation.perplexity_length = 1024
+  config.evaluation.perplexity_length = 512  # 8 windows of it are fewer tokens than the embedded prose has
   return config
 
 

@@ -2,7 +2,7 @@
 
 A stage is a folder. When work begins it gets `settings.json` with every setting that the stage depends on,
 its own and those of the stages before it; when it is through, an empty `done`. So neither a finished nor
-an interrupted stage goes on with other settings.
+an interrupted stage goes on with other settings. A setting that its version did not have stands at its default.
 
 Of several processes only the first writes, and a stage begins and ends in all of them together.
 """
@@ -12,7 +12,7 @@ import errno
 import json
 import os
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, BinaryIO
 
 import filelock
@@ -135,11 +135,15 @@ def alone_in(directory: pathlib.Path) -> Iterator[None]:
     lock.release()
 
 
-def check_stage(directory: pathlib.Path, settings: dict[str, Any]) -> None:
-  """Raises UserError if the stage was begun with other settings."""
+def check_stage(directory: pathlib.Path, settings: dict[str, Any], defaults: dict[str, Any] | None = None) -> None:
+  """Raises UserError if the stage was begun with other settings.
+
+  `defaults`: of settings that may be missing where an earlier version began it, as these do what was done before them.
+  """
   if not (directory / SETTINGS).exists():
     return
-  changes = describe_changes(read_json(directory / SETTINGS), settings)
+  defaults = {name: value for name, value in (defaults or {}).items() if name in settings}
+  changes = describe_changes(defaults | read_json(directory / SETTINGS), settings)
   if changes:
     raise UserError(
         f"{directory} was made with {changes}; use another --workdir, or delete that folder and the later stages to "
@@ -147,7 +151,25 @@ def check_stage(directory: pathlib.Path, settings: dict[str, Any]) -> None:
     )
 
 
-def run_stage(directory: pathlib.Path, settings: dict[str, Any], work: Callable[[pathlib.Path], None]) -> None:
+def check_order(directories: Iterable[pathlib.Path]) -> None:
+  """Raises UserError if a stage is missing that later ones were made from. `directories`: of stages in their order."""
+  missing = None
+  for directory in directories:
+    if not (directory / SETTINGS).exists():
+      missing = missing or directory
+    elif missing:
+      raise UserError(
+          f"{directory} was made from {missing}, which is missing; delete the folders of all later stages as well, or "
+          "give another --workdir."
+      )
+
+
+def run_stage(
+    directory: pathlib.Path,
+    settings: dict[str, Any],
+    work: Callable[[pathlib.Path], None],
+    defaults: dict[str, Any] | None = None,
+) -> None:
   """Runs `work(directory)` unless the stage is done. Raises as `check_stage`.
 
   With several processes the first decides whether there is anything to do, and none goes on to what reads the
@@ -155,7 +177,7 @@ def run_stage(directory: pathlib.Path, settings: dict[str, Any], work: Callable[
   """
 
   def begin() -> bytes:
-    check_stage(directory, settings)
+    check_stage(directory, settings, defaults)
     if (directory / DONE).exists():
       return b"done"
     write_json(directory / SETTINGS, settings)

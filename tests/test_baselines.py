@@ -248,7 +248,7 @@ def test_a_trained_artifact_is_measured_alike(model, yardstick, prompts, monkeyp
   router = RouterConfig()
   weights = jax.tree.map(lambda a: np.asarray(a) * 3, routers.init_router(router, jax.random.key(1), BLOCKS, 32))
   schedule = (0.0, 0.5, 0.5, 0.25, 0.5)
-  made_for, crossover = str(IN_MEMORY), {"context": 10, "machine": describe_machine()}
+  made_for, crossover = str(IN_MEMORY), {"context": 10, "dtype": "float32", "machine": describe_machine()}
   artifact = Artifact("tiny", made_for, "llama", schedule, RoutingConfig(), router, weights, {}, crossover)
   baseline = baselines.from_artifact(model, artifact)
   judge = Judge(Frozen(CONFIG, model.params), artifact.routing, prompts, 2, 4)

@@ -10,6 +10,7 @@ import pytest
 
 from ftp_jax import launch
 from ftp_jax.config import get_config
+from ftp_jax.data.records import embedded_documents
 from ftp_jax.errors import UserError
 from ftp_jax.models import decoder
 from ftp_jax.models.architectures import ARCHITECTURES, architecture
@@ -54,6 +55,14 @@ def test_config_is_within_range(name):
   step.TrainSettings.from_config(config.train)
   RoutingConfig(**config.routing)
   RouterConfig(config.router.kind, tuple(config.router.factors), config.router.hidden_states, config.router.hidden_size)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_config_without_a_text_asks_for_no_more_perplexity_windows_than_the_embedded_one_has(name):
+  evaluation = launch.load_config(name, None, [])[0].evaluation
+  if not evaluation.perplexity_path:
+    letters = len("\n\n".join(embedded_documents(held=True)))
+    assert letters / 5 > evaluation.perplexity_windows * evaluation.perplexity_length  # a token is some four of English
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from ftp_jax.config import get_config
 from ftp_jax.data.encoding import chat_turn
-from ftp_jax.data.prompts import Prompts, batches, buckets_of, in_order, indices_at, pack, shuffled, take, turns
+from ftp_jax.data.prompts import Prompts, batches, buckets_of, indices_at, pack, put_back, shuffled, take, turns
 from ftp_jax.data.records import embedded_documents, read_documents
 from ftp_jax.data.sources import SPLITS, load_prompts, load_splits
 from ftp_jax.data.windows import perplexity_windows
@@ -117,10 +117,14 @@ def test_batches_of_similar_length_hold_whole_prompts_once_and_results_return_to
   ]  # fmt: skip
   for b in made:
     assert (b.prompts.length == (b.prompts.tokens > 0).sum(1)).all()
-  marked = [np.stack([b.prompts.tokens, -b.prompts.tokens]) for b in made]
-  marked[3][:, 1] = 7  # the row that fills a batch up
-  np.testing.assert_array_equal(in_order(marked, made, (2, 7, 9), 1), [LENGTHS.tokens, -LENGTHS.tokens])
-  np.testing.assert_array_equal(in_order([b.prompts.length for b in made], made, (7,), 0), LENGTHS.length)
+  twice, lengths = np.zeros((2, 7, 9), int), np.zeros(7, int)
+  for b in made:
+    marked = np.stack([b.prompts.tokens, -b.prompts.tokens])
+    marked[:, b.weight == 0] = 7  # the row that fills a batch up
+    put_back(twice, marked, b, 1)
+    put_back(lengths, b.prompts.length, b, 0)
+  np.testing.assert_array_equal(twice, [LENGTHS.tokens, -LENGTHS.tokens])
+  np.testing.assert_array_equal(lengths, LENGTHS.length)
 
 
 def test_turns_give_every_bucket_its_share_and_do_not_depend_on_their_number():

@@ -17,6 +17,7 @@ from ftp_jax.config import get_config, large_preset
 from ftp_jax.fit import compiling, cost, counts, hlo, programs, topologies
 from ftp_jax.models import attention, decoder, kernels
 from ftp_jax.models.architectures import architecture
+from ftp_jax.models.config import ModelConfig
 from ftp_jax.routing import masked, routers
 from ftp_jax.routing.config import RouterConfig, RoutingConfig
 from tests import tiny
@@ -345,6 +346,20 @@ def test_a_training_step_is_compiled_for_a_tpu(model, tmp_path, capsys):
   assert record["unknown_loops"] == 0 and record["involuntary_rematerializations"] == 0
 
 
+def test_a_step_of_the_guided_warm_up_splits_its_rows_and_recomputes_its_states(model, tmp_path, capsys):
+  """Of the states of all blocks, which are most of its arguments, a chip holds its own rows."""
+  held = {}
+  for name, options in (("split", ()), ("kept", ("--remat=none",)), ("double", ("--batch=8",))):
+    assert check(model, "--program=warmup", f"--json={tmp_path / name}", *options) == 0
+    held[name] = json.loads((tmp_path / name).read_text())["memory"]
+  capsys.readouterr()
+  config = ModelConfig.from_directory(model)
+  states = config.num_blocks * 256 * config.hidden_size * 2  # of a row, in float16
+  more = held["double"]["arguments"] - held["split"]["arguments"]  # four rows more on four chips
+  assert states <= more < 1.5 * states
+  assert held["kept"]["temporaries"] > held["split"]["temporaries"]
+
+
 def test_what_does_not_fit_is_said_and_is_the_exit_status(model, capsys):
   """One row more than all scores of its heads in fp32 would take."""
   assert check(model, "--batch=4096", "--context=2048", "--attention=full") == 1
@@ -368,7 +383,7 @@ def test_what_a_compiler_says_of_memory(message, want):
     (["--topology=v5e:3x5"], "libtpu describes no topology 'v5e:3x5'"),
     (["--topology=v5e"], "libtpu describes no topology 'v5e'"),
     (["--model=gpt-7"], "--model=gpt-7 is neither a known architecture .*llama2-7b.* nor a directory"),
-    (["--program=serve"], "--program=serve is unknown; choose one of train, search, prefill, decode"),
+    (["--program=serve"], "--program=serve is unknown; choose one of train, warmup, search, prefill, decode"),
     (["--mesh=1,3,1"], "--mesh=1,3,1 does not use the topology's 4 chips exactly; one size may be -1"),
     (["--mesh=-1,3,1"], "fsdp=3, tensor=1 does not fit the 4 devices"),
     (["--mesh=0,-1,1"], "makes no sense"),

@@ -26,6 +26,7 @@ from ftp_jax.inference import Engine, Sampling, command, programs
 from ftp_jax.inference import engine as engine_module
 from ftp_jax.inference.padding import FINE, Padding
 from ftp_jax.inference.sampling import nucleus, sample
+from ftp_jax.machine import describe_machine
 from ftp_jax.models import decoder
 from ftp_jax.models.huggingface import fingerprint, save_params
 from ftp_jax.models.kernels import IMPLEMENTATIONS
@@ -39,8 +40,13 @@ DOC = pathlib.Path(__file__).parent.parent / "docs" / "inference.md"
 IN_MEMORY = pathlib.Path("a tiny model that stands in no directory")
 VOCABULARY, POSITIONS, LETTERS = 262, 128, 94  # of the byte tokenizer; ids below LETTERS are printable ASCII
 SCHEDULE = (0.5, 0.5, 0.5, 0.5)
-HERE = {"device": "cpu"}  # as jax names what the tests run on
-ELSEWHERE = {"device": "TPU v5e"}
+HERE = describe_machine()
+ELSEWHERE = {**HERE, "device": "TPU v5e"}
+
+
+def measured(context, machine=HERE, dtype="float32"):
+  """A crossover of an artifact."""
+  return {"context": context, "dtype": dtype, "machine": machine}
 LENGTHS = (17, 9, 3)
 DRAWN = Sampling(0.8, 0.9)
 PLAIN = byte_tokenizer()
@@ -170,6 +176,23 @@ def test_seeds(engine):
   assert draw(5) == first
   assert all(a != b for a, b in zip(draw(6), first))
   assert draw(-1) == draw(2**32 - 1) != first
+
+
+def test_without_a_dtype_the_computation_is_in_that_of_the_parameters(engine):
+  model = engine.model
+  half = dataclasses.replace(model, params=jax.tree.map(lambda a: a.astype(jnp.bfloat16), model.params))
+  for own, dtype in ((model, jnp.float32), (half, jnp.bfloat16)):
+    assert Engine(own).prefill(PROMPTS).groups[0].prefilled.cache.k_BxGxNxS.dtype == dtype
+  assert Engine(half, dtype="float32").prefill(PROMPTS).groups[0].prefilled.cache.k_BxGxNxS.dtype == jnp.float32
+
+
+def test_the_number_of_stop_tokens_compiles_nothing_anew(engine):
+  before = None
+  for count in (1, 2, 8):
+    engine.generate(PROMPTS, 18, stop_tokens=range(count))
+    compiled = programs.decode_steps._cache_size(), programs.first_token._cache_size()
+    assert compiled == (before or compiled)
+    before = compiled
 
 
 def test_bfloat16_and_options_of_the_artifact_that_are_replaced(engine):
@@ -348,7 +371,7 @@ def test_one_prefill_serves_all_continuations(engine, monkeypatch):
 
 
 def test_scores_where_some_contexts_are_pruned_and_others_dense(engine):
-  mixed, dense = build(crossover={"context": 10, "machine": HERE}), build(routing=None)
+  mixed, dense = build(crossover=measured(10)), build(routing=None)
   short, *long = prompts = prompts_of((9, 10, 17))
   continuations, rows = prompts_of((5, 2, 7, 1, 3), seed=2), [2, 0, 1, 0, 2]
   prefix = mixed.prefill(prompts)
@@ -382,7 +405,7 @@ def logits_of(engine, prompts):
 
 
 def test_prompts_below_the_crossover_are_dense_and_the_others_pruned(engine):
-  mixed, dense = build(crossover={"context": 10, "machine": HERE}), build(routing=None)
+  mixed, dense = build(crossover=measured(10)), build(routing=None)
   short, *long = prompts = prompts_of((9, 10, 17))
   found = logits_of(mixed, prompts)
   np.testing.assert_array_equal(found[:1], logits_of(dense, [short]))
@@ -399,12 +422,14 @@ def test_prompts_below_the_crossover_are_dense_and_the_others_pruned(engine):
     "crossover, fallback, pruned",
     [
         (None, "auto", True),
-        ({"context": None, "machine": ELSEWHERE}, "auto", True),  # says nothing about this machine
-        ({"context": None, "machine": HERE}, "auto", False),
-        ({"context": None, "machine": HERE}, "never", True),
-        ({"context": 2000, "machine": HERE}, "never", True),
+        (measured(None, ELSEWHERE), "auto", True),  # says nothing about this machine
+        (measured(None, {**HERE, "cpu": "another"}), "auto", True),
+        (measured(None, dtype="bfloat16"), "auto", True),
+        (measured(None), "auto", False),
+        (measured(None), "never", True),
+        (measured(2000), "never", True),
         (None, "always", False),
-        ({"context": 1, "machine": HERE}, "always", False),
+        (measured(1), "always", False),
     ],
 )
 def test_fallback_without_crossover_and_by_order(engine, crossover, fallback, pruned):
@@ -521,6 +546,9 @@ def test_of_equally_likely_tokens_the_first_is_the_greedy_one(engine):
         (lambda e: e.score([1], [1, 2]), "Continuation 0 is no list of token ids"),
         (lambda e: e.generate([[1]], 4.5), "max_new_tokens=4.5 must be a whole number"),
         (lambda e: build(routing=None, decode_sparsity=0.2), "decode_sparsity need an artifact"),
+        (lambda e: build(decode_threshold=0.9), "decode_threshold has nothing to change where decode_sparsity=0 "),
+        (lambda e: build(routing=RoutingConfig(decode_sparsity=0.2, decode_rule="quantile"), decode_threshold=0.9),
+         "decode_threshold has nothing to change .* under the rule 'quantile'"),
         (lambda e: build(routing=None, decode_sparsity=0.2, decode_threshold=0.5), "decode_sparsity and decode_thresh"),
         (lambda e: e.prefill([[1] * 129]), "129 tokens exceeds the model's 128 positions"),
         (lambda e: e.generate([[1] * 100], 29), "100 tokens and 29 new ones exceed the model's 128 positions"),
@@ -574,7 +602,7 @@ def directories(tmp_path_factory):
   )
   save_params(params(c), c, root / "model", hf)
   byte_tokenizer(CHAT).save_pretrained(root / "model")
-  made = artifact(c, RoutingConfig("evict"), RouterConfig(), {"context": 10, "machine": HERE})
+  made = artifact(c, RoutingConfig("evict"), RouterConfig(), measured(10))
   artifacts.save(dataclasses.replace(made, fingerprint=fingerprint(root / "model")), root / "artifact")
   return str(root / "model"), str(root / "artifact")
 
@@ -698,12 +726,12 @@ def test_the_screen_holds_back_what_may_still_change(capsys):
         ({"fallback": "never"}, "pruned: --fallback=never"),
         ({"fallback": "always"}, "dense: --fallback=always"),
         ({}, "pruned: no crossover was measured"),
-        ({"crossover": {"context": None, "machine": ELSEWHERE}}, "pruned: no crossover was measured on"),
-        ({"crossover": {"context": 30, "machine": ELSEWHERE}}, "pruned: no crossover was measured on"),
-        ({"crossover": {"context": None, "machine": HERE}}, "dense: pruning was faster at no length"),
-        ({"crossover": {"context": 30, "machine": HERE}}, "dense: below the crossover of 30 tokens"),
-        ({"crossover": {"context": 5, "machine": HERE}}, "pruned: not below the crossover of 5 tokens"),
-        ({"crossover": {"context": 10, "machine": HERE}}, "1 of 2 pruned"),
+        ({"crossover": measured(None, ELSEWHERE)}, "pruned: no crossover was measured on"),
+        ({"crossover": measured(30, ELSEWHERE)}, "pruned: no crossover was measured on"),
+        ({"crossover": measured(None)}, "dense: pruning was faster at no length"),
+        ({"crossover": measured(30)}, "dense: below the crossover of 30 tokens"),
+        ({"crossover": measured(5)}, "pruned: not below the crossover of 5 tokens"),
+        ({"crossover": measured(10)}, "1 of 2 pruned"),
     ],
 )
 def test_the_command_says_why_a_prompt_was_pruned_or_not(options, expected):

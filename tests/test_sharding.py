@@ -175,8 +175,13 @@ def test_scores_inputs_and_texts():
     )
     inputs = guide.collect_inputs(MODEL, routing(), parameters, rows, 8, with_hidden=True, dtype=np.float32)
     router = routers.Router("dynamic", ROUTER, router_params())
+    warm = guide.warm_up(
+        PER_BLOCK, routing(), guide.WarmupSettings(4, 8, 1e-2), router_params(PER_BLOCK),
+        guide.GuideData(rows.context, *inputs, scores), SCHEDULE, 0, frozen=parameters, remat_policy="full",
+    )  # fmt: skip
+    assert all(jax.tree.leaves(jax.tree.map(lambda leaf: leaf.is_fully_replicated, warm[0])))
     return inputs[1], (
-        scores, inputs[0], redundancy.token_similarity(frozen, rows, 8),
+        warm, scores, inputs[0], redundancy.token_similarity(frozen, rows, 8),
         perplexity.routed_perplexity(frozen, routing(), router, SCHEDULE, rows, 8),
         perplexity.truncated_perplexity(frozen, 0.5, rows, 8),
     )  # fmt: skip

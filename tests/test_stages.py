@@ -59,6 +59,27 @@ def test_a_stage_is_run_until_it_is_done(tmp_path):
   assert runs == [here, here] and (here / stages.DONE).exists()
 
 
+def test_a_setting_that_an_earlier_version_did_not_have_stands_at_its_default(tmp_path):
+  stages.run_stage(tmp_path / "stage", {"a": 1}, lambda _: None)
+  stages.check_stage(tmp_path / "stage", {"a": 1, "new": 5}, {"new": 5, "other": 6})
+  with pytest.raises(UserError, match="was made with new=5, now it is 7"):
+    stages.check_stage(tmp_path / "stage", {"a": 1, "new": 7}, {"new": 5})
+  with pytest.raises(UserError, match="was made with new=None"):
+    stages.check_stage(tmp_path / "stage", {"a": 1, "new": 7})
+  with pytest.raises(UserError, match="was made with a=1, now it is 2"):
+    stages.check_stage(tmp_path / "stage", {"a": 2}, {"a": 2})
+
+
+def test_a_stage_that_is_missing_before_later_ones_is_named(tmp_path):
+  first, second, third = (tmp_path / name for name in ("first", "second", "third"))
+  stages.check_order([first, second])
+  stages.run_stage(first, {}, lambda _: None)
+  stages.check_order([first, second, third])
+  stages.run_stage(third, {}, lambda _: None)
+  with pytest.raises(UserError, match="third was made from .*second, which is missing; delete the folders of all later"):
+    stages.check_order([first, second, third])
+
+
 def test_a_target_that_cannot_be_written_is_refused_before_any_work(tmp_path, monkeypatch):
   check_target(tmp_path / "a.json")
   asked = []

@@ -100,21 +100,16 @@ def _below(prompts: Prompts, widths: Sequence[int]) -> list[int]:
   return [width for width in widths if width < prompts.tokens.shape[1]]
 
 
-def in_order(parts: Sequence[np.ndarray], made_of: Sequence[Batch], shape: Sequence[int], axis: int) -> np.ndarray:
-  """Puts results of batches back where their prompts were: an array of `shape`, 0 beyond a bucket's width.
+def put_back(result: np.ndarray, part: np.ndarray, batch: Batch, axis: int) -> None:
+  """Writes what was made of a batch to where its prompts are in `result`, as long as T or W on the axes behind `axis`.
 
   Args:
-    parts: of each batch one array, whose `axis` is B; its axes behind that are as long as the result's or W.
-    made_of: the batches, in the same order.
-    axis: that of the prompts.
+    axis: that of the prompts, N in `result` and B in `part`.
   """
-  result = np.zeros(shape, parts[0].dtype)
-  for part, batch in zip(parts, made_of):
-    real = np.flatnonzero(batch.weight)
-    at = [slice(size) for size in part.shape]
-    at[axis] = batch.rows[real]
-    result[tuple(at)] = np.take(part, real, axis)
-  return result
+  real = np.flatnonzero(batch.weight)
+  at = [slice(size) for size in part.shape]
+  at[axis] = batch.rows[real]
+  result[tuple(at)] = np.take(part, real, axis)
 
 
 def turns(buckets: Sequence[Bucket], steps: int) -> Iterator[tuple[Bucket, int]]:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ftp_jax import sharding
-from ftp_jax.data.prompts import Prompts, batches, in_order, take
+from ftp_jax.data.prompts import Prompts, batches, put_back, take
 from ftp_jax.models import scoring
 from ftp_jax.models.config import ModelConfig
 from ftp_jax.routing import masked, routers
@@ -109,14 +109,13 @@ class Judge:
 
     `replaced`: score these prompts, none longer, against the teacher of the original ones.
     """
-    parts = [
-        jax.tree.map(lambda a: a[0], jax.device_get(self._run(i, router, np.asarray(schedule_L)[None], replaced)))
-        for i in range(len(self._batches))
-    ]
-    rows, blocks = self.prompts.tokens.shape, self.model.config.num_blocks
-    join = lambda name, shape, axis: in_order([getattr(p, name) for p in parts], self._batches, shape, axis)
-    figures = (join(name, rows[:1], 0) for name in ("kl", "nll", "agreement"))
-    return Quality(*figures, join("keep_LxNxT", (blocks, *rows), 1))
+    rows = self.prompts.tokens.shape
+    figures = [np.zeros(len(self.prompts.tokens), np.float32) for _ in range(3)]
+    result = Quality(*figures, np.zeros((self.model.config.num_blocks, *rows), bool))
+    for i, batch in enumerate(self._batches):
+      for name, part in jax.device_get(self._run(i, router, np.asarray(schedule_L)[None], replaced))._asdict().items():
+        put_back(getattr(result, name), part[0], batch, int(name == "keep_LxNxT"))
+    return result
 
   def kl(self, router: routers.Router, schedules_PxL) -> np.ndarray:
     """Mean KL to dense (P,) of P schedules: the fitness of the search. One compiled call a batch."""

@@ -1,6 +1,7 @@
 """The programs of a run, traced over shapes that say where each array lies: what is compiled is what runs.
 
   train    a step of the router that the default config trains, Fisher guide, schedule as data
+  warmup   a step of its guided warm-up, all blocks
   search   the judge's call for one chunk of candidates, every block routed
   prefill  the bucketed prefill under a built-in schedule
   decode   one token on top of such a prefill's cache
@@ -27,9 +28,9 @@ from ftp_jax.models.config import ModelConfig
 from ftp_jax.routing import cache, masked, routers
 from ftp_jax.routing.config import RouterConfig, RoutingConfig
 from ftp_jax.search import schedule as schedules
-from ftp_jax.training import step
+from ftp_jax.training import guide, step
 
-PROGRAMS = ("train", "search", "prefill", "decode")
+PROGRAMS = ("train", "warmup", "search", "prefill", "decode")
 _MAX_SPARSITY = 0.975
 _ROOM = 16  # slots for new tokens beside a cache
 
@@ -101,7 +102,8 @@ def check(case: Case, mesh: Mesh) -> None:
 
 def trace(case: Case, mesh: Mesh) -> Traced:
   """Traces a program; `check` the case first."""
-  return {"train": _train, "search": _search, "prefill": _prefill, "decode": _decode}[case.program](case, mesh)
+  of_program = {"train": _train, "warmup": _warmup, "search": _search, "prefill": _prefill, "decode": _decode}
+  return of_program[case.program](case, mesh)
 
 
 def _trace(mesh: Mesh, jitted: Any, *args: Any, **options: Any) -> Any:
@@ -164,6 +166,24 @@ def _train(case: Case, mesh: Mesh) -> Traced:
       mesh, step.compiled_step(spec, mesh), params_of(case, mesh), state, batch, _like(mesh, (blocks,), jnp.float32)
   )
   return Traced(traced, _forward(case, mesh))
+
+
+def _warmup(case: Case, mesh: Mesh) -> Traced:
+  blocks, rows = case.model.num_blocks, (case.batch, case.context)
+  settings = guide.WarmupSettings(300, case.batch, 1e-3)
+  reading = guide.Reading.of(case.router, blocks, np.full(blocks, 0.3))
+  warmup = guide.make_step(case.router, RoutingConfig(case.kv_mode), settings, reading, case.remat)
+  params = _router(case, mesh).params
+  shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), params)
+  state = jax.eval_shape(guide.make_optimizer(settings).init, shapes)
+  state = jax.tree.map(lambda a: _like(mesh, a.shape, a.dtype), state)
+  of_blocks = lambda shape, dtype: _like(mesh, (blocks, *shape), dtype, None, "batch")
+  hidden = of_blocks((*rows, case.model.hidden_size), jnp.float16) if case.router.hidden_states else None
+  traced = _trace(
+      mesh, warmup, params, state, _rows(case, mesh)[1], of_blocks(rows, jnp.float32), hidden,
+      of_blocks(rows, jnp.float32), _like(mesh, (blocks,), jnp.float32),
+  )
+  return Traced(traced)
 
 
 def _search(case: Case, mesh: Mesh) -> Traced:

@@ -156,7 +156,7 @@ def reason(engine: Engine, lengths: Sequence[int]) -> str:
   if engine.fallback != "auto":
     return f"{'pruned' if engine.fallback == 'never' else 'dense'}: --fallback={engine.fallback}"
   if engine.crossover is None:
-    return "pruned: no crossover was measured on this kind of device"
+    return "pruned: no crossover was measured on this kind of device in this dtype"
   if engine.artifact.crossover["context"] is None:
     return "dense: pruning was faster at no length that was measured"
   pruned = sum(map(engine.prunes, lengths))

@@ -13,6 +13,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +27,7 @@ from ftp_jax.inference import programs
 from ftp_jax.inference.padding import FINE, Padding, power_of_two, room
 from ftp_jax.inference.programs import Execution, Spec, Stream, Weights
 from ftp_jax.inference.sampling import Sampling
+from ftp_jax.machine import describe_machine
 from ftp_jax.models import kernels
 from ftp_jax.models.config import ModelConfig
 from ftp_jax.models.huggingface import fingerprint
@@ -37,6 +39,7 @@ from ftp_jax.routing.config import RoutingConfig
 from ftp_jax.routing.plan import MAX_BUCKETS, Plan
 
 FALLBACKS = ("auto", "never", "always")
+_STOP_SLOTS = 8  # slots for stop tokens, at least
 _STEPS = 16  # decode steps between two looks of the host, where nothing is streamed
 
 
@@ -100,7 +103,7 @@ class Engine:
     artifact: what prunes it, or None.
     execution: how prompts are run that are not computed densely; the dense one where nothing prunes.
     crossover: context length from which pruning was measured to pay; None if it was not measured on this kind of
-      device.
+      device (of CPUs: this model) in this dtype.
   """
 
   def __init__(
@@ -109,7 +112,7 @@ class Engine:
       artifact: Artifact | None = None,
       *,
       execution: Execution | None = None,
-      dtype: str = "float32",
+      dtype: str | None = None,
       fallback: str = "auto",
       attention: str = "auto",
       max_buckets: int = MAX_BUCKETS,
@@ -121,9 +124,9 @@ class Engine:
     Args:
       model, artifact: which belong together; their fingerprints are compared.
       execution: what prunes the model in place of an artifact, with weights of this model.
-      dtype: of the computation, "float32" or "bfloat16".
+      dtype: of the computation, "float32" or "bfloat16"; None: that of the model's parameters.
       fallback: `auto` computes prompts shorter than the artifact's crossover densely (all are pruned where none was
-        measured on this kind of device), `never` prunes all, `always` none.
+        measured on this kind of device in this dtype), `never` prunes all, `always` none.
       attention: implementation, see `models.kernels`.
       max_buckets, buckets: capacities of the compiled programs, see `routing.plan.make_plan`.
       decode_sparsity, decode_threshold: replace those of the artifact.
@@ -132,6 +135,7 @@ class Engine:
       UserError: the artifact was made for another model or is of mixed files, or an option is unknown or has nothing
         to change.
     """
+    dtype = jax.tree.leaves(model.params)[0].dtype.name if dtype is None else dtype
     _check_options(dtype, fallback, attention)
     changes = {"decode_sparsity": decode_sparsity, "decode_threshold": decode_threshold}
     changes = {name: value for name, value in changes.items() if value is not None}
@@ -158,12 +162,17 @@ class Engine:
       )
     _check_fit(artifact, model.config)
     routing = dataclasses.replace(artifact.routing, **changes)
+    if decode_threshold is not None and not (routing.decode_sparsity and routing.decode_rule == "threshold"):
+      raise UserError(
+          f"decode_threshold has nothing to change where decode_sparsity={routing.decode_sparsity:g} under the rule "
+          f"{routing.decode_rule!r}; leave it out, or let new tokens skip by the rule 'threshold'."
+      )
     router = routers.Router("dynamic", artifact.router, jax.tree.map(jnp.asarray, artifact.params))
     schedule = jnp.asarray(artifact.schedule, jnp.float32)
     spec = dataclasses.replace(self._dense.spec, routing=routing)
     self.execution = Execution(spec, Weights(model.params, router, schedule))
     measured = artifact.crossover
-    if measured and measured["machine"]["device"] == jax.devices()[0].device_kind:
+    if measured and (measured.get("dtype"), _place(measured["machine"])) == (dtype, _place(describe_machine())):
       never = model.config.max_positions + 1  # never faster: no prompt is long enough
       self.crossover = never if measured["context"] is None else measured["context"]
 
@@ -284,7 +293,8 @@ class Engine:
 
   def _generate(self, group: Group, max_new_tokens, sampling, stops: "_Stops", seed, stream) -> list[Generation]:
     spec, batch = group.spec, len(group.index)
-    stop_K = jnp.asarray(sorted(stops.tokens) or (-1,), jnp.int32)
+    stop_K = np.full(power_of_two(max(len(stops.tokens), _STOP_SLOTS)), -1, np.int32)  # few sizes: each is a program
+    stop_K[: len(stops.tokens)] = sorted(stops.tokens)
     seed_B = jnp.asarray([(seed + i) % 2**32 for i in group.index], jnp.uint32)
     token_B, done_B = programs.first_token(sampling, group.prefilled.logits_BxV, seed_B, stop_K)
     state = Stream(
@@ -439,6 +449,11 @@ def _check_fit(artifact: Artifact, config: ModelConfig) -> None:
         "artifact again."
     )
   artifact.routing.check_blocks(config.num_blocks)
+
+
+def _place(machine: dict[str, Any]) -> tuple[str, str | None]:
+  """What must be equal for a measured time to say anything: the kind of device, of CPUs their model."""
+  return machine["device"], machine.get("cpu") if machine["device"] == "cpu" else None
 
 
 def _check_options(dtype: str, fallback: str, attention: str) -> None:

@@ -102,6 +102,24 @@ def _present(directory: pathlib.Path) -> pathlib.Path:
   return directory
 
 
+def describe(source: str) -> tuple[ModelConfig, transformers.PreTrainedTokenizerBase, pathlib.Path]:
+  """Architecture, tokenizer and directory of a model, which is fetched where needed; no weights are read.
+
+  Raises:
+    UserError: the source, the architecture or the tokenizer is unusable.
+  """
+  directory = resolve(source)
+  config = ModelConfig.from_directory(directory)
+  tokenizer = load_tokenizer(directory)
+  largest = max(tokenizer.get_vocab().values())
+  if largest >= config.vocab_size:
+    raise UserError(
+        f"the tokenizer in {directory} has token id {largest}, but the model has only {config.vocab_size} embeddings; "
+        "use the model's own tokenizer."
+    )
+  return config, tokenizer, directory
+
+
 def load_model(source: str, dtype: str = "float32", shardings: Any = None) -> Model:
   """Loads a model from any source.
 
@@ -117,14 +135,6 @@ def load_model(source: str, dtype: str = "float32", shardings: Any = None) -> Mo
   """
   if dtype not in DTYPES:
     raise UserError(f"dtype {dtype!r} is not supported; use one of {', '.join(DTYPES)}.")
-  directory = resolve(source)
-  config = ModelConfig.from_directory(directory)
-  tokenizer = load_tokenizer(directory)
-  largest = max(tokenizer.get_vocab().values())
-  if largest >= config.vocab_size:
-    raise UserError(
-        f"the tokenizer in {directory} has token id {largest}, but the model has only {config.vocab_size} embeddings; "
-        "use the model's own tokenizer."
-    )
+  config, tokenizer, directory = describe(source)
   placed = shardings(config) if callable(shardings) else shardings
   return Model(config, load_params(directory, config, DTYPES[dtype], placed), tokenizer, directory)

@@ -22,6 +22,8 @@ import numpy as np
 import tqdm
 
 from ftp_jax import distributed, sharding
+from ftp_jax import stages as stages_lib
+from ftp_jax.config import get_config
 from ftp_jax.data.prompts import Prompts, take
 from ftp_jax.data.sources import load_splits
 from ftp_jax.data.windows import perplexity_windows
@@ -32,19 +34,20 @@ from ftp_jax.export import artifact as artifact_lib
 from ftp_jax.machine import describe_machine
 from ftp_jax.models.decoder import abstract_params, param_shardings
 from ftp_jax.models.huggingface import fingerprint
-from ftp_jax.models.sources import DTYPES, Model, load_model
+from ftp_jax.models.sources import DTYPES, Model, describe, load_model
 from ftp_jax.pipeline import checks
 from ftp_jax.routing import routers
 from ftp_jax.routing.config import RouterConfig, RoutingConfig
 from ftp_jax.search import schedule as schedules
 from ftp_jax.search.genetic import SearchSettings
 from ftp_jax.search.loop import run_search
-from ftp_jax.stages import alone_in, check_stage, flatten, load_arrays, read_json, run_stage, save_arrays, write_json
+from ftp_jax.stages import alone_in, check_order, flatten, load_arrays, read_json, save_arrays, write_json
 from ftp_jax.training import guide
 from ftp_jax.training.loop import train_router
 from ftp_jax.training.step import StepSpec, TrainSettings
 
 STAGES = ("data", "importance", "search", "train", "finetune", "evaluate", "report")
+_OF_CELLS = ("search", "train", "finetune", "evaluate")  # stages of each sparsity and seed
 _FINETUNE_STARTS = (0.0, 0.25, 0.5, 0.75)  # shares of the Fisher schedule where fine-tuning starts
 _MAPPED_PROMPTS = 4  # prompts whose kept tokens the report shows
 
@@ -82,6 +85,9 @@ class Pipeline:
     self.config, self.workdir = config, workdir
     self.prompts, self.judge = functools.cache(self._prompts), functools.cache(self._judge)
     checks.check_config(config)
+    defaults = flatten(get_config())
+    self.check_stage = functools.partial(stages_lib.check_stage, defaults=defaults)
+    self.run_stage = functools.partial(stages_lib.run_stage, defaults=defaults)
     self.routing = RoutingConfig(**config.routing)
     self.router_config = RouterConfig.from_config(config.router)
     self.search_settings = SearchSettings.from_config(config.search)
@@ -129,13 +135,15 @@ class Pipeline:
     """Raises UserError if any stage that exists was begun with other settings, before anything is written."""
     checks.check_workdir(self.workdir)
     for stage in ("data", "importance"):
-      check_stage(self.workdir / stage, self.settings(stage))
+      self.check_stage(self.workdir / stage, self.settings(stage))
     for sparsity, seed in self.cells:
-      for stage in ("search", "train", "finetune", "evaluate"):
-        own = self.settings(stage) | {"sparsity": sparsity, "seed": seed}
-        check_stage(self.cell(sparsity, seed) / stage, own)
+      cell = self.cell(sparsity, seed)
+      for stage in _OF_CELLS:
+        self.check_stage(cell / stage, self.settings(stage) | {"sparsity": sparsity, "seed": seed})
+      check_order([self.workdir / "data", self.workdir / "importance", *(cell / stage for stage in _OF_CELLS)])
     for sparsity in (0.0, *self.config.sparsities):
-      check_stage(self.workdir / "evaluate" / f"S{sparsity:.2f}", self.settings("evaluate") | {"sparsity": sparsity})
+      own = self.settings("evaluate") | {"sparsity": sparsity}
+      self.check_stage(self.workdir / "evaluate" / f"S{sparsity:.2f}", own)
 
   def cell(self, sparsity: float, seed: int) -> pathlib.Path:
     return self.workdir / f"S{sparsity:.2f}" / f"seed{seed}"
@@ -147,14 +155,17 @@ class Pipeline:
   # --- shared by stages --------------------------------------------------------------------------
 
   @functools.cached_property
-  def model(self) -> Model:
-    loaded = self._load_model()
-    self.routing.check_blocks(loaded.config.num_blocks)
-    checks.check_plan(self.config, loaded.config.num_blocks)
-    distributed.on_first(lambda: checks.check_weights(self.workdir / "data" / "model.json", loaded.directory))
-    return loaded
+  def described(self) -> tuple[Any, Any, pathlib.Path]:
+    """Architecture, tokenizer and directory of the model, which fits the config and the run directory."""
+    config, _, directory = found = describe(self.config.model.source)
+    self.routing.check_blocks(config.num_blocks)
+    checks.check_plan(self.config, config.num_blocks)
+    distributed.on_first(lambda: checks.check_weights(self.workdir / "data" / "model.json", directory))
+    return found
 
-  def _load_model(self) -> Model:
+  @functools.cached_property
+  def model(self) -> Model:
+    self.described  # what is wrong with it shows before its weights are read
     mesh = self.mesh
     if mesh is None:
       return load_model(self.config.model.source, self.config.model.dtype)
@@ -257,11 +268,11 @@ class Pipeline:
     c = self.config
 
     def work(directory):
-      model = self.model  # every process loads its part of it; the first alone reads and writes prompts
-      distributed.on_first(lambda: write_prompts(model, directory))
+      model = self.described  # in every process; the first alone reads and writes prompts, and none reads weights
+      distributed.on_first(lambda: write_prompts(*model, directory))
 
-    def write_prompts(model, directory):
-      positions = model.config.max_positions
+    def write_prompts(config, tokenizer, source, directory):
+      positions = config.max_positions
       for what, longest in (
           ("data.max_context + data.continuation", c.data.max_context + c.data.continuation),
           ("evaluation.perplexity_length", c.evaluation.perplexity_length),
@@ -269,15 +280,15 @@ class Pipeline:
         if longest > positions:
           raise UserError(f"{what} = {longest} exceeds the model's {positions} positions; lower it.")
       windows = perplexity_windows(
-          c.evaluation.perplexity_path, model.tokenizer, c.evaluation.perplexity_windows,
+          c.evaluation.perplexity_path, tokenizer, c.evaluation.perplexity_windows,
           c.evaluation.perplexity_length,
       )
-      for split, prompts in load_splits(c.data, model.tokenizer).items():
+      for split, prompts in load_splits(c.data, tokenizer).items():
         save_arrays(directory / f"{split}.npz", **prompts._asdict())
       save_arrays(directory / "windows.npz", **windows._asdict())
-      write_json(directory / "model.json", {"fingerprint": fingerprint(model.directory)})
+      write_json(directory / "model.json", {"fingerprint": fingerprint(source)})
 
-    run_stage(self.workdir / "data", self.settings("data"), work)
+    self.run_stage(self.workdir / "data", self.settings("data"), work)
 
   def importance(self) -> None:
     def kept(directory: pathlib.Path, i: int, make: Callable[[], np.ndarray]) -> np.ndarray:
@@ -307,7 +318,7 @@ class Pipeline:
         save_arrays(directory / "fisher.npz", fisher_LxNxT=fisher)
 
     here = self.workdir / "importance"
-    run_stage(here, self.settings("importance"), work)
+    self.run_stage(here, self.settings("importance"), work)
     distributed.on_first(lambda: [path.unlink() for path in here.glob("batch*.npz")])
 
   def search(self) -> None:
@@ -325,7 +336,7 @@ class Pipeline:
         self.find_schedule(directory, seeds, routers.STATIC, c.generations, seed)
 
       settings = self.settings("search") | {"sparsity": sparsity, "seed": seed}
-      run_stage(self.cell(sparsity, seed) / "search", settings, work)
+      self.run_stage(self.cell(sparsity, seed) / "search", settings, work)
 
   def train(self) -> None:
     for sparsity, seed in self.cells:
@@ -347,7 +358,7 @@ class Pipeline:
         self.fit(directory, artifact_lib.load_weights(initial), asked, seed)
 
       settings = self.settings("train") | {"sparsity": sparsity, "seed": seed}
-      run_stage(cell / "train", settings, work)
+      self.run_stage(cell / "train", settings, work)
 
   def training_schedule(self, found: np.ndarray, sparsity: float, share: float | None = None) -> np.ndarray:
     """What training asks for, (L,): the found schedule, moved towards the Fisher schedule by a share.
@@ -364,7 +375,10 @@ class Pipeline:
     c = self.config.train
     settings = guide.WarmupSettings(c.warmup_guide_steps, c.batch, c.warmup_guide_learning_rate)
     bar = functools.partial(tqdm.tqdm, desc="guided warm-up")
-    return guide.warm_up(self.router_config, self.routing, settings, router, self.guide_data, schedule, seed, bar)[0]
+    return guide.warm_up(
+        self.router_config, self.routing, settings, router, self.guide_data, schedule, seed, bar, self.frozen.params,
+        self.config.model.remat,
+    )[0]
 
   def fit(self, directory: pathlib.Path, router: Any, schedule: np.ndarray, seed: int) -> None:
     """Trains a router with the three losses and writes it to `directory`."""
@@ -412,7 +426,7 @@ class Pipeline:
         save_weights(final, directory / artifact_lib.WEIGHTS_FILE)
 
       settings = self.settings("finetune") | {"sparsity": sparsity, "seed": seed}
-      run_stage(cell / "finetune", settings, work)
+      self.run_stage(cell / "finetune", settings, work)
 
   def evaluate(self) -> None:
     self.judge.cache_clear()  # on a mesh the judges of the stages before keep their teachers on the devices
@@ -431,7 +445,7 @@ class Pipeline:
         write_json(directory / "records.json", rows)
 
       here = self.workdir / "evaluate" / f"S{asked:.2f}"
-      run_stage(here, settings | {"sparsity": asked}, shared)
+      self.run_stage(here, settings | {"sparsity": asked}, shared)
       records += read_json(here / "records.json")
     for sparsity, seed in tqdm.tqdm(self.cells, desc="evaluate cells"):
       cell = self.cell(sparsity, seed)
@@ -453,7 +467,7 @@ class Pipeline:
         write_json(directory / "routes.json", self.route_maps(final, tuned))
         self.write_artifact(cell / "artifact", final, tuned, rows[-1])
 
-      run_stage(cell / "evaluate", settings | {"sparsity": sparsity, "seed": seed}, work)
+      self.run_stage(cell / "evaluate", settings | {"sparsity": sparsity, "seed": seed}, work)
       records += read_json(cell / "evaluate" / "records.json")
     write_json(self.workdir / "evaluate" / "records.json", records)
 

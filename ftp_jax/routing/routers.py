@@ -14,6 +14,8 @@ import numpy as np
 
 from ftp_jax.routing.config import RouterConfig
 
+_PRECISION = jax.lax.Precision.HIGHEST  # TPUs and GPUs round the factors of fp32 products by default
+
 
 class Router(NamedTuple):
   """Who decides. `kind`: static, random, dynamic or given (static under jit).
@@ -105,7 +107,8 @@ class PartsDense(nn.Module):
     kernel = self.param("kernel", nn.initializers.lecun_normal(), (sum(sizes), self.features))
     bias = self.param("bias", nn.initializers.zeros, (self.features,))
     kernels = jnp.split(kernel, np.cumsum(sizes)[:-1])
-    products = [factor * (part.astype(jnp.float32) @ k) for (part, factor), k in zip(parts, kernels)]
+    product = lambda part, k: jnp.matmul(part.astype(jnp.float32), k, precision=_PRECISION)
+    products = [factor * product(part, k) for (part, factor), k in zip(parts, kernels)]
     return sum(products) + bias.reshape((1,) * (products[0].ndim - 1) + (-1,))
 
 
@@ -118,9 +121,11 @@ class RouterMLP(nn.Module):
   def __call__(self, parts, state_BxTxR):
     hidden = PartsDense(self.config.hidden_size, name="hidden")(parts)
     if self.config.kind == "recurrent":
-      hidden += nn.Dense(self.config.hidden_size, use_bias=False, name="recurrent")(state_BxTxR)
+      recurrent = nn.Dense(self.config.hidden_size, use_bias=False, precision=_PRECISION, name="recurrent")
+      hidden += recurrent(state_BxTxR)
     hidden = nn.silu(hidden)
-    return nn.Dense(2, name="out")(hidden), (hidden if self.config.kind == "recurrent" else state_BxTxR)
+    logits = nn.Dense(2, precision=_PRECISION, name="out")(hidden)
+    return logits, (hidden if self.config.kind == "recurrent" else state_BxTxR)
 
 
 def init_router(config: RouterConfig, key: jax.Array, num_blocks: int, model_size: int) -> Any:

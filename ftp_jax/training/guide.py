@@ -1,8 +1,8 @@
 """Guided warm-up: the router learns the guide's decisions before any gradient passes the model.
 
-The router's inputs are collected once in a dense pass, so a step costs the router alone and a few
-hundred steps take seconds. The target of a block is the set of tokens of highest Fisher score that
-fills its capacity.
+The router's inputs are collected once in a dense pass and stay in host memory, so a step costs the
+router alone and a few hundred steps take seconds. The target of a block is the set of tokens of highest
+Fisher score that fills its capacity.
 """
 
 import dataclasses
@@ -16,7 +16,8 @@ import numpy as np
 import optax
 
 from ftp_jax import sharding
-from ftp_jax.data.prompts import Prompts, batches, in_order, indices_at
+from ftp_jax.data.prompts import Prompts, batches, indices_at, put_back
+from ftp_jax.models import decoder
 from ftp_jax.models.config import ModelConfig
 from ftp_jax.routing import masked, routers
 from ftp_jax.routing.config import FACTORS, RouterConfig, RoutingConfig
@@ -64,17 +65,17 @@ def collect_inputs(
     length_buckets: Sequence[int] = (),
 ) -> tuple[np.ndarray, np.ndarray | None]:
   """(score_UxNxT, hidden_UxNxTxD or None) of a dense pass over all prompts, as GuideData has them."""
-  made_of = list(batches(prompts, batch, length_buckets))
+  inputs = config.num_blocks if routing.one_pass_block < 0 else routing.one_pass_block + 1
+  scores = np.zeros((inputs, *prompts.tokens.shape), np.float32)
+  states = np.zeros((*scores.shape, config.hidden_size), np.float16) if with_hidden else None
   with sharding.over(params):
-    scores, states = [], []
-    for rows, *_ in made_of:
-      placed = sharding.place(params, rows, "batch")
+    for rows in batches(prompts, batch, length_buckets):
+      placed = sharding.place(params, rows.prompts, "batch")
       score, hidden = _inputs(config, routing, params, *placed, with_hidden=with_hidden, dtype=dtype)
-      scores.append(np.asarray(score))
-      states.append(sharding.fetch(params, hidden))
-  shape = (len(scores[0]), *prompts.tokens.shape)
-  hidden = in_order(states, made_of, (*shape, config.hidden_size), 1) if with_hidden else None
-  return in_order(scores, made_of, shape, 1), hidden
+      put_back(scores, np.asarray(score), rows, 1)
+      if with_hidden:
+        put_back(states, sharding.fetch(params, hidden), rows, 1)
+  return scores, states
 
 
 def collect_fisher(
@@ -109,9 +110,10 @@ def collect_fisher(
       )  # fmt: skip
     return np.asarray(scores)
 
-  made_of = list(batches(prompts, batch, length_buckets))
-  parts = [keep(i, functools.partial(make, i, rows)) for i, (rows, *_) in enumerate(progress(made_of))]
-  return in_order(parts, made_of, (config.num_blocks, *prompts.tokens.shape), 1)
+  result = np.zeros((config.num_blocks, *prompts.tokens.shape), np.float32)
+  for i, rows in enumerate(progress(list(batches(prompts, batch, length_buckets)))):
+    put_back(result, keep(i, functools.partial(make, i, rows.prompts)), rows, 1)
+  return result
 
 
 def joint_scores(fisher_LxNxT: np.ndarray, one_pass_block: int) -> np.ndarray:
@@ -143,7 +145,9 @@ def fisher_schedule(
   return np.mean(skipped, axis=0)
 
 
-def margins(router: RouterConfig, params: Any, factors_LxBxTxF, hidden_LxBxTxD) -> jax.Array:
+def margins(
+    router: RouterConfig, params: Any, factors_LxBxTxF, hidden_LxBxTxD, remat_policy: str = "none"
+) -> jax.Array:
   """Margins (L,B,T) from collected inputs: what routed execution computes block by block."""
   chosen = factors_LxBxTxF[..., [FACTORS.index(name) for name in router.factors]]
   _, batch, num_positions, _ = factors_LxBxTxF.shape
@@ -155,7 +159,8 @@ def margins(router: RouterConfig, params: Any, factors_LxBxTxF, hidden_LxBxTxD) 
     return state, margin
 
   xs = (chosen, hidden_LxBxTxD, params if router.kind == "per_block" else None)
-  return jax.lax.scan(body, routers.init_state(routers.Router("dynamic", router), batch, num_positions), xs)[1]
+  state = routers.init_state(routers.Router("dynamic", router), batch, num_positions)
+  return jax.lax.scan(decoder.remat(body, remat_policy), state, xs)[1]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,6 +172,69 @@ class WarmupSettings:
   learning_rate: float
 
 
+@dataclasses.dataclass(frozen=True)
+class Reading:
+  """Which blocks' guide losses count, and what their margins are computed from; index arrays.
+
+  Attributes:
+    blocks: those whose loss counts.
+    inputs: of the U blocks with inputs of their own those that are read.
+    like, input_of: margins are computed for the blocks `like` (of `blocks`) from the inputs `input_of` (of `inputs`).
+    margin_of: of these margins, which is a block's.
+  """
+
+  blocks: np.ndarray
+  inputs: np.ndarray
+  like: np.ndarray
+  input_of: np.ndarray
+  margin_of: np.ndarray
+
+  @classmethod
+  def of(cls, router: RouterConfig, num_inputs: int, schedule_L: np.ndarray) -> "Reading":
+    blocks = np.arange(len(schedule_L)) if router.kind == "recurrent" else np.flatnonzero(schedule_L)
+    inputs, like, input_of = np.unique(np.minimum(blocks, num_inputs - 1), return_index=True, return_inverse=True)
+    if router.kind == "global" and "sparsity" not in router.factors:  # equal inputs give equal margins
+      return cls(blocks, inputs, like, np.arange(len(inputs)), input_of)
+    every = np.arange(len(blocks))
+    return cls(blocks, inputs, every, input_of, every)
+
+
+def make_optimizer(settings: WarmupSettings) -> optax.GradientTransformation:
+  return optax.adamw(optax.cosine_decay_schedule(settings.learning_rate, settings.steps), weight_decay=1e-3)
+
+
+def make_step(
+    router: RouterConfig, routing: RoutingConfig, settings: WarmupSettings, reading: Reading, remat_policy: str
+) -> Any:
+  """A jitted step of the warm-up: (params, state, context_B, score, hidden, fisher, schedule) -> params, state, loss.
+
+  `score` and `hidden` are of `reading.inputs`, `fisher` and `schedule` of `reading.blocks`.
+  """
+  optimizer, blocks, like, input_of = make_optimizer(settings), reading.blocks, reading.like, reading.input_of
+
+  def pick(array, index):
+    return array if np.array_equal(index, np.arange(len(array))) else array[index]  # no copy of what is read as it is
+
+  def loss_fn(params, context, score, hidden, fisher, schedule):
+    in_context = jnp.arange(score.shape[2])[None] < context[:, None]
+    of_block = lambda score, s: context_factors(FACTORS, score, s, context)
+    features = jax.vmap(of_block)(pick(score, input_of), pick(schedule, like))
+    target = losses.top_targets(fisher, schedule, context, routing.bucket_multiple)
+    if router.kind == "per_block":
+      params = jax.tree.map(lambda a: pick(a, blocks), params)
+    hidden = None if hidden is None else pick(hidden, input_of)
+    margin = pick(margins(router, params, features, hidden, remat_policy), reading.margin_of)
+    return losses.guide_loss(margin, target, schedule, in_context)
+
+  @jax.jit
+  def step(params, state, *batch):
+    loss, grads = jax.value_and_grad(loss_fn)(params, *batch)
+    updates, state = optimizer.update(grads, state, params)
+    return sharding.replicate((optax.apply_updates(params, updates), state, loss))
+
+  return step
+
+
 def warm_up(
     router: RouterConfig,
     routing: RoutingConfig,
@@ -176,46 +244,38 @@ def warm_up(
     schedule_L: np.ndarray,
     seed: int,
     progress: Any = lambda steps: steps,
+    frozen: Any = None,
+    remat_policy: str = "none",
 ) -> tuple[Any, list[float]]:
-  """Fits the router to the Fisher targets under one schedule; `progress` wraps the range of steps.
+  """Fits the router to the Fisher targets under one schedule.
+
+  Args:
+    progress: wraps the range of steps.
+    frozen: parameters of the model; batches are split over the mesh that they lie on. None: there is none.
+    remat_policy: what the backward pass recomputes, as `config.model.remat`.
 
   Returns:
     The parameters and the loss of every step.
   """
-  optimizer = optax.adamw(optax.cosine_decay_schedule(settings.learning_rate, settings.steps), weight_decay=1e-3)
-  num_inputs, _, num_positions = data.score_UxNxT.shape
-  # The loss is of `blocks`, which read `inputs` (of U). Margins are computed for `like` (of blocks) from `input_of`
-  # (of inputs), and `margin_of` says which are a block's.
-  blocks = np.arange(len(schedule_L)) if router.kind == "recurrent" else np.flatnonzero(schedule_L)
-  inputs, like, input_of = np.unique(np.minimum(blocks, num_inputs - 1), return_index=True, return_inverse=True)
-  if router.kind == "global" and "sparsity" not in router.factors:  # equal inputs give equal margins
-    input_of, margin_of = np.arange(len(inputs)), input_of
-  else:
-    like = margin_of = np.arange(len(blocks))
-
-  def loss_fn(params, context, score, hidden, fisher, schedule):
-    in_context = jnp.arange(num_positions)[None] < context[:, None]
-    features = jax.vmap(lambda score, s: context_factors(FACTORS, score, s, context))(score[input_of], schedule[like])
-    target = losses.top_targets(fisher, schedule, context, routing.bucket_multiple)
-    if router.kind == "per_block":
-      params = jax.tree.map(lambda a: a[blocks], params)
-    margin = margins(router, params, features, None if hidden is None else hidden[input_of])[margin_of]
-    return losses.guide_loss(margin, target, schedule, in_context)
-
-  @jax.jit
-  def step(params, state, *batch):
-    loss, grads = jax.value_and_grad(loss_fn)(params, *batch)
-    updates, state = optimizer.update(grads, state, params)
-    return optax.apply_updates(params, updates), state, loss
-
-  schedule = jnp.asarray(schedule_L[blocks], jnp.float32)
-  state, history = optimizer.init(params), []
+  frozen = params if frozen is None else frozen
+  reading = Reading.of(router, len(data.score_UxNxT), schedule_L)
+  step, state = make_step(router, routing, settings, reading, remat_policy), make_optimizer(settings).init(params)
+  schedule = jnp.asarray(schedule_L[reading.blocks], jnp.float32)
+  params, state, schedule = sharding.place(frozen, (params, state, schedule))
+  history = []
   for number in progress(range(settings.steps)):
     rows = indices_at(len(data.context_N), settings.batch, number, seed)
     pick = lambda array, which: None if array is None else array[np.ix_(which, rows)]
-    params, state, loss = step(
-        params, state, data.context_N[rows], pick(data.score_UxNxT, inputs), pick(data.hidden_UxNxTxD, inputs),
-        pick(data.fisher_LxNxT, blocks), schedule,
-    )
+    arrays = sharding.place(
+        frozen,
+        (
+            pick(data.score_UxNxT, reading.inputs), pick(data.hidden_UxNxTxD, reading.inputs),
+            pick(data.fisher_LxNxT, reading.blocks),
+        ),
+        None, "batch",
+    )  # fmt: skip
+    with sharding.over(frozen):
+      context = sharding.place(frozen, data.context_N[rows], "batch")
+      params, state, loss = step(params, state, context, *arrays, schedule)
     history.append(loss)
   return params, [float(loss) for loss in history]

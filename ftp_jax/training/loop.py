@@ -97,8 +97,9 @@ def train_router(
       "train.batch": batch_size,
       "the seed": seed,
       "train.validate_every": validate_every,
-      "data.length_buckets": tuple(length_buckets),
   }
+  if length_buckets:  # checkpoints from before there were any are of trainings without
+    identity["data.length_buckets"] = tuple(length_buckets)
   num_steps = spec.train.steps
   path = os.path.join(directory, METRICS_FILE)
   initial = step_lib.init_state(spec.train, jax.tree.map(jnp.asarray, router_params))
