@@ -54,6 +54,10 @@ def get_config() -> config_dict.ConfigDict:
   c.routing.one_pass_block = -1  # block whose input decides the gates of all blocks from there on; -1: each its own
   c.routing.evict_from = 0  # under evict the first block that does; those before it project
 
+  c.stand_in = config_dict.ConfigDict()
+  c.stand_in.rank = 0  # rank of the linear maps that stand in for skipped blocks; 0: none, as in the paper
+  c.stand_in.ridge = 2e-3  # penalty a token of the regression that fits them
+
   c.router = config_dict.ConfigDict()
   c.router.kind = "per_block"  # global, per_block or recurrent
   c.router.factors = ("position", "score", "rank", "sparsity")  # low-dimensional inputs, any subset

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from ftp_jax.models import attention, decoder
 from ftp_jax.models.attention import EMPTY
-from ftp_jax.routing import bodies, bucketed, decode, factors, routers
+from ftp_jax.routing import bodies, bucketed, decode, factors, routers, stand_in
 from ftp_jax.routing.cache import empty_recent
 from ftp_jax.routing.config import RouterConfig, RoutingConfig
 from ftp_jax.routing.plan import make_plan
@@ -52,6 +52,7 @@ class Case:
   slots: tuple
   max_buckets: int = 4
   at_once: bool = True  # also extend by all tokens at once, one more program
+  rank: int = 0  # of the maps that stand in for skipped blocks
 
   @property
   def dynamic(self):
@@ -123,6 +124,16 @@ ROUTED = (
         "hidden_evict_from_the_plan", GQA, RouterConfig(factors=(), hidden_states=True),
         RoutingConfig("evict", one_pass_block=2, evict_from=2), (DENSE, 9, 6, 3), at_once=False,
     ),
+    Case("static_maps", GQA, "static", RoutingConfig("project"), (DENSE, 6, 9, 6), at_once=False, rank=3),
+    Case(
+        "global_evict_maps", WINDOW, RouterConfig(hidden_states=True), RoutingConfig("evict", decode_sparsity=0.4),
+        (8, 10, 5, 3), 2, rank=32,
+    ),
+    Case(
+        "per_block_late_plan_maps", QWEN, RouterConfig("per_block", ("rank",), hidden_states=True),
+        RoutingConfig("project", decode_sparsity=0.4, decode_rule="quantile", one_pass_block=1), (DENSE, 6, 5, 9),
+        rank=5,
+    ),
 )
 CASE = {case.name: case for case in ROUTED}
 all_cases = pytest.mark.parametrize("case", ROUTED, ids=lambda case: case.name)
@@ -132,12 +143,20 @@ all_cases = pytest.mark.parametrize("case", ROUTED, ids=lambda case: case.name)
 
 
 @functools.cache
-def model_params(config, seed):
+def model_params(config, seed, rank=0):
   """Random norms and biases too: their initial values, one and zero, would hide mistakes."""
   params = init_params(config, seed)
   rng = np.random.default_rng(seed)
   shift = lambda a: a + rng.normal(0, 0.2, a.shape).astype(np.float32) if a.ndim == 2 else a
-  return {"embed": params["embed"], "blocks": jax.tree.map(shift, params["blocks"])}
+  params = {"embed": params["embed"], "blocks": jax.tree.map(shift, params["blocks"])}
+  return stand_in.attach(params, random_maps(config, rank, rng)) if rank else params
+
+
+def random_maps(config, rank, rng):
+  """Maps that change states about as much as a block does."""
+  size = config.num_blocks, config.hidden_size
+  draw = lambda *shape: rng.normal(0, 0.3, shape).astype(np.float32)
+  return {"bias": draw(*size), "down": draw(*size, rank), "up": draw(config.num_blocks, rank, config.hidden_size)}
 
 
 @functools.cache
@@ -188,7 +207,7 @@ def inputs(draw, case):
   tokens, *_ = tiny.batch(case.model, context, context + NEW, CONTEXT + NEW, draw(st.integers(0, 999)))
   router = make_router(case, draw(st.integers(0, 2)))
   return Inputs(
-      model_params(case.model, seed), router, schedule_of(case.slots, below), tokens, context,
+      model_params(case.model, seed, case.rank), router, schedule_of(case.slots, below), tokens, context,
       draw(st.sampled_from((0, 17))),
   )
 

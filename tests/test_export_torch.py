@@ -28,9 +28,10 @@ from ftp_jax.models import decoder
 from ftp_jax.models.config import ModelConfig
 from ftp_jax.models.huggingface import fingerprint, load_params, save_params
 from ftp_jax.models.sources import Model
-from ftp_jax.routing import routers, selection
+from ftp_jax.routing import routers, selection, stand_in
 from ftp_jax.routing.config import RouterConfig, RoutingConfig
 from tests import tiny
+from tests.test_bucketed import random_maps
 from tests.test_data import byte_tokenizer
 from tests.test_models import random_model
 
@@ -99,7 +100,15 @@ CASES = {
         RouterConfig(factors=("score", "rank")), (0.6, 0.0, 0.7),
     ),
 }  # fmt: skip
-WITH_ENGINE = ("evict", "per_block_quantile", "window_evict_quantile")
+WITH_MAPS = {  # ranks of the maps that stand in for skipped blocks
+    "maps_project": ("llama-gqa", RoutingConfig("project"), RouterConfig(hidden_states=True), SCHEDULE, 5),
+    "maps_evict_skipping": (
+        "qwen3", RoutingConfig("evict", decode_sparsity=0.4, decode_threshold=0.3), RouterConfig("per_block"),
+        (0.3, 0.0, 0.7), 3,
+    ),
+}  # fmt: skip
+CASES |= WITH_MAPS
+WITH_ENGINE = ("maps_project", "evict", "per_block_quantile", "window_evict_quantile")
 
 
 @functools.cache
@@ -123,19 +132,22 @@ def directories(tmp_path_factory):
   directory_of.cache_clear()
 
 
-def make(model, routing, router, schedule=SCHEDULE, figures=None):
+def make(model, routing, router, schedule=SCHEDULE, rank=0, figures=None):
   """An artifact with random weights, large enough for margins on both sides of 0, and its model's config."""
   config = ModelConfig.from_directory(directory_of(model))
   init = routers.init_router(router, jax.random.key(1), config.num_blocks, config.hidden_size)
   weights = jax.tree.map(lambda a: np.asarray(a) * 3, init)
   made = artifacts.Artifact(
-      "org/tiny", fingerprint(directory_of(model)), config.family, schedule, routing, router, weights, figures or {}
+      "org/tiny", fingerprint(directory_of(model)), config.family, schedule, routing, router, weights, figures or {},
+      stand_in=random_maps(config, rank, np.random.default_rng(0)) if rank else None,
   )
   return made, config
 
 
-def exported(tmp_path, model, routing, router, schedule=SCHEDULE, figures=None, with_weights=False) -> pathlib.Path:
-  artifacts.save(make(model, routing, router, schedule, figures)[0], tmp_path / "artifact")
+def exported(
+    tmp_path, model, routing, router, schedule=SCHEDULE, rank=0, figures=None, with_weights=False
+) -> pathlib.Path:
+  artifacts.save(make(model, routing, router, schedule, rank, figures)[0], tmp_path / "artifact")
   return pytorch.export(str(tmp_path / "artifact"), str(tmp_path / "out"), directory_of(model), with_weights)
 
 
@@ -174,7 +186,7 @@ def test_routes_logits_and_generations_are_those_of_jax(case, tmp_path, monkeypa
   new, logits = out.sequences[:, -NEW:].tolist(), torch.stack(out.logits, 1).numpy()
   routes = out.past_key_values.keep_LxBxT.numpy()
 
-  params = load_params(directory_of(name), config)
+  params = stand_in.attach(load_params(directory_of(name), config), made.stand_in)
   context = np.array(LENGTHS, np.int32)
   rows = [prompt + row for prompt, row in zip(prompts, new)]
   tokens = padded(rows, "right")["input_ids"].numpy().astype(np.int32)

@@ -1,5 +1,6 @@
 """The whole pipeline on a tiny model: stages, resuming, changed settings, the artifact."""
 
+import dataclasses
 import importlib
 import json
 import shutil
@@ -10,13 +11,16 @@ import pytest
 
 from ftp_jax import distributed, pipeline
 from ftp_jax.config import get_config, paper_preset
+from ftp_jax.data.prompts import Prompts
 from ftp_jax.errors import UserError
+from ftp_jax.evaluation.baselines import Yardstick, from_artifact
 from ftp_jax.export import artifact
 from ftp_jax.models.huggingface import fingerprint, save_params
+from ftp_jax.models.sources import load_model
 from ftp_jax.pipeline import checks
 from ftp_jax.pipeline.run import Pipeline
-from ftp_jax.routing import masked, routers
-from ftp_jax.stages import alone_in
+from ftp_jax.routing import masked, routers, stand_in
+from ftp_jax.stages import alone_in, load_arrays
 from ftp_jax.training import guide
 from tests import tiny
 from tests.test_data import byte_tokenizer
@@ -96,6 +100,26 @@ def test_a_deleted_stage_is_made_again_with_the_same_result(finished, model_dire
   pipeline.run(tiny_run(model_directory), str(copy), pipeline.STAGES[:-1])
   for name in ("search/schedule.json", "train/metrics.jsonl", "finetune/schedule.json", "evaluate/records.json"):
     assert (cell / name).read_text() == (finished / "S0.25" / "seed0" / name).read_text()
+
+
+def test_a_run_with_maps_that_stand_in_for_skipped_blocks(finished, model_directory, tmp_path):
+  config = tiny_run(model_directory)
+  config.stand_in.rank = 6
+  config.data.length_buckets = (20,)
+  pipeline.run(config, str(tmp_path))
+  made = artifact.load(tmp_path / "S0.25" / "seed0" / "artifact")
+  assert stand_in.fits(made.stand_in, 4, 32) and made.stand_in["up"].shape[1] == 6
+  records = {r["method"]: r for r in json.loads((tmp_path / "results.json").read_text())["records"]}
+  others = {r["method"]: r for r in json.loads((finished / "results.json").read_text())["records"]}
+  for method in ("dense", "truncation", "static_uniform", "random"):  # they have none
+    assert records[method]["kl"] == pytest.approx(others[method]["kl"], rel=1e-3, abs=1e-6)
+  model = load_model(str(model_directory))
+  prompts = Prompts(**load_arrays(tmp_path / "data" / "test.npz"))
+  found = Yardstick(model, prompts, 4).record(from_artifact(model, made))
+  for name in ("kl", "flops_saved"):  # what is shipped computes what was judged
+    assert found[name] == pytest.approx(records["dynamic_finetuned"][name], rel=1e-3, abs=1e-6)
+  without = Yardstick(model, prompts, 4).record(from_artifact(model, dataclasses.replace(made, stand_in=None)))
+  assert abs(without["kl"] / found["kl"] - 1) > 0.01 and without["flops_saved"] > found["flops_saved"]
 
 
 def test_interrupted_gate_scores_go_on_with_the_next_batch(finished, model_directory, tmp_path, monkeypatch):

@@ -76,7 +76,7 @@ def test_a_stage_that_is_missing_before_later_ones_is_named(tmp_path):
   stages.run_stage(first, {}, lambda _: None)
   stages.check_order([first, second, third])
   stages.run_stage(third, {}, lambda _: None)
-  with pytest.raises(UserError, match="third was made from .*second, which is missing; delete the folders of all later"):
+  with pytest.raises(UserError, match="third was made from .*second, which is missing; delete the folders"):
     stages.check_order([first, second, third])
 
 

@@ -18,6 +18,7 @@ from ftp_jax.inference import programs
 from ftp_jax.inference.engine import Engine
 from ftp_jax.inference.programs import Spec, Weights
 from ftp_jax.models.sources import DTYPES, Model
+from ftp_jax.routing import stand_in
 from ftp_jax.routing.bucketed import Prefilled
 from ftp_jax.routing.config import RouterConfig, RoutingConfig
 from ftp_jax.routing.plan import MAX_BUCKETS, Plan
@@ -75,21 +76,22 @@ def pruned(model: Model, settings: Settings, artifacts: Sequence[Artifact]) -> l
     Engine(model, artifact)  # compares fingerprints
     router = Router("dynamic", artifact.router, jax.tree.map(jnp.asarray, artifact.params))
     shape = "artifact" if len(artifacts) == 1 else f"artifact {number}"
-    found.append(_pruned(base, artifact.schedule, artifact.routing, router, shape, np.mean(artifact.schedule)))
+    params = stand_in.attach(model.params, jax.tree.map(jnp.asarray, artifact.stand_in))
+    found.append(_pruned(base, params, artifact.schedule, artifact.routing, router, shape, np.mean(artifact.schedule)))
   if found:
     return found
   router = STATIC if settings.router == "static" else untrained_router(model, settings.router)
   for shape, kv, sparsity in itertools.product(settings.shape, settings.kv, settings.sparsity):
     schedule_L = builtin(shape, model.config.num_blocks, sparsity)
-    case = _pruned(base, schedule_L, RoutingConfig(kv_mode=kv), router, shape, sparsity)
+    case = _pruned(base, model.params, schedule_L, RoutingConfig(kv_mode=kv), router, shape, sparsity)
     found.append(dataclasses.replace(case, labels=case.labels | {"router": settings.router}))
   return found
 
 
-def _pruned(base: Case, schedule_L, routing: RoutingConfig, router: Router, shape: str, sparsity: float) -> Case:
+def _pruned(base: Case, params, schedule_L, routing: RoutingConfig, router: Router, shape: str, sparsity) -> Case:
   labels = {"sparsity": round(float(sparsity), 6), "shape": shape, "kv": routing.kv, "router": router.kind}
   spec = dataclasses.replace(base.spec, routing=routing)
-  return Case("ftp", spec, Weights(base.weights.params, router, jnp.asarray(schedule_L, jnp.float32)), labels)
+  return Case("ftp", spec, Weights(params, router, jnp.asarray(schedule_L, jnp.float32)), labels)
 
 
 def untrained_router(model: Model, kind: str) -> Router:
@@ -140,7 +142,8 @@ class Prefill:
     keep_LxBxT = np.asarray(self.keep_LxBxT)
     spec, router = self.case.spec, self.case.weights.router
     batch, context = keep_LxBxT.shape[1:]
-    flops = lambda keep_LxT: prefill_flops(spec.model, keep_LxT, context, spec.routing, router.config)
+    rank = stand_in.rank(self.case.weights.params)
+    flops = lambda keep_LxT: prefill_flops(spec.model, keep_LxT, context, spec.routing, router.config, rank)
     taken = sum(flops(keep_LxBxT[:, b]) for b in range(batch))
     ideal = batch * flops(np.ones_like(keep_LxBxT[:, 0])) / taken
     achieved = float(1 - keep_LxBxT.mean())

@@ -5,8 +5,9 @@ token with a key: key and value projections; per (query, visible key) pair: 4 H 
 the last token's output is used, so dense and pruned prefill alike compute nothing but keys and values
 for the others there. The output head runs for the last token. The router is counted where a block skips (a recurrent
 one in every block), and in the blocks whose attention scores it reads the queries of the score window and their
-products with the keys. A block whose routes keep every token counts as one without gates, even where something was
-asked of it, as of a short prompt.
+products with the keys. Maps that stand in for skipped blocks (`routing.stand_in`) are counted for all context
+tokens of a block that skips, as they are computed for all, but for the last block. A block whose routes keep
+every token counts as one without gates, even where something was asked of it, as of a short prompt.
 """
 
 import numpy as np
@@ -46,11 +47,13 @@ def prefill_flops(
     context: int,
     routing: RoutingConfig = RoutingConfig(),
     router: RouterConfig | None = None,
+    stand_in_rank: int = 0,
 ) -> float:
   """FLOPs to prefill one context of `context` tokens under the routes keep_LxT (boolean).
 
   Args:
     router: what decides them, where that costs anything.
+    stand_in_rank: R of the maps that stand in for skipped blocks, 0 for none.
   """
   keep_LxT = np.asarray(keep_LxT, bool)[:, :context]
   computed = keep_LxT.copy()
@@ -59,6 +62,7 @@ def prefill_flops(
   evicting = slice(routing.first_evicting(config.num_blocks), None)
   key_LxT[evicting] = keep_LxT[evicting]
   total, routed_L = computed_flops(config, computed, computed, key_LxT), ~keep_LxT.all(axis=1)
+  total += 4.0 * context * config.hidden_size * stand_in_rank * routed_L[:-1].sum()
   if router is None or not routed_L.any():
     return total
   recurrent = router.kind == "recurrent"
@@ -72,12 +76,12 @@ def prefill_flops(
   return total
 
 
-def saved_share(config, keep_LxNxT, context_N, routing: RoutingConfig, router=None) -> float:
+def saved_share(config, keep_LxNxT, context_N, routing: RoutingConfig, router=None, stand_in_rank: int = 0) -> float:
   """Share of dense prefill FLOPs that the routes save, over all prompts; arguments as `prefill_flops`."""
   dense = pruned = 0.0
   for n, context in enumerate(context_N):
     dense += prefill_flops(config, np.ones((config.num_blocks, context), bool), context, routing)
-    pruned += prefill_flops(config, keep_LxNxT[:, n], context, routing, router)
+    pruned += prefill_flops(config, keep_LxNxT[:, n], context, routing, router, stand_in_rank)
   return 1 - pruned / dense
 
 

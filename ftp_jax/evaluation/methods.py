@@ -13,7 +13,7 @@ from ftp_jax.data.prompts import Prompts
 from ftp_jax.evaluation import flops
 from ftp_jax.evaluation.judge import Judge, Quality
 from ftp_jax.evaluation.perplexity import routed_perplexity, truncated_perplexity
-from ftp_jax.routing import routers
+from ftp_jax.routing import routers, stand_in
 
 
 def truncated(context: int, sparsity: float) -> np.ndarray:
@@ -75,7 +75,10 @@ class Bench:
           judge.model, judge.routing, router, schedule, self.windows, self.batch
       )
     context = judge.prompts.context
-    saved = flops.saved_share(judge.model.config, quality.keep_LxNxT, context, judge.routing, router.config)
+    saved = flops.saved_share(
+        judge.model.config, quality.keep_LxNxT, context, judge.routing, router.config,
+        stand_in.rank(judge.model.params),
+    )  # fmt: skip
     achieved = flops.skipped_share(quality.keep_LxNxT, context)
     return self._record(method, sparsity, seed, quality, perplexity, achieved, saved, perplexity_achieved)
 

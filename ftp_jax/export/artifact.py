@@ -1,7 +1,8 @@
 """The artifact: what a user ships, a small router beside the untouched base model.
 
 `ftp_config.json` describes schedule, routing and router, the base model's id and fingerprint, and the
-figures measured; `router.safetensors` holds the router's weights. It loads without the training code.
+figures measured; `router.safetensors` holds the router's weights, and as `stand_in.*` those of the maps that stand in
+for skipped blocks, where there are any. It loads without the training code.
 
 There are two layouts of the same numbers: `flax` as the router's own parameters ("hidden.kernel", (in, out)), and
 `torch` as `torch.nn.Linear` names and shapes them ("hidden.weight", (out, in)), which `ftp-jax export` writes.
@@ -24,6 +25,7 @@ from ftp_jax.routing.config import RouterConfig, RoutingConfig
 FORMAT_VERSION = 1
 LAYOUTS = ("flax", "torch")
 CONFIG_FILE, WEIGHTS_FILE = "ftp_config.json", "router.safetensors"
+_STAND_IN = "stand_in"  # beside the router's layers in the file of weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +36,7 @@ class Artifact:
     base_model, fingerprint, family: which model it was made for.
     schedule: sparsity (L,) asked of each block for context tokens.
     params: the router's parameters, numpy, as `routing.routers.init_router` shapes them.
+    stand_in: the maps of `routing.stand_in`, numpy; None: a token that skips keeps its state.
     figures: what was measured (asked and achieved sparsity, KL, ...).
     crossover: {"context": shortest prompt in tokens from which a pruned prefill was faster than a dense one,
       None if it never was, "machine": where}; None if not measured.
@@ -48,13 +51,14 @@ class Artifact:
   params: Any
   figures: dict[str, Any]
   crossover: dict[str, Any] | None = None
+  stand_in: Any = None
 
   @property
   def digest(self) -> str:
     """Hash (16 hex digits) of all that decides what it computes: neither figures nor crossover, nor the layout."""
     decides = (self.fingerprint, self.schedule, dataclasses.asdict(self.routing), dataclasses.asdict(self.router))
     found = hashlib.sha256(json.dumps(decides, sort_keys=True).encode())
-    for name, a in sorted(_flat(self.params).items()):
+    for name, a in sorted(_flat(_weights(self)).items()):
       found.update(f"{name}{a.dtype}{a.shape}".encode() + np.ascontiguousarray(a).tobytes())
     return found.hexdigest()[:16]
 
@@ -63,7 +67,8 @@ def save(artifact: Artifact, directory: str | os.PathLike, layout: str = "flax")
   """Writes both files; the config last, so that a half-written artifact does not load."""
   directory = pathlib.Path(directory)
   directory.mkdir(parents=True, exist_ok=True)
-  save_weights(_to_torch(artifact.params) if layout == "torch" else artifact.params, directory / WEIGHTS_FILE)
+  weights = _weights(artifact)
+  save_weights(_to_torch(weights) if layout == "torch" else weights, directory / WEIGHTS_FILE)
   described = {
       "format_version": FORMAT_VERSION,
       "layout": layout,
@@ -108,6 +113,7 @@ def load(directory: str | os.PathLike) -> Artifact:
   directory = pathlib.Path(directory)
   described = read_config(directory)
   weights = load_weights(directory / WEIGHTS_FILE)
+  stand_in = weights.pop(_STAND_IN, None)
   try:
     router = dict(described["router"])
     return Artifact(
@@ -120,6 +126,7 @@ def load(directory: str | os.PathLike) -> Artifact:
         params=_from_torch(weights) if described["layout"] == "torch" else weights,
         figures=described["figures"],
         crossover=described.get("crossover"),  # absent in artifacts whose crossover was never measured
+        stand_in=stand_in,
     )
   except (AttributeError, KeyError, TypeError, ValueError) as error:
     raise UserError(f"{directory / CONFIG_FILE} is incomplete ({error}); export the artifact again.") from None
@@ -140,6 +147,11 @@ def load_weights(path: str | os.PathLike) -> Any:
     return _nested(safetensors.numpy.load_file(path))
   except (OSError, SafetensorError) as error:
     raise UserError(f"{path} cannot be read ({error}); copy it again, or run its stage again.") from None
+
+
+def _weights(artifact: Artifact) -> Any:
+  """All arrays of an artifact in one tree."""
+  return artifact.params if artifact.stand_in is None else artifact.params | {_STAND_IN: artifact.stand_in}
 
 
 def _to_torch(params: Any) -> Any:

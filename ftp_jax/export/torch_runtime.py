@@ -49,6 +49,7 @@ _VALUES = (
     "bucket_multiple", "score_window", "decode_sparsity", "decode_threshold", "one_pass_block", "evict_from", "factors",
     "hidden_states", "hidden_size",
 )  # fmt: skip
+_MAPS = "stand_in."  # how the names of the maps for skipped blocks begin in the file of weights
 _FACTORS = ("position", "score", "rank", "sparsity")
 
 
@@ -62,10 +63,19 @@ class Artifact:
   routing: dict[str, Any]
   router: dict[str, Any]
   weights: dict[str, torch.Tensor]
+  maps: dict[str, torch.Tensor]  # bias (L,D), down (L,D,R) and up (L,R,D) that stand in for skipped blocks, or none
 
   def __post_init__(self):
     asked, mean = self.routing["decode_sparsity"], self.schedule.mean()
     self.decode_schedule = (self.schedule * asked / (mean if mean > 0 else 1.0)).clamp(0.0, 0.99)
+
+  def moved(self, block: int, x_KxD: torch.Tensor) -> torch.Tensor:
+    """The states of tokens that skip a block."""
+    if not self.maps:
+      return x_KxD
+    bias, down, up = (self.maps[name][block].to(x_KxD) for name in ("bias", "down", "up"))
+    scale = torch.rsqrt(x_KxD.float().square().mean(-1, keepdim=True) + 1e-6).to(x_KxD.dtype)
+    return x_KxD + (scale * (x_KxD @ down)) @ up + bias
 
   def margin(self, block: int, factors_PxF, x_PxD, state_PxR):
     """Compute minus skip logit (P) in fp32 of tokens that enter a block, and the state carried to the next."""
@@ -113,9 +123,10 @@ def read_artifact(directory) -> Artifact:
     schedule, options = torch.tensor(said["schedule"], dtype=torch.float32), routing | said["router"]
     unknown = set(options) ^ {*_CHOICES, *_VALUES} | set(options["factors"]) - set(_FACTORS)
     unknown |= {name for name, known in _CHOICES.items() if options[name] not in known}
+    maps = {name.removeprefix(_MAPS): weights.pop(name) for name in list(weights) if name.startswith(_MAPS)}
     if unknown or not ((schedule >= 0) & (schedule < 1)).all():
       raise ValueError(", ".join(sorted(unknown)) or "its schedule")
-    return Artifact(said["base_model"], said["fingerprint"], schedule, routing, said["router"], weights)
+    return Artifact(said["base_model"], said["fingerprint"], schedule, routing, said["router"], weights, maps)
   except (KeyError, TypeError, ValueError) as error:
     raise ValueError(f"{file} says what is not known here ({error}); update this file or export again.") from None
 
@@ -152,7 +163,10 @@ def _check_fit(artifact: Artifact, tensors: dict[str, Any], config) -> None:
     want["recurrent.weight"] = (width, width)
   if router["kind"] == "per_block":
     want = {name: (blocks, *shape) for name, shape in want.items()}
-  shapes = {name: tuple(w.shape) for name, w in artifact.weights.items()}
+  shapes = {name: tuple(w.shape) for name, w in (artifact.weights | artifact.maps).items()}
+  if artifact.maps:
+    size, rank = (blocks, config.hidden_size), shapes.get("down", (0,))[-1]
+    want |= {"bias": size, "down": (*size, rank), "up": (blocks, rank, config.hidden_size)}
   if shapes != want or len(artifact.schedule) != blocks:
     raise ValueError(
         f"The artifact's router {shapes} and schedule of {len(artifact.schedule)} blocks do not fit this model of "
@@ -574,8 +588,12 @@ class PrunedModel:
       slots = cache.append(i, Slots(*(keyed.pad(a).transpose(1, 2) for a in (k, v)), *places))
 
       # The last block is computed only where somebody reads the result.
+      skipping_P = ~keep_P
       if i == len(blocks) - 1 and not wanted_P.all():
-        computed = tokens.take(keep_P & wanted_P)
+        computed, skipping_P = tokens.take(keep_P & wanted_P), skipping_P & wanted_P
+      if self.pruning.maps and skipping_P.any():
+        skipping = tokens.take(skipping_P)
+        x_PxD = skipping.put(x_PxD, self.pruning.moved(i, skipping.of(x_PxD)))
       if not len(computed.row_P):
         continue
       share = len(computed.row_P) / len(x_PxD)

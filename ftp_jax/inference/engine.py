@@ -32,7 +32,7 @@ from ftp_jax.models import kernels
 from ftp_jax.models.config import ModelConfig
 from ftp_jax.models.huggingface import fingerprint
 from ftp_jax.models.sources import DTYPES, Model, load_model
-from ftp_jax.routing import routers
+from ftp_jax.routing import routers, stand_in
 from ftp_jax.routing.bucketed import Prefilled
 from ftp_jax.routing.cache import empty_recent
 from ftp_jax.routing.config import RoutingConfig
@@ -170,7 +170,8 @@ class Engine:
     router = routers.Router("dynamic", artifact.router, jax.tree.map(jnp.asarray, artifact.params))
     schedule = jnp.asarray(artifact.schedule, jnp.float32)
     spec = dataclasses.replace(self._dense.spec, routing=routing)
-    self.execution = Execution(spec, Weights(model.params, router, schedule))
+    params = stand_in.attach(model.params, jax.tree.map(jnp.asarray, artifact.stand_in))
+    self.execution = Execution(spec, Weights(params, router, schedule))
     measured = artifact.crossover
     if measured and (measured.get("dtype"), _place(measured["machine"])) == (dtype, _place(describe_machine())):
       never = model.config.max_positions + 1  # never faster: no prompt is long enough
@@ -440,7 +441,8 @@ def _check_fit(artifact: Artifact, config: ModelConfig) -> None:
       routers.init_router, artifact.router, num_blocks=config.num_blocks, model_size=config.hidden_size
   )
   want = jax.tree.map(lambda leaf: leaf.shape, jax.eval_shape(init, jax.random.key(0)))
-  if jax.tree.map(np.shape, artifact.params) != want:
+  maps = stand_in.fits(artifact.stand_in, config.num_blocks, config.hidden_size)
+  if jax.tree.map(np.shape, artifact.params) != want or not maps:
     raise UserError("The artifact's router.safetensors is not of its ftp_config.json; copy the artifact again.")
   fractions = [s for s in artifact.schedule if isinstance(s, int | float) and 0 <= s <= 1]
   if len(artifact.schedule) != config.num_blocks or len(fractions) != config.num_blocks:

@@ -68,6 +68,10 @@ def check_config(config) -> None:
           "finetune.rounds=0 would keep a schedule that the router is not trained for; set train.fisher_share=0, "
           "search.schedule='fisher' or finetune.rounds=1."
       )
+  if config.stand_in.rank < 0 or config.stand_in.ridge <= 0:
+    raise UserError(
+        f"stand_in.rank={config.stand_in.rank} must be at least 0, and stand_in.ridge={config.stand_in.ridge} positive."
+    )
   if not 0 <= config.train.fisher_share <= 1:
     raise UserError(f"train.fisher_share={config.train.fisher_share} must lie between 0 and 1.")
   if config.data.chat and config.data.source in ("embedded", "text"):

@@ -9,6 +9,7 @@
     report      tables and plots (ftp_jax.report)
 """
 
+import dataclasses
 import functools
 import json
 import pathlib
@@ -36,17 +37,19 @@ from ftp_jax.models.decoder import abstract_params, param_shardings
 from ftp_jax.models.huggingface import fingerprint
 from ftp_jax.models.sources import DTYPES, Model, describe, load_model
 from ftp_jax.pipeline import checks
-from ftp_jax.routing import routers
+from ftp_jax.routing import routers, stand_in
 from ftp_jax.routing.config import RouterConfig, RoutingConfig
 from ftp_jax.search import schedule as schedules
 from ftp_jax.search.genetic import SearchSettings
 from ftp_jax.search.loop import run_search
 from ftp_jax.stages import alone_in, check_order, flatten, load_arrays, read_json, save_arrays, write_json
 from ftp_jax.training import guide
+from ftp_jax.training import stand_in as stand_in_fit
 from ftp_jax.training.loop import train_router
 from ftp_jax.training.step import StepSpec, TrainSettings
 
 STAGES = ("data", "importance", "search", "train", "finetune", "evaluate", "report")
+_STAND_IN = "stand_in.safetensors"
 _OF_CELLS = ("search", "train", "finetune", "evaluate")  # stages of each sparsity and seed
 _FINETUNE_STARTS = (0.0, 0.25, 0.5, 0.75)  # shares of the Fisher schedule where fine-tuning starts
 _MAPPED_PROMPTS = 4  # prompts whose kept tokens the report shows
@@ -113,6 +116,7 @@ class Pipeline:
         "importance": {
             "model.dtype": c.model.dtype,
             "routing.kv_mode": c.routing.kv_mode,
+            "stand_in": c.stand_in,
             "evaluation.redundancy_prompts": c.evaluation.redundancy_prompts,
             "train": {k: c.train[k] for k in ("fisher_draws", "batch")},
             "gate scores needed": self.needs_fisher,
@@ -186,15 +190,28 @@ class Pipeline:
     return mesh if mesh.size > 1 else None
 
   @functools.cached_property
-  def frozen(self) -> Frozen:
+  def dense(self) -> Frozen:
     return Frozen(self.model.config, self.model.params, DTYPES[self.config.model.dtype])
+
+  @functools.cached_property
+  def stand_in(self) -> Any:
+    """The maps of `routing.stand_in`, on the host; None without."""
+    return artifact_lib.load_weights(self.workdir / "importance" / _STAND_IN) if self.config.stand_in.rank else None
+
+  @functools.cached_property
+  def frozen(self) -> Frozen:
+    """The dense model, with the maps that stand in for skipped blocks where there are any."""
+    maps = jax.tree.map(jnp.asarray, self.stand_in)
+    maps = sharding.place(self.dense.params, maps)
+    return dataclasses.replace(self.dense, params=stand_in.attach(self.dense.params, maps))
 
   def _prompts(self, split: str) -> Prompts:
     return Prompts(**load_arrays(self.workdir / "data" / f"{split}.npz"))
 
-  def _judge(self, split: str, batch: int) -> Judge:
+  def _judge(self, split: str, batch: int, dense: bool = False) -> Judge:
+    """`dense`: without the maps that stand in for skipped blocks."""
     prompts, buckets = self.prompts(split), self.config.data.length_buckets
-    return Judge(self.frozen, self.routing, prompts, batch, self.num_scored, buckets)
+    return Judge(self.dense if dense else self.frozen, self.routing, prompts, batch, self.num_scored, buckets)
 
   @functools.cached_property
   def fisher(self) -> np.ndarray:
@@ -301,9 +318,11 @@ class Pipeline:
     def work(directory):
       train = self.prompts("train")
       some = take(train, np.arange(min(self.config.evaluation.redundancy_prompts, len(train.tokens))))
-      similarity = redundancy.token_similarity(self.frozen, some, self.config.evaluation.batch)
+      similarity = redundancy.token_similarity(self.dense, some, self.config.evaluation.batch)
       write_json(directory / "redundancy.json", redundancy.summary(similarity, some))
       write_json(directory / "influence.json", redundancy.block_influence(similarity).tolist())
+      if self.config.stand_in.rank:
+        self.fit_stand_in(directory / _STAND_IN)
       if self.needs_fisher:
         routing = RoutingConfig(self.routing.kv_mode)  # evict_from aside: one set of scores serves all of them
         fisher = guide.collect_fisher(
@@ -320,6 +339,15 @@ class Pipeline:
     here = self.workdir / "importance"
     self.run_stage(here, self.settings("importance"), work)
     distributed.on_first(lambda: [path.unlink() for path in here.glob("batch*.npz")])
+
+  def fit_stand_in(self, path: pathlib.Path) -> None:
+    c = self.config
+    maps = stand_in_fit.fit(
+        self.dense.config, self.dense.params, self.prompts("train"), c.train.batch, rank=c.stand_in.rank,
+        ridge=c.stand_in.ridge, dtype=self.dense.dtype, length_buckets=c.data.length_buckets,
+        progress=functools.partial(tqdm.tqdm, desc="maps for skipped blocks"),
+    )
+    save_weights(maps, path)
 
   def search(self) -> None:
     c = self.config.search
@@ -432,15 +460,20 @@ class Pipeline:
     self.judge.cache_clear()  # on a mesh the judges of the stages before keep their teachers on the devices
     c = self.config
     settings = self.settings("evaluate")
+    # What other methods skip has no map that stands in for it.
+    others = (True,) if c.stand_in.rank else ()
     bench = functools.cache(
-        lambda: methods.Bench(self.judge("test", c.evaluation.batch), self.prompts("windows"), c.evaluation.batch)
+        lambda *dense: methods.Bench(
+            self.judge("test", c.evaluation.batch, *dense), self.prompts("windows"), c.evaluation.batch
+        )
     )
 
     records = []
     for asked in tqdm.tqdm((0.0, *c.sparsities), desc="evaluate dense, truncation, static + uniform"):
 
       def shared(directory):
-        rows = [bench().truncation(asked), bench().static_uniform(asked)] if asked else [bench().dense()]
+        plain = bench(*others)
+        rows = [plain.truncation(asked), plain.static_uniform(asked)] if asked else [plain.dense()]
         write_json(self.workdir / "evaluate" / "machine.json", describe_machine())
         write_json(directory / "records.json", rows)
 
@@ -454,7 +487,7 @@ class Pipeline:
         found, tuned = self.schedule(cell / "search"), self.schedule(cell / "finetune")
         first, final = self.load_router(cell / "train"), self.load_router(cell / "finetune")
         rows = [
-            bench().random(sparsity, seed),
+            bench(*others).random(sparsity, seed),
             bench().routed("static_ga", sparsity, seed, routers.STATIC, found),
             bench().routed("dynamic_ga", sparsity, seed, first, found),
         ]
@@ -491,6 +524,7 @@ class Pipeline:
         router=self.router_config,
         params=jax.device_get(router.params),
         figures=record,
+        stand_in=self.stand_in,
     )
     distributed.on_first(lambda: (withdraw(directory), artifact_lib.save(made, directory)))
 

@@ -151,7 +151,9 @@ class Body:
     y = in_chunks(mlp, y, _MLP_SLOTS) if contexts.in_xla else mlp(y)
     if self.gathers and not self.last:
       y = gather(y, gate.filled.slot_BxT)
-    return y if self.last or not self.routed else jnp.where(gate.keep_BxT[:, :, None], y, x)
+    if self.last or not self.routed:
+      return y
+    return jnp.where(gate.keep_BxT[:, :, None], y, contexts.moved(index, x))
 
   def whole(self, x, score, gate: Gate, held, inputs):
     """The block with its attention: (x, score, tiles)."""

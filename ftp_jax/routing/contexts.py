@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from ftp_jax.models import decoder, kernels
 from ftp_jax.models.attention import EMPTY
 from ftp_jax.models.config import ModelConfig
+from ftp_jax.routing import stand_in
 from ftp_jax.routing.slots import gather
 
 
@@ -46,6 +47,10 @@ class Contexts:
     return lambda method, *args: self._block.apply(
         {"params": decoder.block_at(self._blocks, index)}, *args, method=method
     )
+
+  def moved(self, index: jax.Array, x_BxTxD: jax.Array) -> jax.Array:
+    """The states of tokens that skip block `index`."""
+    return stand_in.moved(decoder.block_at(self._blocks, index), x_BxTxD)
 
   def attend(self, q_BxKxHxN, k_BxSxGxN, v_BxSxGxN, query_BxK, key_BxS, *, aligned: bool) -> jax.Array:
     """`kernels.attend` as the model has it, (B,K,H,N)."""

@@ -14,7 +14,7 @@ from ftp_jax.models import decoder
 from ftp_jax.models.attention import attend_cached, visible
 from ftp_jax.models.config import ModelConfig
 from ftp_jax.routing import factors as factor_lib
-from ftp_jax.routing import routers
+from ftp_jax.routing import routers, stand_in
 from ftp_jax.routing.cache import Cache, Recent
 from ftp_jax.routing.config import RoutingConfig
 from ftp_jax.routing.plan import Plan
@@ -103,6 +103,7 @@ def extend(
     apply = lambda method, *args: block.apply(
         {"params": decoder.block_at(params["blocks"], index)}, *args, method=method
     )
+    skipping = lambda x: stand_in.moved(decoder.block_at(params["blocks"], index), x)
     swap = lambda a: a.transpose(0, 2, 1, 3)
     keep = jnp.ones((batch, num_new), bool)
     if routes:
@@ -133,11 +134,11 @@ def extend(
       if scored:
         known = jnp.concatenate([inputs["keep"], computed], axis=1)
         seen = jnp.where(keep[:, :, None] & known[:, None, :], rows, seen)
-      return jnp.where(keep[:, :, None], y, x), seen, k, v
+      return jnp.where(keep[:, :, None], y, skipping(x)) if routes else y, seen, k, v
 
     def skip(x, seen):
       k, v = projected or (jnp.zeros((batch, groups, num_new, dim), x.dtype),) * 2
-      return x, seen, k, v
+      return skipping(x), seen, k, v
 
     x, seen, k, v = jax.lax.cond(jnp.any(keep), compute, skip, x, seen) if routes else compute(x, seen)
     return (x, seen, state), (keep, k, v)

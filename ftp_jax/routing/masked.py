@@ -16,7 +16,7 @@ from ftp_jax.models import decoder, kernels
 from ftp_jax.models.attention import attend, attention_rows
 from ftp_jax.models.config import ModelConfig
 from ftp_jax.routing import factors as factor_lib
-from ftp_jax.routing import routers
+from ftp_jax.routing import routers, stand_in
 from ftp_jax.routing.config import FACTORS, RoutingConfig
 from ftp_jax.routing.routers import Router
 from ftp_jax.routing.selection import decode_schedule, forced_tokens, keep_context, keep_continuation, least_kept_margin
@@ -276,11 +276,12 @@ def forward(
     if names:
       visible = mask & keep[:, None, :] if evict else mask
       scores = jax.lax.stop_gradient(update_scores(scores, q, k, visible, keep, context_B, routing.score_window))
+    skipping = stand_in.moved(block_params, x)
     if straight_through or router.kind == "given":
       g = gate[:, :, None].astype(x.dtype)
-      x = g * y + (1 - g) * x
+      x = g * y + (1 - g) * skipping
     else:
-      x = jnp.where(keep[:, :, None], y, x)
+      x = jnp.where(keep[:, :, None], y, skipping)
     return (constrain(x, "batch", None, None), scores, state), (keep, margin, features if collect_factors else None)
 
   num_blocks = config.num_blocks

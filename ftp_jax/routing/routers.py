@@ -142,7 +142,7 @@ def init_state(router: Router, batch: int, num_positions: int) -> jax.Array:
   return jnp.zeros((batch, num_positions, router.config.hidden_size if router.recurrent else 0))
 
 
-def _norm_factor(x_BxTxD: jax.Array) -> jax.Array:
+def norm_factor(x_BxTxD: jax.Array) -> jax.Array:
   """What fp32 states have to be multiplied with to have root mean square 1, (B,T,1)."""
   return jax.lax.rsqrt(jnp.mean(jnp.square(x_BxTxD), axis=-1, keepdims=True) + 1e-6)
 
@@ -150,7 +150,7 @@ def _norm_factor(x_BxTxD: jax.Array) -> jax.Array:
 def normed(x_BxTxD: jax.Array) -> jax.Array:
   """Hidden states with root mean square 1, fp32."""
   x = x_BxTxD.astype(jnp.float32)
-  return x * _norm_factor(x)
+  return x * norm_factor(x)
 
 
 def margin_of_inputs(config, params, factors_BxTxF, hidden, state_BxTxR) -> tuple[jax.Array, jax.Array]:
@@ -169,4 +169,4 @@ def margin_of_inputs(config, params, factors_BxTxF, hidden, state_BxTxR) -> tupl
 def dynamic_margin(config, params, factors_BxTxF, x_BxTxD, state_BxTxR) -> tuple[jax.Array, jax.Array]:
   """As `margin_of_inputs`, for the states (B,T,D) that enter one block."""
   x = x_BxTxD.astype(jnp.float32)
-  return margin_of_inputs(config, params, factors_BxTxF, (x, _norm_factor(x)), state_BxTxR)
+  return margin_of_inputs(config, params, factors_BxTxF, (x, norm_factor(x)), state_BxTxR)

@@ -23,7 +23,7 @@ from ftp_jax.inference.engine import Engine, Prefix
 from ftp_jax.inference.padding import FINE, Padding
 from ftp_jax.inference.programs import Execution, Spec, Weights
 from ftp_jax.models.sources import Model
-from ftp_jax.routing import routers
+from ftp_jax.routing import routers, stand_in
 from ftp_jax.routing.config import RoutingConfig
 from ftp_jax.routing.selection import capacity
 
@@ -175,7 +175,8 @@ class Routed(Baseline):
 
   def costs(self, keep, context) -> Costs:
     keep = np.asarray(keep)[:, :context]
-    done = flops.prefill_flops(self.model.config, keep, context, self.routing, self.router.config)
+    rank = stand_in.rank(self.model.params)
+    done = flops.prefill_flops(self.model.config, keep, context, self.routing, self.router.config, rank)
     return Costs(float(1 - keep.mean()), done)
 
   def perplexity(self, windows, batch):
@@ -256,4 +257,6 @@ def from_artifact(model: Model, artifact: Artifact, **options) -> Routed:
       "schedule": list(artifact.schedule),
   }  # fmt: skip
   sparsity = round(float(np.mean(artifact.schedule)), 6)
+  maps = jax.tree.map(jnp.asarray, artifact.stand_in)
+  model = dataclasses.replace(model, params=stand_in.attach(model.params, maps))
   return Routed("ftp", sparsity, 0, model, facts, artifact.params, options)
