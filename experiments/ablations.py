@@ -33,7 +33,7 @@ from ftp_jax.evaluation.judge import Judge
 from ftp_jax.machine import describe_machine
 from ftp_jax.pipeline.checks import digest
 from ftp_jax.pipeline.run import Pipeline, run
-from ftp_jax.routing import routers
+from ftp_jax.routing import routers, stand_in
 from ftp_jax.stages import DONE, describe_changes, flatten, load_arrays, read_json, write_json
 
 FACTORS = ("position", "score", "rank", "sparsity")
@@ -160,7 +160,8 @@ def measure(pipeline: Pipeline, judge: Judge, cell: pathlib.Path) -> list[dict[s
       ("fine-tuned", pipeline.load_router(cell / "finetune"), pipeline.schedule(cell / "finetune")),
   ):
     quality, context = judge.quality(router, schedule), judge.prompts.context
-    saved = flops.saved_share(judge.model.config, quality.keep_LxNxT, context, judge.routing, router.config)
+    rank = stand_in.rank(judge.model.params)
+    saved = flops.saved_share(judge.model.config, quality.keep_LxNxT, context, judge.routing, router.config, rank)
     found.append({
         "stage": stage,
         "kl": float(quality.kl.mean()),
