@@ -122,6 +122,14 @@ def test_a_run_with_maps_that_stand_in_for_skipped_blocks(finished, model_direct
   assert abs(without["kl"] / found["kl"] - 1) > 0.01 and without["flops_saved"] > found["flops_saved"]
 
 
+def test_maps_of_too_high_a_rank_are_refused_before_weights_are_read(model_directory, tmp_path, monkeypatch):
+  config = tiny_run(model_directory)
+  config.stand_in.rank = 33
+  monkeypatch.setattr(Pipeline, "mesh", property(lambda self: pytest.fail("weights are asked for")))
+  with pytest.raises(UserError, match="stand_in.rank=33 is more than the model's hidden size; use at most 32"):
+    Pipeline(config, tmp_path).model
+
+
 def test_interrupted_gate_scores_go_on_with_the_next_batch(finished, model_directory, tmp_path, monkeypatch):
   config, asked, score = tiny_run(model_directory), [], guide.gate_fisher
 

@@ -135,7 +135,7 @@ class Engine:
       UserError: the artifact was made for another model or is of mixed files, or an option is unknown or has nothing
         to change.
     """
-    dtype = jax.tree.leaves(model.params)[0].dtype.name if dtype is None else dtype
+    dtype = model.dtype if dtype is None else dtype
     _check_options(dtype, fallback, attention)
     changes = {"decode_sparsity": decode_sparsity, "decode_threshold": decode_threshold}
     changes = {name: value for name, value in changes.items() if value is not None}

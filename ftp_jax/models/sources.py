@@ -9,6 +9,7 @@ import socket
 from typing import Any
 
 import huggingface_hub
+import jax
 import jax.numpy as jnp
 import transformers
 
@@ -33,6 +34,11 @@ class Model:
   params: Any
   tokenizer: transformers.PreTrainedTokenizerBase
   directory: pathlib.Path
+
+  @property
+  def dtype(self) -> str:
+    """Of the parameters, one of DTYPES."""
+    return jax.tree.leaves(self.params)[0].dtype.name
 
 
 def resolve(source: str, cache_dir: str | os.PathLike | None = None) -> pathlib.Path:

@@ -87,6 +87,14 @@ def check_plan(config, num_blocks: int) -> None:
       raise beyond_plan(sparsity, first)
 
 
+def check_rank(config, hidden_size: int) -> None:
+  """Raises UserError where maps are asked for of a higher rank than the model has."""
+  if config.stand_in.rank > hidden_size:
+    raise UserError(
+        f"stand_in.rank={config.stand_in.rank} is more than the model's hidden size; use at most {hidden_size}."
+    )
+
+
 def beyond_plan(sparsity: float, first: int) -> UserError:
   return UserError(
       f"Sparsity {sparsity:g} is more than the blocks from {first} on can skip, and with search.schedule='fisher' "

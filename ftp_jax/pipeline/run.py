@@ -164,6 +164,7 @@ class Pipeline:
     config, _, directory = found = describe(self.config.model.source)
     self.routing.check_blocks(config.num_blocks)
     checks.check_plan(self.config, config.num_blocks)
+    checks.check_rank(self.config, config.hidden_size)
     distributed.on_first(lambda: checks.check_weights(self.workdir / "data" / "model.json", directory))
     return found
 
@@ -321,7 +322,7 @@ class Pipeline:
       similarity = redundancy.token_similarity(self.dense, some, self.config.evaluation.batch)
       write_json(directory / "redundancy.json", redundancy.summary(similarity, some))
       write_json(directory / "influence.json", redundancy.block_influence(similarity).tolist())
-      if self.config.stand_in.rank:
+      if self.config.stand_in.rank and not _exists(directory / _STAND_IN):
         self.fit_stand_in(directory / _STAND_IN)
       if self.needs_fisher:
         routing = RoutingConfig(self.routing.kv_mode)  # evict_from aside: one set of scores serves all of them

@@ -22,18 +22,21 @@ from ftp_jax.routing.config import RoutingConfig
 
 @functools.partial(jax.jit, static_argnames=("config", "dtype"), donate_argnames="sums")
 def _add(config: ModelConfig, params: Any, sums: Any, tokens, context, length, weight, *, dtype: Any):
-  """Adds a batch to the sums over tokens of n n^T (L,E,E) and n u^T (L,E,D), n with a constant, u a block's update."""
+  """Adds a batch to the sums over tokens of n n^T and n u^T (L,D,D), n and u (L,D), u what a block adds."""
   entries, last = masked.dense_entries(config, RoutingConfig(), params, tokens, context, length, dtype=dtype)
   chosen = (jnp.arange(tokens.shape[1])[None] < context[:, None]) * weight[:, None]
 
   def products(states):
     x, y = (a.astype(jnp.float32) for a in states)
-    n = jnp.concatenate([routers.normed(x), jnp.ones_like(x[..., :1])], axis=-1) * chosen[:, :, None]
-    dot = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
-    return dot("bte,btf->ef", n, n), dot("bte,btd->ed", n, y - x)
+    n, u = (a * chosen[:, :, None] for a in (routers.normed(x), y - x))
+    dot = lambda a: sharding.constrain(
+        jnp.einsum("btd,bte->de", n, a, precision=jax.lax.Precision.HIGHEST), "embed", None
+    )
+    return dot(n), dot(u), jnp.sum(n, axis=(0, 1)), jnp.sum(u, axis=(0, 1))
 
   after = jnp.concatenate([entries.x_BxTxD[1:], last[None]])
-  return jax.tree.map(jnp.add, sums, jax.lax.map(products, (entries.x_BxTxD, after)))
+  *square, n, u = jax.tree.map(jnp.add, sums, jax.lax.map(products, (entries.x_BxTxD, after)))
+  return *(sharding.constrain(a, None, "embed", None) for a in square), *sharding.replicate((n, u))
 
 
 def fit(
@@ -56,23 +59,24 @@ def fit(
     ridge: penalty on the squared weights, a token; states have the root mean square 1.
     progress: wraps the list of batches.
   """
-  blocks, size = config.num_blocks, config.hidden_size
-  shapes = (blocks, size + 1, size + 1), (blocks, size + 1, size)
+  size = config.num_blocks, config.hidden_size
+  zeros = lambda shape, *logical: sharding.place(params, np.zeros(shape, np.float32), *logical)
   with sharding.over(params):
-    sums = sharding.place(params, tuple(np.zeros(shape, np.float32) for shape in shapes))
+    sums = *(zeros((*size, size[1]), None, "embed") for _ in range(2)), zeros(size), zeros(size)
     for rows in progress(list(batches(prompts, batch, length_buckets))):
       placed = sharding.place(params, (*rows.prompts, rows.weight), "batch")
       sums = _add(config, params, sums, *placed, dtype=dtype)
-  maps = [_solve(*jax.device_get(jax.tree.map(lambda a: a[block], sums)), rank, ridge) for block in range(blocks)]
+    sums = [sharding.fetch(params, a) for a in sums]
+  count = int(np.sum(prompts.context))
+  maps = [_solve(*of_block, count, rank, ridge) for of_block in zip(*sums)]
   return {name: np.stack([of_block[name] for of_block in maps]) for name in maps[0]}
 
 
-def _solve(gram_ExE: np.ndarray, cross_ExD: np.ndarray, rank: int, ridge: float) -> dict[str, np.ndarray]:
-  """One block's map from the sums over its tokens, of which the constant's row holds those of n and u."""
-  gram, cross = gram_ExE.astype(np.float64), cross_ExD.astype(np.float64)
-  count, n_sum, u_sum = gram[-1, -1], gram[-1, :-1], cross[-1]
-  gram = gram[:-1, :-1] - np.outer(n_sum, n_sum) / count
-  cross = cross[:-1] - np.outer(n_sum, u_sum) / count
+def _solve(gram, cross, n_sum, u_sum, count: int, rank: int, ridge: float) -> dict[str, np.ndarray]:
+  """One block's map from the sums over its tokens, see `_add`."""
+  gram, cross, n_sum, u_sum = (a.astype(np.float64) for a in (gram, cross, n_sum, u_sum))
+  gram = gram - np.outer(n_sum, n_sum) / count
+  cross = cross - np.outer(n_sum, u_sum) / count
   weight = np.linalg.solve(gram + ridge * count * np.eye(len(gram)), cross)
   up = np.linalg.eigh(weight.T @ gram @ weight)[1][:, ::-1][:, :rank].T  # largest eigenvalues first
   down = weight @ up.T

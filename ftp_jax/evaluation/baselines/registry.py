@@ -86,7 +86,7 @@ def build(
     raise UserError(f"sparsity={sparsity} cannot be asked of {name!r}; choose one in [0, 1), and 0 for dense.")
   if method.calibrated and calibration is None:
     raise UserError(f"The baseline {name!r} is calibrated; pass a Calibration with prompts.")
-  frozen = Frozen(model.config, model.params, DTYPES[options.get("dtype", "float32")])
+  frozen = Frozen(model.config, model.params, DTYPES[options.get("dtype") or model.dtype])
   facts, arrays = method.calibrate(frozen, sparsity, calibration, seed)
   return method.kind(name, sparsity, seed, model, facts, jax.device_get(arrays), options)
 
