@@ -18,10 +18,12 @@ from ftp_jax.evaluation.judge import Frozen, Judge
 from ftp_jax.inference import programs
 from ftp_jax.models import decoder
 from ftp_jax.models.attention import EMPTY
-from ftp_jax.routing import routers
+from ftp_jax.routing import routers, stand_in
 from ftp_jax.routing.config import RouterConfig, RoutingConfig
-from ftp_jax.training import guide, stand_in, step
+from ftp_jax.training import guide, step
+from ftp_jax.training import stand_in as fitting
 from tests import tiny
+from tests.test_bucketed import random_maps
 
 MESHES = ((8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4))
 # 8 divides the embedding, 4 the heads, 2 the heads of keys and values.
@@ -148,6 +150,19 @@ def test_training_steps(kv_mode, router, meshes):
     assert all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(got))
 
 
+@pytest.mark.parametrize("kv_mode", ["project", "evict"])
+def test_training_steps_and_a_judge_with_maps_for_skipped_blocks(kv_mode):
+  maps = random_maps(MODEL, 3, np.random.default_rng(4))
+
+  def all_of(parameters):
+    moved = stand_in.attach(parameters, sharding.place(parameters, maps))
+    return train(moved, kv_mode), judged(moved)[1]
+
+  want = all_of(params())
+  for sizes in MESHES[1:3]:
+    equal(all_of(on_mesh(sizes)), want)
+
+
 def judged(parameters):
   judge = Judge(Frozen(MODEL, parameters), routing(), prompts(), 8, 6)
   rng = np.random.default_rng(2)
@@ -180,7 +195,7 @@ def test_scores_inputs_and_texts():
         guide.GuideData(rows.context, *inputs, scores), SCHEDULE, 0, frozen=parameters, remat_policy="full",
     )  # fmt: skip
     assert all(jax.tree.leaves(jax.tree.map(lambda leaf: leaf.is_fully_replicated, warm[0])))
-    maps = stand_in.fit(MODEL, parameters, rows, 8, rank=MODEL.hidden_size, ridge=0.1, dtype=np.float32)
+    maps = fitting.fit(MODEL, parameters, rows, 8, rank=MODEL.hidden_size, ridge=0.1, dtype=np.float32)
     moved = maps["bias"], maps["down"] @ maps["up"]  # the axes of a part of the rank may turn with rounding
     return inputs[1], (
         moved, warm, scores, inputs[0], redundancy.token_similarity(frozen, rows, 8),

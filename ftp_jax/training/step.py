@@ -11,7 +11,7 @@ import optax
 
 from ftp_jax import sharding
 from ftp_jax.errors import UserError
-from ftp_jax.models import decoder, scoring
+from ftp_jax.models import scoring
 from ftp_jax.models.config import ModelConfig
 from ftp_jax.routing import masked, routers
 from ftp_jax.routing.config import RouterConfig, RoutingConfig
@@ -169,7 +169,7 @@ def train_step(spec: StepSpec, params: Any, state: TrainState, batch: Batch, sch
 def compiled_step(spec: StepSpec, mesh: jax.sharding.Mesh | None) -> Any:
   """`train_step` jitted: (params, state, batch, schedule_L) -> (state, metrics); gives its state's memory away.
 
-  On a mesh the weights lie as `decoder.param_shardings` has them, the batch over data x fsdp, all else is replicated.
+  On a mesh the weights lie where they are, the batch over data x fsdp, all else is replicated.
   """
   step = functools.partial(train_step, spec)
   if mesh is None:
@@ -178,10 +178,7 @@ def compiled_step(spec: StepSpec, mesh: jax.sharding.Mesh | None) -> Any:
   rows = jax.sharding.NamedSharding(mesh, jax.P(sharding.RULES.mesh_axes["batch"]))
   fisher = jax.sharding.NamedSharding(mesh, jax.P(None, sharding.RULES.mesh_axes["batch"]))
   batch = Batch(rows, rows, rows, fisher if spec.train.guide == "fisher" else None)
-  return jax.jit(
-      step, donate_argnums=1, in_shardings=(decoder.param_shardings(mesh, spec.model), whole, batch, whole),
-      out_shardings=whole,
-  )  # fmt: skip
+  return jax.jit(step, donate_argnums=1, in_shardings=(None, whole, batch, whole), out_shardings=whole)
 
 
 def jitted_step(spec: StepSpec, params: Any, state: TrainState, batch: Batch, schedule_L) -> tuple[TrainState, dict]:
