@@ -205,6 +205,7 @@ def _parser() -> argparse.ArgumentParser:
       ("remat", "NAME", str, "full", "train: none, dots or full (default: full)"),
       ("kv", "MODE", str, "project", "project or evict (default: project)"),
       ("attention", "NAME", str, None, "splash or full (default: splash, where it can be had)"),
+      ("stand-in", "R", int, 0, "rank of maps that stand in for skipped blocks (default: 0, none)"),
       ("json", "FILE", str, None, "write the record to this file"),
   ):  # fmt: skip
     check.add_argument(f"--{name}", type=kind, default=default, metavar=metavar, help=summary)

@@ -44,6 +44,7 @@ def describe(arguments: argparse.Namespace, case: Any, mesh: Any) -> dict[str, A
       "model": arguments.model, "program": case.program, "topology": arguments.topology, "chips": mesh.size,
       "mesh": dict(mesh.shape), "batch": case.batch, "context": case.context, "scored": case.scored,
       "dtype": arguments.dtype, "remat": case.remat, "kv": case.kv_mode, "attention": case.attention,
+      "stand_in": case.stand_in,
   } | ({"candidates": case.candidates} if case.program == "search" else {})  # fmt: skip
 
 
@@ -91,6 +92,7 @@ def _case(arguments: argparse.Namespace, model: Any) -> Any:
       model, arguments.program, arguments.batch, arguments.context, dtype=DTYPES[arguments.dtype],
       remat=arguments.remat, kv_mode=arguments.kv, scored=arguments.scored, candidates=arguments.candidates,
       attention=arguments.attention or ("full" if _no_splash(arguments, model) else "splash"),
+      stand_in=arguments.stand_in,
   )  # fmt: skip
 
 
@@ -107,6 +109,7 @@ def report(record: dict[str, Any]) -> str:
       f"{record['program']} of {record['model']} on {record['topology']} ({record['chips']} chips, {mesh}): "
       f"batch {record['batch']}, T {record['context']}, {record['dtype']}, {record['kv']}, attention "
       f"{record['attention']}, remat {record['remat']}"
+      + (f", maps of rank {record['stand_in']} for skipped blocks" if record["stand_in"] else "")
   ]
   if "memory" in record:
     held = record["memory"]

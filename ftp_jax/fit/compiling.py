@@ -78,8 +78,9 @@ def flops(traced: programs.Traced, program: str, mesh: Mesh) -> dict[str, float]
 
 
 def gradients(traced: programs.Traced, case: programs.Case, mesh: Mesh) -> list[tuple[int, ...]]:
-  """See `counts.weight_gradients`."""
-  return counts.weight_gradients(traced.trace.jaxpr, counts.weight_shapes(programs.params_of(case, mesh)))
+  """See `counts.weight_gradients`; of the model's own weights: a router of width R reads shapes like those of maps."""
+  own = programs.params_of(dataclasses.replace(case, stand_in=0), mesh)
+  return counts.weight_gradients(traced.trace.jaxpr, counts.weight_shapes(own))
 
 
 def memory(stats: Any, limit: int) -> Memory:

@@ -25,7 +25,7 @@ from ftp_jax.inference import programs
 from ftp_jax.inference.sampling import Sampling
 from ftp_jax.models import decoder, scoring
 from ftp_jax.models.config import ModelConfig
-from ftp_jax.routing import cache, masked, routers
+from ftp_jax.routing import cache, masked, routers, stand_in
 from ftp_jax.routing.config import RouterConfig, RoutingConfig
 from ftp_jax.search import schedule as schedules
 from ftp_jax.training import guide, step
@@ -46,6 +46,7 @@ class Case:
     candidates: schedules of one call of the search.
     sparsity: of the built-in schedule, late, of prefill and decode.
     attention: full or splash.
+    stand_in: R of the maps that stand in for skipped blocks, 0 for none.
   """
 
   model: ModelConfig
@@ -59,6 +60,7 @@ class Case:
   remat: str = "full"
   kv_mode: str = "project"
   attention: str = "splash"
+  stand_in: int = 0
   router: RouterConfig = RouterConfig.from_config(get_config().router)
 
 
@@ -88,6 +90,10 @@ def check(case: Case, mesh: Mesh) -> None:
   """UserError where batch, positions, candidates or mesh cannot be had."""
   if case.scored < 1 or case.candidates < 1:
     raise UserError("--scored and --candidates must be at least 1.")
+  if not 0 <= case.stand_in <= case.model.hidden_size:
+    raise UserError(
+        f"--stand-in={case.stand_in} is no rank of maps of {case.model.hidden_size} columns; use 0 to that."
+    )
   parts = sharding.batch_parts(mesh)
   if case.batch < 1 or case.batch % parts:
     raise UserError(
@@ -112,10 +118,13 @@ def _trace(mesh: Mesh, jitted: Any, *args: Any, **options: Any) -> Any:
 
 
 def params_of(case: Case, mesh: Mesh) -> Any:
-  """The frozen parameters as shapes with shardings."""
+  """The frozen parameters, maps for skipped blocks included, as shapes with shardings."""
   abstract = decoder.abstract_params(case.model, case.dtype)
   give = lambda a, sharding: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding)
-  return jax.tree.map(give, abstract, decoder.param_shardings(mesh, case.model))
+  params = jax.tree.map(give, abstract, decoder.param_shardings(mesh, case.model))
+  blocks, width, rank = case.model.num_blocks, case.model.hidden_size, case.stand_in
+  shapes = {"bias": (blocks, width), "down": (blocks, width, rank), "up": (blocks, rank, width)}
+  return stand_in.attach(params, {k: _like(mesh, shape, jnp.float32) for k, shape in shapes.items()} if rank else None)
 
 
 def _like(mesh: Mesh, shape: Sequence[int], dtype: Any, *logical: str | None) -> jax.ShapeDtypeStruct:
