@@ -7,13 +7,15 @@
 validation and test prompts of all methods are those of --run; `--long` names files of further, longer test prompts, of
 texts that --run has not seen (experiments/long_chats.py makes some). Each cell (method, S, seed) is a directory below
 --out and is computed once: its baseline, quality.json (KL, perplexity, FLOPs, cache), long-NAME.json (the same, without
-perplexity, of the file NAME of --long), tasks.json (a record an item) and skipped.json (how much was skipped there).
+perplexity, of the file NAME of --long), tasks.json (a record an item, and how much was skipped there).
 What a cell depends on is kept beside it, and a call with other settings is refused. A run that was interrupted goes on
 where it was; `--stages=report` makes the table of what is there, with `--earlier` beside the figures of an earlier one,
 of whatever machine. Latency is measured for all cells of an S in turn, so that its ratios are of one run, and again
 where a cell was added; speedups of --earlier are ratios of other runs.
 """
 
+import collections
+import contextlib
 import json
 import logging
 import pathlib
@@ -225,10 +227,9 @@ class Table:
         lm = EngineLM(engine, progress=False)
         for job in missing:
           engine.skipped = engine.pairs = 0.0
-          suite.run(lm, [job], settings, describe_machine(), where / "tasks.json")
-          path = where / "skipped.json"
-          before = read_json(path) if path.exists() else {}
-          write_json(path, before | {job.name: engine.skipped / engine.pairs})
+          done |= suite.run(lm, [job], settings, describe_machine())
+          done[job.name]["skipped"] = engine.skipped / engine.pairs
+          write_json(where / "tasks.json", {"machine": describe_machine(), "settings": settings, "tasks": done})
 
   def latency(self) -> None:
     for sparsity in self.sparsities:
@@ -241,8 +242,9 @@ class Table:
         # The cells of earlier calls as well, or they would lose their times.
         for own in stored["settings"]:
           cell = own["method"], own["sparsity"], own["seed"]
-          if cell not in wanted and self.settings(*cell) == own:
-            wanted[cell] = own
+          with contextlib.suppress(UserError):  # its artifact is gone, or being made anew
+            if cell not in wanted and self.settings(*cell) == own:
+              wanted[cell] = own
         tokens = random_tokens(self.model, 1, context)
         methods = [BaselinePrefill(self.baseline(*cell), tokens) for cell in wanted]
         seconds = interleave(methods, _RUNS.value, f"latency S={sparsity:.2f} context {context}")
@@ -286,7 +288,7 @@ class Table:
     """One cell's figures, as far as they are there: every part may be missing."""
     method, sparsity, seed = cell
     read = lambda name: read_json(self.directory(*cell) / name) if (self.directory(*cell) / name).exists() else {}
-    tasks, skipped = read("tasks.json").get("tasks", {}), read("skipped.json")
+    tasks = read("tasks.json").get("tasks", {})
     row = {"method": method, "asked": sparsity, "seed": seed, "speedup": {}}
     row |= {"quality": read("quality.json"), "long": {}}
     for path in long_files(self.directory(*cell)):
@@ -306,9 +308,11 @@ class Table:
             "--limit for all cells, or name another --out."
         )
       row["same_choice"][task], row["choice_kl"][task] = table_figures.choices(records[task], theirs)
-    known = [skipped[task] for task in _TASKS.value if task in skipped]
+    known = [tasks[task]["skipped"] for task in records]
     row["skipped"] = statistics.fmean(known) if known and len(known) == len(_TASKS.value) else None
     row["retrieval"] = tasks["retrieval"]["figures"]["acc"]["value"] if "retrieval" in tasks else None
+    ids = [record["id"] for record in tasks.get("retrieval", {}).get("records", ())]  # LENGTH-DEPTH-NUMBER
+    row["retrieval_items"] = dict(collections.Counter(name.rpartition("-")[0] for name in ids))
     for context in self.contexts:
       path = self.out / f"S{sparsity:.2f}" / f"latency{context}.json"
       if method == "dense":

@@ -24,7 +24,7 @@ from ftp_jax.data.encoding import ChatTurn, chat_turn
 from ftp_jax.data.prompts import Prompts
 from ftp_jax.data.sources import load_splits
 from ftp_jax.errors import UserError
-from ftp_jax.models.sources import load_model
+from ftp_jax.models.sources import describe
 
 _PROMPTS = flags.DEFINE_string("prompts", None, "JSON Lines of instructions and answers.", required=True)
 _CONFIG = flags.DEFINE_string("config", "smollm2_135m_late", "Run config with data.chat=True; its model and sets.")
@@ -108,7 +108,7 @@ def main(argv) -> None:
   out = pathlib.Path(_OUT.value)
   source = ["--config.data.source=prompts", f"--config.data.path={_PROMPTS.value}"]
   config, _ = launch.load_config(_CONFIG.value, None, source)
-  tokenizer = load_model(config.model.source, config.model.dtype).tokenizer
+  _, tokenizer, _ = describe(config.model.source)
   turn, data = chat_turn(tokenizer), config.data
   splits = load_splits(data, tokenizer)
   text = lambda path, count: paragraphs(path, tokenizer, data.min_context, data.max_context, count, _SEED.value)

@@ -237,9 +237,12 @@ def speed(directory: str, tokens_BxT: torch.Tensor, runs: int) -> dict:
   flops = lambda keep, kv_mode, router=None: prefill_flops(
       config, keep, context, dataclasses.replace(artifact.routing, kv_mode=kv_mode, evict_from=0), router
   )
+  rank = 0 if artifact.stand_in is None else artifact.stand_in["down"].shape[-1]
+  moved = lambda keep: 4.0 * config.hidden_size * rank * np.sum(~keep[:-1])  # maps of tokens that skip, and no others
   for method, own in zip(methods[1:], seconds[1:]):
     keep = method.cache.keep_LxBxT[:, 0].numpy()
-    ideal = flops(np.ones_like(keep), method.name) / flops(keep, method.name, artifact.router)
+    routed = flops(keep, method.name, artifact.router) + moved(keep)
+    ideal = flops(np.ones_like(keep), method.name) / routed
     found = speedup(own, seconds[0])
     figures[method.name] = {
         "seconds": sorted(own), "skipped": float(1 - keep.mean()), "speedup": found, "ideal_speedup": ideal,

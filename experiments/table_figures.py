@@ -164,13 +164,17 @@ def joined(new: list[dict[str, Any]], earlier: list[dict[str, Any]], named: Sequ
 
 
 def check_alike(cells: list[dict[str, Any]], earlier: list[dict[str, Any]]) -> None:
-  """UserError where the dense cells of two tables tell of other items, prompts or models."""
+  """UserError where the dense cells of two tables tell of other tasks, items, prompts or models."""
   ours, theirs = ({cell["method"]: cell for cell in some}.get("dense", {}) for some in (cells, earlier))
   part = lambda cell, name: cell.get(name) or {}
   refused = lambda what: UserError(f"--earlier is a table of other {what} than this one; name one of the same.")
   for task in part(ours, "correct").keys() & part(theirs, "correct").keys():
     if ours["correct"][task].keys() != theirs["correct"][task].keys():
       raise refused(f"items of {task}")
+  for what, name in (("tasks", "correct"), ("retrieval items", "retrieval_items")):
+    own, other = ({key for key, value in part(cell, name).items() if value} for cell in (ours, theirs))
+    if own and other and own != other:
+      raise refused(f"{what} ({', '.join(sorted(other))})")
   measured = {"test prompts": (part(ours, "quality"), part(theirs, "quality"))}
   for file in part(ours, "long").keys() & part(theirs, "long").keys():
     measured[f"prompts in {file}"] = ours["long"][file], theirs["long"][file]

@@ -509,7 +509,9 @@ def test_weights_are_those_of_the_source_bit_for_bit_and_in_its_shards(tmp_path,
     assert (out / file.name).read_bytes() == file.read_bytes()
   card = (out / "README.md").read_text()
   assert card.startswith("---\n") and "| kl | 0.25 |" in card and "0.3, 0.5, 0.6" in card
-  assert "| evict from block 1 on |" in card
+  assert "| evict from block 1 on |" in card and "| a skipped token | keeps its state |" in card
+  with_maps = dataclasses.replace(made, stand_in=random_maps(config, 3, np.random.default_rng(0)))
+  assert "| is moved by a linear map of rank 3 of the block |" in pytorch.card(with_maps, True)
   # The directory alone is enough, for both frameworks.
   model, engine = load_pruned(out), Engine.load(str(out), str(out), fallback="never")
   logits = model(torch.tensor([prompts_of()[0]])).logits[0, -1]

@@ -444,6 +444,7 @@ def test_texts_are_documents(tmp_path):
         ("a.jsonl", '{"text": "a"}\n\n[1]', "Line 3 of "),
         ("a.jsonl", '{"text": "a"}\n{"context": "a", "target": "b"}', "Line 2 of {} is a 'target' item, but those"),
         ("a.jsonl", '{"question": "a", "answer": "b"}', "Line 1 of {} has the fields answer, question, but items have"),
+        ("a.jsonl", '{"id": 2, "text": "a"}\n{"text": "b"}', "Line 2 of {} has the id '2' of Line 1 of {}; give every"),
         ("a.jsonl", '{"text": " "}', "Line 1 of {} has a 'text' that is no text or an empty one"),
         ("a.jsonl", '{"context": "a", "target": 3}', "has a 'target' that is no text"),
         ("a.jsonl", '{"context": "a", "choices": ["b"], "label": 0}', "has choices that are no list of two or more"),

@@ -136,6 +136,15 @@ def test_a_later_call_keeps_the_times_of_earlier_cells_and_measures_in_the_runs_
   assert latency("late", "ftp") == ["dense", "mod", "late", "static", "ftp"] and measured == [4, 5]
   version = 2  # what was made with other settings is another cell
   assert latency("random") == ["dense", "random", "mod", "static", "ftp"]
+  settings = table.settings
+
+  def of_those_left(method, *rest):
+    if method == "ftp":
+      raise UserError("its artifact is gone")
+    return settings(method, *rest)
+
+  table.settings = of_those_left
+  assert latency("late") == ["dense", "late", "random", "mod", "static"]
 
 
 def test_an_artifact_that_is_not_there_yet_is_named(script, tmp_path):
@@ -165,7 +174,8 @@ def test_a_row_compares_its_items_with_those_of_dense(script, tmp_path, monkeypa
 
   def items(*likelihoods, right):
     records = [{"id": i, "loglikelihoods": own, "acc_norm": float(right)} for i, own in enumerate(likelihoods)]
-    return {"tasks": {"hellaswag": {"records": records}}}
+    retrieval = {"figures": {"acc": {"value": 0.5}}, "records": [{"id": f"256-0.5-{i}"} for i in range(2)]}
+    return {"tasks": {"hellaswag": {"records": records, "skipped": 0.25}, "retrieval": retrieval}}
 
   write(table.cells[1], "tasks.json", items([-1.0, -2.0], [-2.0, -1.0], right=False))
   assert table._row(table.cells[1])["choice_kl"] == {}  # dense is not there
@@ -174,7 +184,8 @@ def test_a_row_compares_its_items_with_those_of_dense(script, tmp_path, monkeypa
   dense, ftp, late = map(table._row, table.cells)
   assert dense["same_choice"] == {"hellaswag": {"0": 1.0, "1": 1.0}} and late["same_choice"] == {}
   assert ftp["same_choice"] == {"hellaswag": {"0": 1.0, "1": 0.0}}
-  assert ftp["correct"]["hellaswag"] == {"0": 0.0, "1": 0.0}
+  assert ftp["correct"]["hellaswag"] == {"0": 0.0, "1": 0.0} and ftp["skipped"] == 0.25 and late["skipped"] is None
+  assert ftp["retrieval"] == 0.5 and ftp["retrieval_items"] == {"256-0.5": 2} and late["retrieval_items"] == {}
   table.report()
   cells = json.loads((tmp_path / "table.json").read_text())["cells"]
   assert cells[1]["same_choice"] == {"hellaswag": 0.5} and cells[2]["choice_kl"] == {}

@@ -220,9 +220,12 @@ def test_differences_of_an_earlier_table_are_to_its_own_ftp(figures):
 @pytest.mark.parametrize("part, what", [
     ({"correct": {"arc_easy": {"other": 1.0}}}, "items of arc_easy"), ({"quality": {"nll": 1.9}}, "test prompts"),
     ({"long": {"chat": {"nll": 1.9}}}, "prompts in chat"),
+    ({"correct": {"arc_easy": {str(i): 1.0 for i in range(100)}}}, r"tasks \(arc_easy\)"),
+    ({"retrieval_items": {"256-0.5": 10, "512-0.5": 10}}, r"retrieval items \(256-0.5, 512-0.5\)"),
 ])  # fmt: skip
 def test_an_earlier_table_of_other_items_is_refused(figures, part, what):
   dense = cell("dense", 0.0, 0, 0.85, 0.80, 0.0, 1.0) | {"quality": {"nll": 1.8}, "long": {"chat": {"nll": 1.8}}}
+  dense["retrieval_items"] = {"256-0.5": 10}
   figures.check_alike([dense], [dense, {"method": "ftp"}])
   figures.check_alike([dense], [dense | dict.fromkeys(part, None)])
   figures.check_alike([dense], [])

@@ -94,6 +94,9 @@ def card(artifact: Artifact, with_weights: bool) -> str:
   base = artifact.base_model
   weights = "| `*.safetensors`, `config.json`, tokenizer files | the base model, unchanged |\n" if with_weights else ""
   new_tokens = f"asked to skip {routing.decode_sparsity:g}" if routing.decode_sparsity else "computed in every block"
+  skipped = "keeps its state"
+  if artifact.stand_in is not None:
+    skipped = f"is moved by a linear map of rank {artifact.stand_in['down'].shape[-1]} of the block"
   load, tokenizer = ('"HERE"', "HERE") if with_weights else ('"BASE", "HERE"', "BASE")
   where = "HERE is this directory" + ("" if with_weights else f", BASE a directory or hub id that holds `{base}`")
   numbers = {name: value for name, value in artifact.figures.items() if isinstance(value, (int, float, str))}
@@ -120,7 +123,7 @@ decides while the prompt is read.
 | file | what it is |
 |---|---|
 {weights}| `ftp_config.json` | schedule, routing, router and figures; format {artifacts.FORMAT_VERSION}, layout torch |
-| `router.safetensors` | the router, named and shaped as `torch.nn.Linear` |
+| `router.safetensors` | the router, named and shaped as `torch.nn.Linear`; the maps, if any |
 | `torch_runtime.py` | loads and runs it: needs torch, transformers and safetensors, and no other file |
 
 ## Use
@@ -144,6 +147,7 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens=16)[0]))
 |---|---|
 | mean sparsity asked | {sum(artifact.schedule) / len(artifact.schedule):.4g} |
 | sparsity asked of each block | {", ".join(f"{s:g}" for s in artifact.schedule)} |
+| a skipped token | {skipped} |
 | keys and values of skipped tokens | {routing.kv} |
 | selection | {routing.selection} |
 | router | {router.kind}, {router.hidden_size} wide, reads {", ".join(inputs)} |

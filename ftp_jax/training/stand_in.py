@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import scipy.linalg
 
 from ftp_jax import sharding
 from ftp_jax.data.prompts import Prompts, batches
@@ -34,8 +35,12 @@ def _add(config: ModelConfig, params: Any, sums: Any, tokens, context, length, w
     )
     return dot(n), dot(u), jnp.sum(n, axis=(0, 1)), jnp.sum(u, axis=(0, 1))
 
-  after = jnp.concatenate([entries.x_BxTxD[1:], last[None]])
-  *square, n, u = jax.tree.map(jnp.add, sums, jax.lax.map(products, (entries.x_BxTxD, after)))
+  states = jnp.concatenate([entries.x_BxTxD, last[None]])
+
+  def block(i, sums):  # in place, or the largest of them would be held twice
+    return tuple(a.at[i].add(more) for a, more in zip(sums, products((states[i], states[i + 1]))))
+
+  *square, n, u = jax.lax.fori_loop(0, config.num_blocks, block, sums)
   return *(sharding.constrain(a, None, "embed", None) for a in square), *sharding.replicate((n, u))
 
 
@@ -57,7 +62,7 @@ def fit(
     params: of the dense model.
     rank: R, at most the hidden size.
     ridge: penalty on the squared weights, a token; states have the root mean square 1.
-    progress: wraps the list of batches.
+    progress: wraps the list of batches, then that of blocks.
   """
   size = config.num_blocks, config.hidden_size
   zeros = lambda shape, *logical: sharding.place(params, np.zeros(shape, np.float32), *logical)
@@ -68,7 +73,7 @@ def fit(
       sums = _add(config, params, sums, *placed, dtype=dtype)
     sums = [sharding.fetch(params, a) for a in sums]
   count = int(np.sum(prompts.context))
-  maps = [_solve(*of_block, count, rank, ridge) for of_block in zip(*sums)]
+  maps = [_solve(*of_block, count, rank, ridge) for of_block in progress(list(zip(*sums)))]
   return {name: np.stack([of_block[name] for of_block in maps]) for name in maps[0]}
 
 
@@ -78,7 +83,8 @@ def _solve(gram, cross, n_sum, u_sum, count: int, rank: int, ridge: float) -> di
   gram = gram - np.outer(n_sum, n_sum) / count
   cross = cross - np.outer(n_sum, u_sum) / count
   weight = np.linalg.solve(gram + ridge * count * np.eye(len(gram)), cross)
-  up = np.linalg.eigh(weight.T @ gram @ weight)[1][:, ::-1][:, :rank].T  # largest eigenvalues first
+  largest = len(gram) - rank, len(gram) - 1  # of ascending eigenvalues
+  up = scipy.linalg.eigh(weight.T @ gram @ weight, subset_by_index=largest)[1][:, ::-1].T
   down = weight @ up.T
   bias = (u_sum - n_sum @ down @ up) / count
   return {name: a.astype(np.float32) for name, a in (("bias", bias), ("down", down), ("up", up))}

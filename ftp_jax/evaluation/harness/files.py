@@ -48,7 +48,8 @@ def read_items(path: str) -> ItemFile:
   """Reads and checks a file.
 
   Raises:
-    UserError: it cannot be read, has no items, or a line is broken, of unknown fields or of another kind.
+    UserError: it cannot be read, has no items, or a line is broken, of unknown fields, of another kind or of an id that
+      an earlier one has.
   """
   if pathlib.Path(path).suffix == ".jsonl":
     located = read_jsonl(path)
@@ -56,14 +57,18 @@ def read_items(path: str) -> ItemFile:
     located = [(f"Document {n} of {path}", {"text": text}) for n, text in enumerate(read_documents(path), 1)]
   if not located:
     raise UserError(f"{path} holds no items; write one JSON object a line, or text into a file without .jsonl.")
-  kind, items = None, []
+  kind, items, lines = None, [], {}
   for number, (where, record) in enumerate(located, 1):
     found = _kind(record, where)
     if kind not in (None, found):
       raise UserError(f"{where} is a {found!r} item, but those before it are {kind!r}; put them into two files.")
     kind = found
     _check(kind, record, where)
-    items.append({"id": str(record.get("id", number)), **{name: record[name] for name in KINDS[kind]}})
+    name = str(record.get("id", number))
+    if name in lines:
+      raise UserError(f"{where} has the id {name!r} of {lines[name]}; give every item an id of its own, or none any.")
+    lines[name] = where
+    items.append({"id": name, **{field: record[field] for field in KINDS[kind]}})
   return ItemFile(str(path), kind, tuple(items), hashlib.sha256(pathlib.Path(path).read_bytes()).hexdigest()[:16])
 
 
