@@ -154,14 +154,14 @@ def share_stages(pipeline: Pipeline, source: pathlib.Path) -> None:
 def measure(pipeline: Pipeline, judge: Judge, cell: pathlib.Path) -> list[dict[str, Any]]:
   """Figures of the static router, of the router as trained, both under the searched schedule, and fine-tuned."""
   searched, found = pipeline.schedule(cell / "search"), []
-  for stage, router, schedule in (
-      ("static", routers.STATIC, searched),
-      ("trained", pipeline.load_router(cell / "train"), searched),
-      ("fine-tuned", pipeline.load_router(cell / "finetune"), pipeline.schedule(cell / "finetune")),
+  for stage, router, model, schedule in (
+      ("static", routers.STATIC, pipeline.frozen, searched),
+      ("trained", *pipeline.load_trained(cell / "train"), searched),
+      ("fine-tuned", *pipeline.load_trained(cell / "finetune"), pipeline.schedule(cell / "finetune")),
   ):
-    quality, context = judge.quality(router, schedule), judge.prompts.context
-    rank = stand_in.rank(judge.model.params)
-    saved = flops.saved_share(judge.model.config, quality.keep_LxNxT, context, judge.routing, router.config, rank)
+    quality, context = judge.of(model).quality(router, schedule), judge.prompts.context
+    rank = stand_in.rank(model.params)
+    saved = flops.saved_share(model.config, quality.keep_LxNxT, context, judge.routing, router.config, rank)
     found.append({
         "stage": stage,
         "kl": float(quality.kl.mean()),

@@ -96,6 +96,7 @@ def get_config() -> config_dict.ConfigDict:
   c.train.guide_weight = 1.0  # w_g at step 0
   c.train.guide_decay = "cosine"  # decay of w_g to 0 over the steps: cosine, linear or none
   c.train.input_gradient = True  # gradients also pass through the hidden states that routers read
+  c.train.stand_in_learning_rate = 0.0  # peak rate of maps for skipped blocks, beside the router; 0: as fitted
   c.train.fisher_draws = 2  # backward passes behind one Fisher score; every training prompt is scored
   c.train.validate_every = 25  # steps between two validations; the best router is kept
   c.train.checkpoint_every = 25  # steps between two checkpoints

@@ -102,13 +102,28 @@ def test_a_deleted_stage_is_made_again_with_the_same_result(finished, model_dire
     assert (cell / name).read_text() == (finished / "S0.25" / "seed0" / name).read_text()
 
 
-def test_a_run_with_maps_that_stand_in_for_skipped_blocks(finished, model_directory, tmp_path):
+@pytest.mark.parametrize("rate", [0.0, 1e-4])
+def test_a_run_with_maps_that_stand_in_for_skipped_blocks(finished, model_directory, tmp_path, monkeypatch, rate):
   config = tiny_run(model_directory)
   config.stand_in.rank = 6
+  config.train.stand_in_learning_rate = rate
+  run_lib = importlib.import_module("ftp_jax.pipeline.run")  # the package's own `run` is the function
+  train_router = run_lib.train_router
+
+  def moved(**arguments):
+    """A training whose best maps are far from those it began with."""
+    found = train_router(**arguments)
+    assert ("stand_in" in found.router) == (rate > 0)
+    return found._replace(router=jax.tree.map(lambda a: a * 1.5, found.router)) if rate else found
+
+  monkeypatch.setattr(run_lib, "train_router", moved)
   config.data.length_buckets = (20,)
   pipeline.run(config, str(tmp_path))
   made = artifact.load(tmp_path / "S0.25" / "seed0" / "artifact")
   assert stand_in.fits(made.stand_in, 4, 32) and made.stand_in["up"].shape[1] == 6
+  fitted = artifact.load_weights(tmp_path / "importance" / "stand_in.safetensors")
+  factor = 1.5 if rate else 1.0
+  np.testing.assert_allclose(made.stand_in["up"], factor * fitted["up"], atol=1e-2 * rate)
   records = {r["method"]: r for r in json.loads((tmp_path / "results.json").read_text())["records"]}
   others = {r["method"]: r for r in json.loads((finished / "results.json").read_text())["records"]}
   for method in ("dense", "truncation", "static_uniform", "random"):  # they have none
@@ -317,6 +332,7 @@ def test_routers_a_block_learn_the_scores_of_their_blocks_whichever_block_evicts
     (lambda c: c.update(sparsities=(0.0,)), "out of reach"),
     (lambda c: c.update(sparsities=(0.004,)), "out of reach"),  # its folder would be that of dense
     (lambda c: c.train.update(validate_every=0), "train.validate_every"),
+    (lambda c: c.train.update(stand_in_learning_rate=1e-3), "stand_in_learning_rate=0.001 has no maps to train; set"),
     (lambda c: c.finetune.update(rounds=0), "finetune.rounds=0 .* search.schedule='fisher'"),
     (lambda c: (c.search.update(schedule="fisher"), c.routing.update(one_pass_block=3), c.update(sparsities=(0.25,))),
      "0.25 is more than the blocks from 3 on can skip"),

@@ -22,9 +22,11 @@ from ftp_jax.data.prompts import Prompts, buckets_of, indices_at, take, turns
 from ftp_jax.errors import UserError
 from ftp_jax.models import decoder, scoring
 from ftp_jax.routing import factors, masked, routers
+from ftp_jax.routing import stand_in as maps_lib
 from ftp_jax.routing.config import FACTORS, RouterConfig, RoutingConfig
 from ftp_jax.training import checkpoint, guide, loop, losses, step
 from tests import tiny
+from tests.test_bucketed import random_maps
 
 CONFIG = tiny.config()
 frozen_params = functools.cache(tiny.params)
@@ -281,6 +283,29 @@ def test_metrics_are_complete_and_training_reduces_the_guide_loss(undisturbed):
   assert result.step == 16  # neither the first nor the last
   assert stand_in(result.router) == result.validation
   assert saved_steps(directory) == [18, 24]
+
+
+def test_maps_beside_the_router_are_trained_at_their_own_rate(tmp_path):
+  maps = random_maps(CONFIG, 3, np.random.default_rng(0))
+  settings = dataclasses.replace(SETTINGS, steps=2, warmup=0, stand_in_learning_rate=SETTINGS.learning_rate / 8)
+  spec, params = dataclasses.replace(SPEC, train=settings), maps_lib.attach(frozen_params(CONFIG), maps)
+  validate = lambda trained: -float(trained["hidden"]["bias"].std())  # whatever falls
+  arguments = dict(spec=spec, params=params, validate_every=2, validate=validate)
+  start = maps_lib.join(new_router(), jax.tree.map(np.copy, maps))
+  result = train(tmp_path, router_params=start, **arguments)
+  moved = jax.tree.map(lambda a, b: np.abs(np.asarray(a) - b), result.router, start)
+  router, by = maps_lib.split(moved)
+  assert result.step == 2 and same(params["blocks"]["stand_in"], maps)
+  # Adam moves a weight by about its rate, at first and at half of it. Nobody reads what leaves the last block of tokens
+  # that skip it, and blocks that compute all feel the weight decay alone.
+  of_router = max(leaf.max() for leaf in jax.tree.leaves(router))
+  for name in ("down", "up"):
+    assert (by[name].max((1, 2)) > 1e-5).tolist() == [False, False, True, False]
+    assert 0.5 < by[name].max() / (of_router / 8) < 2
+  assert same(train(tmp_path, router_params=start, **arguments).router, result.router)
+  start["stand_in"]["bias"] += 1
+  with pytest.raises(UserError, match="the fingerprint of the initial router was"):
+    train(tmp_path, router_params=start, **arguments)
 
 
 def test_the_best_router_is_kept_and_a_finished_training_is_not_repeated(tmp_path):

@@ -22,6 +22,7 @@ def get_config():
   config.data.num_validation = 16
   config.data.num_test = 32
   config.routing.one_pass_block = 13  # routers from there on read what enters this block (of 30)
+  config.stand_in.rank = 64  # maps that stand in for skipped blocks
   config.search.seed_schedules = ("late", "fisher")
   config.search.population = 8
   config.search.elite = 2

@@ -5,6 +5,7 @@ schedule whose first blocks are dense is judged from the deepest of them below i
 On a mesh batches lie over data x fsdp; several schedules are spread over data instead, batches over fsdp.
 """
 
+import copy
 import dataclasses
 import functools
 from collections.abc import Sequence
@@ -103,6 +104,12 @@ class Judge:
         ))  # fmt: skip
         self._teacher.append(teacher)
         self._entries.append(entries)
+
+  def of(self, model: Frozen) -> "Judge":
+    """This judge of other parameters whose dense passes are the same: others maps for skipped blocks, or none."""
+    other = copy.copy(self)
+    other.model = model
+    return other
 
   def quality(self, router: routers.Router, schedule_L, replaced: Prompts | None = None) -> Quality:
     """Quality of one schedule.

@@ -72,6 +72,11 @@ def check_config(config) -> None:
     raise UserError(
         f"stand_in.rank={config.stand_in.rank} must be at least 0, and stand_in.ridge={config.stand_in.ridge} positive."
     )
+  if config.train.stand_in_learning_rate and not config.stand_in.rank:
+    raise UserError(
+        f"train.stand_in_learning_rate={config.train.stand_in_learning_rate} has no maps to train; set stand_in.rank, "
+        "or leave it at 0."
+    )
   if not 0 <= config.train.fisher_share <= 1:
     raise UserError(f"train.fisher_share={config.train.fisher_share} must lie between 0 and 1.")
   if config.data.chat and config.data.source in ("embedded", "text"):

@@ -86,7 +86,7 @@ class Pipeline:
 
   def __init__(self, config: Any, workdir: pathlib.Path):
     self.config, self.workdir = config, workdir
-    self.prompts, self.judge = functools.cache(self._prompts), functools.cache(self._judge)
+    self.prompts, self._judges = functools.cache(self._prompts), functools.cache(self._judge)
     checks.check_config(config)
     defaults = flatten(get_config())
     self.check_stage = functools.partial(stages_lib.check_stage, defaults=defaults)
@@ -201,18 +201,24 @@ class Pipeline:
 
   @functools.cached_property
   def frozen(self) -> Frozen:
-    """The dense model, with the maps that stand in for skipped blocks where there are any."""
-    maps = jax.tree.map(jnp.asarray, self.stand_in)
-    maps = sharding.place(self.dense.params, maps)
-    return dataclasses.replace(self.dense, params=stand_in.attach(self.dense.params, maps))
+    """The dense model, with the maps that stand in for skipped blocks where there are any, as they were fitted."""
+    return self.with_maps(self.stand_in)
+
+  def with_maps(self, maps: Any) -> Frozen:
+    """The dense model with maps for skipped blocks, None for none."""
+    placed = sharding.place(self.dense.params, jax.tree.map(jnp.asarray, maps))
+    return dataclasses.replace(self.dense, params=stand_in.attach(self.dense.params, placed))
 
   def _prompts(self, split: str) -> Prompts:
     return Prompts(**load_arrays(self.workdir / "data" / f"{split}.npz"))
 
-  def _judge(self, split: str, batch: int, dense: bool = False) -> Judge:
-    """`dense`: without the maps that stand in for skipped blocks."""
+  def _judge(self, split: str, batch: int) -> Judge:
     prompts, buckets = self.prompts(split), self.config.data.length_buckets
-    return Judge(self.dense if dense else self.frozen, self.routing, prompts, batch, self.num_scored, buckets)
+    return Judge(self.dense, self.routing, prompts, batch, self.num_scored, buckets)
+
+  def judge(self, split: str, batch: int, model: Frozen | None = None) -> Judge:
+    """Of a set of prompts; `model`: with other maps for skipped blocks than those that were fitted."""
+    return self._judges(split, batch).of(self.frozen if model is None else model)
 
   @functools.cached_property
   def fisher(self) -> np.ndarray:
@@ -256,16 +262,18 @@ class Pipeline:
       raise checks.beyond_plan(sparsity, self.routing.one_pass_block)
     return units
 
-  def find_schedule(self, directory, seeds_units, router: routers.Router, generations: int, seed: int) -> np.ndarray:
+  def find_schedule(
+      self, directory, seeds_units, router: routers.Router, model: Frozen, generations: int, seed: int
+  ) -> np.ndarray:
     """Runs the search with one router, and leaves `schedule.json`; the sparsities (L,)."""
     batch = self.config.search.batch
-    validation = self.judge("validation", batch)
+    validation, judge = (self.judge(split, batch, model) for split in ("validation", "search"))
     result = run_search(
         directory=str(directory),
         seeds_units=seeds_units,
         settings=self.search_settings,
         key_seed=seed,
-        fitness=lambda candidates: self.judge("search", batch).kl(router, candidates),
+        fitness=lambda candidates: judge.kl(router, candidates),
         validate=lambda candidates: [validation.kl(router, row[None])[0] for row in candidates],
         num_generations=generations,
     )
@@ -276,9 +284,15 @@ class Pipeline:
   def schedule(self, directory: pathlib.Path) -> np.ndarray:
     return schedules.from_file(directory / "schedule.json", self.frozen.config.num_blocks).astype(np.float32)
 
-  def load_router(self, directory: pathlib.Path) -> routers.Router:
-    params = artifact_lib.load_weights(directory / artifact_lib.WEIGHTS_FILE)
-    return routers.Router("dynamic", self.router_config, jax.tree.map(jnp.asarray, params))
+  def load_trained(self, directory: pathlib.Path) -> tuple[routers.Router, Frozen]:
+    """A trained router, and the model with the maps that were trained with it, if any were."""
+    return self.trained(artifact_lib.load_weights(directory / artifact_lib.WEIGHTS_FILE))
+
+  def trained(self, weights: Any) -> tuple[routers.Router, Frozen]:
+    """What training changes as the executions take it: see `load_trained`."""
+    params, maps = stand_in.split(weights)
+    router = routers.Router("dynamic", self.router_config, jax.tree.map(jnp.asarray, params))
+    return router, self.frozen if maps is None else self.with_maps(maps)
 
   # --- stages ------------------------------------------------------------------------------------
 
@@ -362,7 +376,7 @@ class Pipeline:
           distributed.on_first(lambda: schedules.save(directory / "schedule.json", found))
           return
         seeds = np.stack([self.named_schedule(name, sparsity) for name in c.seed_schedules])
-        self.find_schedule(directory, seeds, routers.STATIC, c.generations, seed)
+        self.find_schedule(directory, seeds, routers.STATIC, self.frozen, c.generations, seed)
 
       settings = self.settings("search") | {"sparsity": sparsity, "seed": seed}
       self.run_stage(self.cell(sparsity, seed) / "search", settings, work)
@@ -384,7 +398,9 @@ class Pipeline:
           if self.config.train.guide == "fisher" and self.config.train.warmup_guide_steps:
             router = self.warm_up(router, asked, seed)
           save_weights(router, initial)
-        self.fit(directory, artifact_lib.load_weights(initial), asked, seed)
+        weights = artifact_lib.load_weights(initial)
+        maps = self.stand_in if self.config.train.stand_in_learning_rate else None
+        self.fit(directory, stand_in.join(weights, maps), asked, seed)
 
       settings = self.settings("train") | {"sparsity": sparsity, "seed": seed}
       self.run_stage(cell / "train", settings, work)
@@ -409,24 +425,25 @@ class Pipeline:
         self.config.model.remat,
     )[0]
 
-  def fit(self, directory: pathlib.Path, router: Any, schedule: np.ndarray, seed: int) -> None:
-    """Trains a router with the three losses and writes it to `directory`."""
+  def fit(self, directory: pathlib.Path, weights: Any, schedule: np.ndarray, seed: int) -> None:
+    """Trains a router, and maps that are beside it, with the three losses and writes them to `directory`."""
     c = self.config
-    validation = self.judge("validation", c.search.batch)
+
+    def validate(weights: Any) -> float:
+      router, model = self.trained(weights)
+      return float(self.judge("validation", c.search.batch, model).kl(router, schedule[None])[0])
+
     skipping = np.flatnonzero(schedule > 0)
     spec = StepSpec(
         self.frozen.config, self.routing, self.router_config, self.train_settings, self.num_scored,
         start=int(skipping[0]) if len(skipping) else 0, dtype=self.frozen.dtype, remat=c.model.remat,
     )
     result = train_router(
-        directory=str(directory), spec=spec, params=self.frozen.params, router_params=router,
+        directory=str(directory), spec=spec, params=self.frozen.params, router_params=weights,
         prompts=self.prompts("train"),
         fisher_LxNxT=self.guide_scores if c.train.guide == "fisher" else None,
         schedule_L=schedule, batch_size=c.train.batch, seed=seed,
-        validate=lambda params: float(
-            validation.kl(routers.Router("dynamic", self.router_config, params), schedule[None])[0]
-        ),
-        validate_every=c.train.validate_every, checkpoint_every=c.train.checkpoint_every,
+        validate=validate, validate_every=c.train.validate_every, checkpoint_every=c.train.checkpoint_every,
         length_buckets=c.data.length_buckets,
     )
     save_weights(result.router, directory / artifact_lib.WEIGHTS_FILE)
@@ -445,11 +462,12 @@ class Pipeline:
             trained = here / "train"
             if not _exists(trained / artifact_lib.WEIGHTS_FILE):
               before = directory / f"round{r - 1}" / "train" if r > 1 else cell / "train"
-              self.fit(trained, self.load_router(before).params, self.training_schedule(found, sparsity), seed + r)
+              weights = artifact_lib.load_weights(before / artifact_lib.WEIGHTS_FILE)
+              self.fit(trained, weights, self.training_schedule(found, sparsity), seed + r)
           starts = [self.training_schedule(found, sparsity, share) for share in _FINETUNE_STARTS]
           units = [schedules.to_units(s, sparsity, c.search.grid, c.search.max_sparsity) for s in starts]
           seeds = np.unique(np.stack(units), axis=0)
-          found = self.find_schedule(here, seeds, self.load_router(trained), c.finetune.generations, seed)
+          found = self.find_schedule(here, seeds, *self.load_trained(trained), c.finetune.generations, seed)
         distributed.on_first(lambda: schedules.save(directory / "schedule.json", found))
         final = artifact_lib.load_weights(trained / artifact_lib.WEIGHTS_FILE)
         save_weights(final, directory / artifact_lib.WEIGHTS_FILE)
@@ -458,22 +476,20 @@ class Pipeline:
       self.run_stage(cell / "finetune", settings, work)
 
   def evaluate(self) -> None:
-    self.judge.cache_clear()  # on a mesh the judges of the stages before keep their teachers on the devices
+    self._judges.cache_clear()  # on a mesh the judges of the stages before keep their teachers on the devices
     c = self.config
     settings = self.settings("evaluate")
-    # What other methods skip has no map that stands in for it.
-    others = (True,) if c.stand_in.rank else ()
-    bench = functools.cache(
-        lambda *dense: methods.Bench(
-            self.judge("test", c.evaluation.batch, *dense), self.prompts("windows"), c.evaluation.batch
-        )
-    )
+
+    def bench(model: Frozen) -> methods.Bench:
+      judge = self.judge("test", c.evaluation.batch, model)
+      return methods.Bench(judge, self.prompts("windows"), c.evaluation.batch)
+
 
     records = []
     for asked in tqdm.tqdm((0.0, *c.sparsities), desc="evaluate dense, truncation, static + uniform"):
 
       def shared(directory):
-        plain = bench(*others)
+        plain = bench(self.dense)  # what other methods skip has no map that stands in for it
         rows = [plain.truncation(asked), plain.static_uniform(asked)] if asked else [plain.dense()]
         write_json(self.workdir / "evaluate" / "machine.json", describe_machine())
         write_json(directory / "records.json", rows)
@@ -486,28 +502,29 @@ class Pipeline:
 
       def work(directory):
         found, tuned = self.schedule(cell / "search"), self.schedule(cell / "finetune")
-        first, final = self.load_router(cell / "train"), self.load_router(cell / "finetune")
+        (first, of_first), (final, model) = map(self.load_trained, (cell / "train", cell / "finetune"))
         rows = [
-            bench(*others).random(sparsity, seed),
-            bench().routed("static_ga", sparsity, seed, routers.STATIC, found),
-            bench().routed("dynamic_ga", sparsity, seed, first, found),
+            bench(self.dense).random(sparsity, seed),
+            bench(self.frozen).routed("static_ga", sparsity, seed, routers.STATIC, found),
+            bench(of_first).routed("dynamic_ga", sparsity, seed, first, found),
         ]
         if c.finetune.rounds:
-          rows.append(bench().routed("dynamic_finetuned", sparsity, seed, final, tuned))
+          rows.append(bench(model).routed("dynamic_finetuned", sparsity, seed, final, tuned))
         for row in rows[1:]:
           row["schedule"] = c.search.schedule
         write_json(self.workdir / "evaluate" / "machine.json", describe_machine())
         write_json(directory / "records.json", rows)
-        write_json(directory / "routes.json", self.route_maps(final, tuned))
-        self.write_artifact(cell / "artifact", final, tuned, rows[-1])
+        write_json(directory / "routes.json", self.route_maps(final, model, tuned))
+        maps = model.params["blocks"].get(stand_in.NAME)
+        self.write_artifact(cell / "artifact", final, maps, tuned, rows[-1])
 
       self.run_stage(cell / "evaluate", settings | {"sparsity": sparsity, "seed": seed}, work)
       records += read_json(cell / "evaluate" / "records.json")
     write_json(self.workdir / "evaluate" / "records.json", records)
 
-  def route_maps(self, router: routers.Router, schedule: np.ndarray) -> dict[str, Any]:
+  def route_maps(self, router: routers.Router, model: Frozen, schedule: np.ndarray) -> dict[str, Any]:
     """Kept tokens of the first few test prompts."""
-    judge = self.judge("test", self.config.evaluation.batch)
+    judge = self.judge("test", self.config.evaluation.batch, model)
     keep, prompts = judge.quality(router, schedule).keep_LxNxT, []
     for n in range(min(_MAPPED_PROMPTS, len(judge.prompts.tokens))):
       m = int(judge.prompts.context[n])
@@ -515,7 +532,9 @@ class Pipeline:
       prompts.append({"tokens": tokens, "context": m, "keep": keep[:, n, :m].astype(int).tolist()})
     return {"prompts": prompts}
 
-  def write_artifact(self, directory, router: routers.Router, schedule: np.ndarray, record: dict[str, Any]) -> None:
+  def write_artifact(
+      self, directory, router: routers.Router, maps: Any, schedule: np.ndarray, record: dict[str, Any]
+  ) -> None:
     made = artifact_lib.Artifact(
         base_model=self.config.model.source,
         fingerprint=fingerprint(self.model.directory),
@@ -525,7 +544,7 @@ class Pipeline:
         router=self.router_config,
         params=jax.device_get(router.params),
         figures=record,
-        stand_in=self.stand_in,
+        stand_in=jax.device_get(maps),
     )
     distributed.on_first(lambda: (withdraw(directory), artifact_lib.save(made, directory)))
 

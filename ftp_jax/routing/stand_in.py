@@ -3,7 +3,8 @@
   s(x) = x + b + (n(x) A) C,   n(x) = x / rms(x),   b (D), A (D,R), C (R,D) of each block
 
 Where there are such maps they are leaves of the frozen blocks, (L,...), which every execution slices as the weights.
-A dense model never reads them. `training.stand_in` fits them.
+A dense model never reads them. `training.stand_in` fits them, and where they are trained with a router they are kept
+beside its layers.
 """
 
 from typing import Any
@@ -19,6 +20,16 @@ NAME = "stand_in"
 def attach(params: Any, stand_in: Any) -> Any:
   """The frozen parameters with the maps {"bias" (L,D), "down" (L,D,R), "up" (L,R,D)}; as they are for None."""
   return params if stand_in is None else params | {"blocks": params["blocks"] | {NAME: stand_in}}
+
+
+def split(weights: Any) -> tuple[Any, Any]:
+  """A router's parameters and the maps that are kept beside its layers, None where there are none."""
+  return {layer: own for layer, own in weights.items() if layer != NAME}, weights.get(NAME)
+
+
+def join(router_params: Any, stand_in: Any) -> Any:
+  """What `split` takes apart."""
+  return router_params if stand_in is None else router_params | {NAME: stand_in}
 
 
 def fits(stand_in: Any, num_blocks: int, hidden_size: int) -> bool:

@@ -37,7 +37,7 @@ METRICS_FILE = "metrics.jsonl"
 
 
 class TrainResult(NamedTuple):
-  """The best router by validation, as numpy arrays; the number of steps behind it; its held-out KL in nats."""
+  """The best router by validation and its maps, as numpy; the number of steps behind it; its held-out KL in nats."""
 
   router: Any
   step: int
@@ -71,7 +71,7 @@ def train_router(
     directory: where `checkpoints/` and metrics.jsonl are kept; created if missing.
     spec: what a step does.
     params: the frozen model; never written, changed or donated.
-    router_params: the router to start from.
+    router_params: the router to start from, and maps to be trained with it (`routing.stand_in.join`).
     prompts: N training prompts.
     fisher_LxNxT: gate scores of all of them; read if the guide is `fisher`.
     schedule_L: sparsity asked of each block.
@@ -240,6 +240,8 @@ def _identity(spec, router_params, prompts, fisher_LxNxT, schedule_L) -> dict:
       for section in ("model", "routing", "router", "train")
       for name, value in dataclasses.asdict(getattr(spec, section)).items()
   }
+  if not spec.train.stand_in_learning_rate:  # checkpoints from before there was any are of trainings without
+    del named["train.stand_in_learning_rate"]
   return named | {
       "model.dtype": jnp.dtype(spec.dtype).name,
       "the number of scored tokens": spec.num_scored,

@@ -1,4 +1,8 @@
-"""One training step of the router: the frozen model is an argument, the state holds the router only."""
+"""One training step of the router: the frozen model is an argument, the state holds the router only.
+
+The maps that stand in for skipped blocks are trained with it where they are kept beside its layers (`stand_in.join`);
+elsewhere those of the frozen parameters stay as they are.
+"""
 
 import dataclasses
 import functools
@@ -13,7 +17,7 @@ from ftp_jax import sharding
 from ftp_jax.errors import UserError
 from ftp_jax.models import scoring
 from ftp_jax.models.config import ModelConfig
-from ftp_jax.routing import masked, routers
+from ftp_jax.routing import masked, routers, stand_in
 from ftp_jax.routing.config import RouterConfig, RoutingConfig
 from ftp_jax.training import losses
 
@@ -38,6 +42,7 @@ class TrainSettings:
   guide_weight: float
   guide_decay: str
   input_gradient: bool = True
+  stand_in_learning_rate: float = 0.0
 
   def __post_init__(self):
     for name, allowed in (("distill", DISTILL), ("guide", GUIDES), ("guide_decay", DECAYS)):
@@ -45,6 +50,8 @@ class TrainSettings:
         raise UserError(f"train.{name}={getattr(self, name)!r} is unknown; choose one of {', '.join(allowed)}.")
     if self.steps < 1 or self.learning_rate <= 0 or self.clip <= 0:
       raise UserError("train.steps, train.learning_rate and train.clip must be positive.")
+    if self.stand_in_learning_rate < 0:
+      raise UserError(f"train.stand_in_learning_rate={self.stand_in_learning_rate} must be at least 0.")
 
   @classmethod
   def from_config(cls, train_config) -> "TrainSettings":
@@ -52,7 +59,7 @@ class TrainSettings:
 
 
 class TrainState(flax.struct.PyTreeNode):
-  """All that training changes: the router and the optimizer's moments.
+  """All that training changes: the router, with maps where they are trained, and the optimizer's moments.
 
   step: steps done; the position in the data and the guide's weight follow from it.
   """
@@ -87,11 +94,19 @@ class StepSpec:
 
 
 def make_optimizer(settings: TrainSettings) -> optax.GradientTransformation:
-  """AdamW with warm-up, cosine decay and a bound on the global gradient norm."""
+  """AdamW with warm-up, cosine decay and a bound on the global gradient norm; maps have a rate of their own."""
   warmup = min(settings.warmup, settings.steps - 1)
   peak = settings.learning_rate
   rate = optax.warmup_cosine_decay_schedule(0.0 if warmup else peak, peak, warmup, settings.steps)
-  return optax.chain(optax.clip_by_global_norm(settings.clip), optax.adamw(rate, weight_decay=1e-4))
+  steps = [optax.clip_by_global_norm(settings.clip), optax.adamw(rate, weight_decay=1e-4)]
+  if settings.stand_in_learning_rate:
+
+    def scale(updates, _):
+      router, maps = stand_in.split(updates)
+      return stand_in.join(router, jax.tree.map(lambda u: settings.stand_in_learning_rate / peak * u, maps))
+
+    steps.append(optax.stateless(scale))
+  return optax.chain(*steps)
 
 
 def init_state(settings: TrainSettings, router_params: Any) -> TrainState:
@@ -115,6 +130,8 @@ def guide_scores(spec: StepSpec, batch: Batch) -> jax.Array:
 
 def loss_fn(spec: StepSpec, params: Any, router: Any, batch: Batch, schedule_L, step) -> tuple[jax.Array, dict]:
   """w_d L_d + w_s L_s + w_g L_g and its parts."""
+  router, maps = stand_in.split(router)
+  params = stand_in.attach(params, maps)
   tokens, context, length = batch.tokens_BxT, batch.context_B, batch.length_B
   routed = routers.Router("dynamic", spec.router, router)
   start = masked.late_start(spec.routing, routed, spec.start)
@@ -157,7 +174,7 @@ def loss_fn(spec: StepSpec, params: Any, router: Any, batch: Batch, schedule_L, 
 
 
 def train_step(spec: StepSpec, params: Any, state: TrainState, batch: Batch, schedule_L) -> tuple[TrainState, dict]:
-  """One optimizer step; gradients with respect to the router alone."""
+  """One optimizer step; gradients with respect to the router alone, and maps beside it."""
   grad = jax.grad(lambda router: loss_fn(spec, params, router, batch, schedule_L, state.step), has_aux=True)
   grads, metrics = grad(state.router)
   updates, optimizer = make_optimizer(spec.train).update(grads, state.optimizer, state.router)
