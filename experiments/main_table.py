@@ -308,7 +308,7 @@ class Table:
             "--limit for all cells, or name another --out."
         )
       row["same_choice"][task], row["choice_kl"][task] = table_figures.choices(records[task], theirs)
-    known = [tasks[task]["skipped"] for task in records]
+    known = [tasks[task]["skipped"] for task in records if "skipped" in tasks[task]]  # missing in tables of before
     row["skipped"] = statistics.fmean(known) if known and len(known) == len(_TASKS.value) else None
     row["retrieval"] = tasks["retrieval"]["figures"]["acc"]["value"] if "retrieval" in tasks else None
     ids = [record["id"] for record in tasks.get("retrieval", {}).get("records", ())]  # LENGTH-DEPTH-NUMBER

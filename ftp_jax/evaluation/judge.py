@@ -106,7 +106,7 @@ class Judge:
         self._entries.append(entries)
 
   def of(self, model: Frozen) -> "Judge":
-    """This judge of other parameters whose dense passes are the same: others maps for skipped blocks, or none."""
+    """This judge of other parameters whose dense passes are the same: other maps for skipped blocks, or none."""
     other = copy.copy(self)
     other.model = model
     return other
