@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import io
 import json
+import math
 import os
 import pathlib
 import re
@@ -16,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ftp_jax import cli
+from ftp_jax import cli, sharding
 from ftp_jax.data.encoding import encode_pairs
 from ftp_jax.data.records import Pair
 from ftp_jax.errors import UserError
@@ -580,6 +581,41 @@ def test_mistakes_are_one_sentence(engine, call, message):
   assert "\n" not in str(error.value)
 
 
+def on_mesh(engine, *sizes):
+  """The same engine with its model on a mesh."""
+  model_config, mesh = engine.model.config, sharding.make_mesh(*sizes)
+  placed = jax.device_put(engine.model.params, decoder.param_shardings(mesh, model_config))
+  return Engine(dataclasses.replace(engine.model, params=placed), engine.artifact)
+
+
+@pytest.mark.parametrize(
+    "case, sizes", [("llama_evict", (1, 1, 2)), ("tied_project_skipping", (1, 1, 4)), ("qwen_project", (2, 2, 2))]
+)
+def test_several_devices_give_what_one_gives_and_hold_their_parts(case, sizes):
+  one = build(**CASES[case])
+  several, tensor = on_mesh(one, *sizes), sizes[2]
+  prefix = several.prefill(PROMPTS)
+  for sampling in (Sampling(), DRAWN):
+    assert tokens_of(several.generate(prefix, 20, sampling, stop_tokens=())) == tokens_of(
+        one.generate(PROMPTS, 20, sampling, stop_tokens=())
+    )
+  answers = prompts_of((5, 3, 1), seed=1)
+  for got, want in zip(several.score(prefix, answers, [0, 1, 2]), one.score(one.prefill(PROMPTS), answers, [0, 1, 2])):
+    np.testing.assert_allclose(got.logprobs, want.logprobs, rtol=1e-5, atol=1e-5)
+    assert got.greedy == want.greedy
+  cache = prefix.groups[0].prefilled.cache
+  parts = tensor if one.model.config.num_kv_heads % tensor == 0 else 1  # heads of keys and values are not cut
+  for whole in (cache.k_BxGxNxS, cache.v_BxGxSxN):
+    assert {shard.data.nbytes * parts for shard in whole.addressable_shards} == {whole.nbytes}
+  assert len(cache.k_BxGxNxS.sharding.device_set) == math.prod(sizes)
+  assert prefix.cache_bytes == one.prefill(PROMPTS).cache_bytes
+
+
+def test_a_crossover_of_one_device_says_nothing_of_several():
+  one = build(crossover=measured(10))
+  assert (one.crossover, on_mesh(one, 1, 1, 2).crossover) == (10, None)
+
+
 def test_the_last_position_can_be_reached():
   engine = build(routing=None)
   full = prompts_of((POSITIONS,))[0]
@@ -630,6 +666,9 @@ def test_the_command_streams_the_continuation_of_one_prompt(directories, served,
   monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"Do tiny ones talk?\n")))
   assert generate(directories, "--max-new-tokens=18") == 0
   assert capsys.readouterr().out == out
+  assert generate(directories, "--prompt=Do tiny ones talk?", "--max-new-tokens=18", "--tensor=2") == 0
+  out, err = capsys.readouterr()
+  assert out == expected.text + "\n" and "pruned: no crossover was measured on this kind and number" in err
 
 
 @pytest.mark.parametrize("typed", [b"caf\xe9", b""])
@@ -759,6 +798,9 @@ def test_the_command_says_why_a_prompt_was_pruned_or_not(options, expected):
         (["--prompt=a", "--fallback=maybe"], "fallback='maybe'"),
         (["--prompt=a", "--attention=flash"], "attention='flash'"),
         (["--prompt=a", "--dtype=int8"], "dtype='int8'"),
+        (["--prompt=a", "--tensor=0"], "tensor=0 devices cannot be had; this process has 8, choose 1 to 8"),
+        (["--prompt=a", "--tensor=9"], "tensor=9 devices cannot be had"),
+        (["--prompt=a", "--tensor=5"], "tensor=5 divides neither the 4 heads nor the 48 columns"),
         (["--prompt=a", "--artifact=", "--decode-sparsity=0.2"], "name one with --artifact"),
         (["--prompt=a", "--json={tmp}/no/such.jsonl"], "create {tmp}/no first"),
         (["--prompt=a", "--promt=b"], "'--promt=b' is not understood"),

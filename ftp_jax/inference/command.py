@@ -37,7 +37,7 @@ def run(arguments: argparse.Namespace) -> None:
   engine = Engine.load(
       arguments.model, arguments.artifact, dtype=arguments.dtype, fallback=arguments.fallback,
       attention=arguments.attention, decode_sparsity=arguments.decode_sparsity,
-      decode_threshold=arguments.decode_threshold,
+      decode_threshold=arguments.decode_threshold, tensor=arguments.tensor,
   )  # fmt: skip
   prompts = [engine.encode(text, arguments.chat) for text in texts]
   engine.check(prompts, arguments.max_new_tokens)  # all of them, before the first is run
@@ -156,7 +156,7 @@ def reason(engine: Engine, lengths: Sequence[int]) -> str:
   if engine.fallback != "auto":
     return f"{'pruned' if engine.fallback == 'never' else 'dense'}: --fallback={engine.fallback}"
   if engine.crossover is None:
-    return "pruned: no crossover was measured on this kind of device in this dtype"
+    return "pruned: no crossover was measured on this kind and number of devices in this dtype"
   if engine.artifact.crossover["context"] is None:
     return "dense: pruning was faster at no length that was measured"
   pruned = sum(map(engine.prunes, lengths))

@@ -7,8 +7,11 @@
 
 Prompts and continuations are lists of token ids. Rows of a batch do not affect each other: whether a row is pruned
 or computed densely (`fallback`), which tokens it skips and what it draws are its own.
+
+An engine runs where its model's parameters lie: `Engine.load(..., tensor=4)` splits them over four devices.
 """
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -19,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ftp_jax import sharding
 from ftp_jax.data.encoding import chat_turn
 from ftp_jax.errors import UserError
 from ftp_jax.export.artifact import Artifact
@@ -30,6 +34,7 @@ from ftp_jax.inference.sampling import Sampling
 from ftp_jax.machine import describe_machine
 from ftp_jax.models import kernels
 from ftp_jax.models.config import ModelConfig
+from ftp_jax.models.decoder import param_shardings
 from ftp_jax.models.huggingface import fingerprint
 from ftp_jax.models.sources import DTYPES, Model, load_model
 from ftp_jax.routing import routers, stand_in
@@ -103,7 +108,7 @@ class Engine:
     artifact: what prunes it, or None.
     execution: how prompts are run that are not computed densely; the dense one where nothing prunes.
     crossover: context length from which pruning was measured to pay; None if it was not measured on this kind of
-      device (of CPUs: this model) in this dtype.
+      device (of CPUs: this model) in this dtype, or the model lies on several devices.
   """
 
   def __init__(
@@ -143,7 +148,7 @@ class Engine:
       raise UserError(f"{' and '.join(changes)} need an artifact, whose settings they replace; pass one.")
     self.model, self.artifact = model, artifact
     self.fallback, self.max_buckets, self.buckets = fallback, max_buckets, buckets
-    zeros = jnp.zeros(model.config.num_blocks)
+    zeros = self._place(np.zeros(model.config.num_blocks, np.float32))
     self._dense = Execution(
         Spec(model.config, RoutingConfig(), DTYPES[dtype], attention), Weights(model.params, routers.STATIC, zeros)
     )
@@ -167,22 +172,48 @@ class Engine:
           f"decode_threshold has nothing to change where decode_sparsity={routing.decode_sparsity:g} under the rule "
           f"{routing.decode_rule!r}; leave it out, or let new tokens skip by the rule 'threshold'."
       )
-    router = routers.Router("dynamic", artifact.router, jax.tree.map(jnp.asarray, artifact.params))
-    schedule = jnp.asarray(artifact.schedule, jnp.float32)
+    router = routers.Router("dynamic", artifact.router, self._place(artifact.params))
+    schedule = self._place(np.asarray(artifact.schedule, np.float32))
     spec = dataclasses.replace(self._dense.spec, routing=routing)
-    params = stand_in.attach(model.params, jax.tree.map(jnp.asarray, artifact.stand_in))
+    params = stand_in.attach(model.params, self._place(artifact.stand_in))
     self.execution = Execution(spec, Weights(params, router, schedule))
-    measured = artifact.crossover
-    if measured and (measured.get("dtype"), _place(measured["machine"])) == (dtype, _place(describe_machine())):
+    measured = None if self._over_devices else artifact.crossover
+    if measured and (measured.get("dtype"), _device(measured["machine"])) == (dtype, _device(describe_machine())):
       never = model.config.max_positions + 1  # never faster: no prompt is long enough
       self.crossover = never if measured["context"] is None else measured["context"]
 
   @classmethod
-  def load(cls, source: str, artifact: str | None = None, *, dtype: str = "float32", **options) -> "Engine":
-    """Loads a model from any source (`models.sources`) and an artifact from its directory; options as above."""
+  def load(
+      cls, source: str, artifact: str | None = None, *, dtype: str = "float32", tensor: int = 1, **options
+  ) -> "Engine":  # fmt: skip
+    """Loads a model from any source (`models.sources`) and an artifact from its directory; options as above.
+
+    Args:
+      tensor: devices over which heads, columns of the MLP and the vocabulary are split, each device holding its part;
+        what this number does not divide lies whole on every one.
+
+    Raises:
+      UserError: there are not so many devices in this process, or nothing of the blocks can be split so.
+    """
     _check_options(dtype, options.get("fallback", "auto"), options.get("attention", "auto"))
+    _check_tensor(tensor)
     loaded = load_artifact(artifact) if artifact else None  # first: a wrong name shows before the weights are read
-    return cls(load_model(source, dtype), loaded, dtype=dtype, **options)
+    shardings = functools.partial(_shardings, tensor) if tensor > 1 else None
+    return cls(load_model(source, dtype, shardings), loaded, dtype=dtype, **options)
+
+  @property
+  def _over_devices(self) -> bool:
+    """Whether the model lies on several devices."""
+    mesh = sharding.mesh_of(self.model.params)
+    return mesh is not None and mesh.size > 1
+
+  def _place(self, tree: Any) -> Any:
+    """Host arrays where the model is, whole on every device."""
+    return sharding.place(self.model.params, jax.tree.map(jnp.asarray, tree))
+
+  def _over(self) -> contextlib.AbstractContextManager:
+    """The context in which the programs of this model are called."""
+    return sharding.over(self.model.params)
 
   def encode(self, text: str, chat: bool = False) -> list[int]:
     """Token ids of a prompt.
@@ -247,7 +278,8 @@ class Engine:
     for row, prompt in zip(tokens, prompts):
       row[: len(prompt)] = prompt
     context = np.array([len(prompt) for prompt in prompts], np.int32)
-    return Group(spec, weights, plan, index, programs.prefill(spec, plan, weights, tokens, context))
+    with self._over():
+      return Group(spec, weights, plan, index, programs.prefill(spec, plan, weights, tokens, context))
 
   def generate(
       self,
@@ -287,7 +319,8 @@ class Engine:
     stops = _Stops(frozenset(stop_tokens), tuple(text for text in stop_strings if text and text not in added))
     results: list[Generation | None] = [None] * len(prompts.lengths)
     for group in prompts.groups:
-      rows = self._generate(group, max_new_tokens, sampling, stops, seed, stream)
+      with self._over():
+        rows = self._generate(group, max_new_tokens, sampling, stops, seed, stream)
       for index, result in zip(group.index, rows):
         results[index] = result
     return results
@@ -367,10 +400,11 @@ class Engine:
       for row, i in zip(tokens, filled):
         row[: len(continuations[i])] = continuations[i]
       of_group = np.array([group.index.index(rows[i]) for i in filled], np.int32)
-      logprob, greedy = jax.device_get(programs.score(
-          *group.spec.continuing(group.plan, group.weights), group.prefilled.cache, group.prefilled.logits_BxV,
-          of_group, tokens, length,
-      ))  # fmt: skip
+      with self._over():
+        logprob, greedy = jax.device_get(programs.score(
+            *group.spec.continuing(group.plan, group.weights), group.prefilled.cache, group.prefilled.logits_BxV,
+            of_group, tokens, length,
+        ))  # fmt: skip
       for n, i in enumerate(chosen):
         size = len(continuations[i])
         results[i] = Score(tuple(logprob[n, :size].tolist()), bool(greedy[n, :size].all()))
@@ -453,7 +487,26 @@ def _check_fit(artifact: Artifact, config: ModelConfig) -> None:
   artifact.routing.check_blocks(config.num_blocks)
 
 
-def _place(machine: dict[str, Any]) -> tuple[str, str | None]:
+def _check_tensor(tensor: int) -> None:
+  found = jax.local_device_count()
+  if not 1 <= tensor <= found:
+    raise UserError(f"tensor={tensor} devices cannot be had; this process has {found}, choose 1 to {found}.")
+  if tensor > 1 and jax.process_count() > 1:
+    raise UserError(f"tensor={tensor} is for one process; start the command on one host alone.")
+
+
+def _shardings(tensor: int, config: ModelConfig) -> Any:
+  """Of the parameters, over so many devices. UserError where each would hold every block whole."""
+  placed = param_shardings(sharding.make_mesh(1, 1, tensor, devices=jax.local_devices()[:tensor]), config)
+  if all(leaf.is_fully_replicated for leaf in jax.tree.leaves(placed["blocks"])):
+    raise UserError(
+        f"tensor={tensor} divides neither the {config.num_heads} heads nor the {config.intermediate_size} columns of "
+        "the MLP; choose a number that does."
+    )
+  return placed
+
+
+def _device(machine: dict[str, Any]) -> tuple[str, str | None]:
   """What must be equal for a measured time to say anything: the kind of device, of CPUs their model."""
   return machine["device"], machine.get("cpu") if machine["device"] == "cpu" else None
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from ftp_jax.models.attention import EMPTY
 from ftp_jax.models.config import ModelConfig
 from ftp_jax.routing.plan import Plan
+from ftp_jax.sharding import constrain, replicate
 
 
 class Cache(NamedTuple):
@@ -64,14 +65,16 @@ def empty_cache(config: ModelConfig, plan: Plan, batch: int, dtype) -> tuple[jax
   """Buffers (k_BxGxNxS, v_BxGxSxN, position_BxS) before a prefill."""
   slots = sum(plan.cache_slots)
   shape = (batch, config.num_kv_heads, config.head_dim, slots)
-  k = jnp.zeros(shape, dtype)
-  return k, jnp.zeros(shape[:2] + (slots, config.head_dim), dtype), jnp.full((batch, slots), EMPTY, jnp.int32)
+  position = constrain(jnp.full((batch, slots), EMPTY, jnp.int32), "batch", None)
+  of_heads = lambda *shape: constrain(jnp.zeros(shape, dtype), "batch", "kv_heads", None, None)
+  return of_heads(*shape), of_heads(*shape[:2], slots, config.head_dim), position
 
 
 def empty_recent(config: ModelConfig, batch: int, room: int, dtype) -> Recent:
   shape = (config.num_blocks, batch, config.num_kv_heads, room, config.head_dim)
-  computed = jnp.zeros((config.num_blocks, batch, room), bool)
-  return Recent(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), computed, jnp.zeros((), jnp.int32))
+  k, v = (constrain(jnp.zeros(shape, dtype), None, "batch", "kv_heads", None, None) for _ in range(2))
+  computed = constrain(jnp.zeros((config.num_blocks, batch, room), bool), None, "batch", None)
+  return Recent(k, v, computed, replicate(jnp.zeros((), jnp.int32)))
 
 
 def write(buffer: jax.Array, tile: jax.Array, offset: jax.Array, axis: int, fits: bool) -> jax.Array:

@@ -26,7 +26,7 @@ DEFAULT_BATCH = 8
 _POSITIONS = 2048  # continuation positions whose logits exist at once, unless one row alone has more
 _ARGUMENTS = {
     "model": str, "artifact": str, "dtype": str, "fallback": str, "attention": str, "decode_sparsity": float,
-    "decode_threshold": float, "max_length": int, "batch_size": int, "seed": int,
+    "decode_threshold": float, "tensor": int, "max_length": int, "batch_size": int, "seed": int,
 }  # fmt: skip
 
 Pair = tuple[list[int], list[int]]  # token ids of a context and of what follows it

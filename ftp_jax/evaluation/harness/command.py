@@ -46,7 +46,7 @@ def run(arguments: argparse.Namespace) -> None:
   engine = Engine.load(
       arguments.model, arguments.artifact, dtype=arguments.dtype, fallback=arguments.fallback,
       attention=arguments.attention, decode_sparsity=arguments.decode_sparsity,
-      decode_threshold=arguments.decode_threshold,
+      decode_threshold=arguments.decode_threshold, tensor=arguments.tensor,
   )  # fmt: skip
   lm = EngineLM(engine, batch_size=arguments.batch, max_length=arguments.max_length, seed=arguments.seed)
   try:
