@@ -319,8 +319,7 @@ class Engine:
     stops = _Stops(frozenset(stop_tokens), tuple(text for text in stop_strings if text and text not in added))
     results: list[Generation | None] = [None] * len(prompts.lengths)
     for group in prompts.groups:
-      with self._over():
-        rows = self._generate(group, max_new_tokens, sampling, stops, seed, stream)
+      rows = self._generate(group, max_new_tokens, sampling, stops, seed, stream)
       for index, result in zip(group.index, rows):
         results[index] = result
     return results
@@ -330,10 +329,10 @@ class Engine:
     stop_K = np.full(power_of_two(max(len(stops.tokens), _STOP_SLOTS)), -1, np.int32)  # few sizes: each is a program
     stop_K[: len(stops.tokens)] = sorted(stops.tokens)
     seed_B = jnp.asarray([(seed + i) % 2**32 for i in group.index], jnp.uint32)
-    token_B, done_B = programs.first_token(sampling, group.prefilled.logits_BxV, seed_B, stop_K)
-    state = Stream(
-        token_B, done_B, empty_recent(spec.model, batch, room(max_new_tokens), spec.dtype), jnp.ones((), jnp.int32)
-    )
+    with self._over():
+      token_B, done_B = programs.first_token(sampling, group.prefilled.logits_BxV, seed_B, stop_K)
+      recent = empty_recent(spec.model, batch, room(max_new_tokens), spec.dtype)
+    state = Stream(token_B, done_B, recent, jnp.ones((), jnp.int32))
     new: list[list[int]] = [[] for _ in range(batch)]
     ended = [False] * batch
     fresh = np.asarray(token_B)[:, None]
@@ -350,10 +349,11 @@ class Engine:
       if all(ended) or left <= 0:
         return [Generation(tuple(row), stops.cut(self.decode, row), end) for row, end in zip(new, ended)]
       state = state._replace(done_B=jnp.asarray(ended))
-      state, tokens, count = programs.decode_steps(
-          spec, group.plan, group.weights, sampling, 1 if stream else min(_STEPS, left), group.prefilled.cache, state,
-          seed_B, stop_K,
-      )
+      steps = 1 if stream else min(_STEPS, left)
+      with self._over():
+        state, tokens, count = programs.decode_steps(
+            spec, group.plan, group.weights, sampling, steps, group.prefilled.cache, state, seed_B, stop_K
+        )
       fresh = np.asarray(tokens)[:, : int(count)]
 
   def score(
