@@ -318,13 +318,16 @@ class Table:
       if method == "dense":
         row["speedup"][context] = 1.0
       elif path.exists():
-        found = {(record["method"], record["seed"]): record["speedup"] for record in read_json(path)["records"]}
-        row["speedup"][context] = found.get((method, seed))
+        stored, own = read_json(path), self.settings(*cell)  # a time of the cell as it was before is none of it
+        found = [record["speedup"] for made, record in zip(stored["settings"], stored["records"]) if made == own]
+        row["speedup"][context] = found[0] if found else None
     return row
 
 
 class Counted:
   """A baseline's engine as the adapter uses it, which counts the (token, block) pairs of all it is asked for.
+
+  A call's repeated rows fill it up and count once.
 
   Attributes:
     pairs, skipped: in tokens, each standing for all blocks; contexts and continuations.
@@ -339,14 +342,16 @@ class Counted:
     prefix = self.engine.prefill(prompts, padding)
     for group in prefix.groups:
       keep = np.asarray(self.baseline.routes(group.prefilled.cache))
-      for row, at in enumerate(group.index):
-        length = len(prompts[at])
+      distinct = {tuple(prompts[at]): row for row, at in enumerate(group.index)}
+      for prompt, row in distinct.items():
+        length = len(prompt)
         self.pairs += length
         self.skipped += length * self.baseline.costs(keep[..., row, :], length).skipped
     return prefix
 
   def score(self, prefix: Prefix, continuations: Sequence[Sequence[int]], rows: Sequence[int]):
-    tokens = sum(map(len, continuations)) - len(continuations)  # the last one is scored, not run
+    distinct = {(row, *continuation) for row, continuation in zip(rows, continuations)}
+    tokens = sum(len(key) - 2 for key in distinct)  # the last one is scored, not run
     self.pairs += tokens
     self.skipped += tokens * self.baseline.skipped_after
     return self.engine.score(prefix, continuations, rows)

@@ -35,6 +35,7 @@ from ftp_jax.models.sources import Model, load_model
 from ftp_jax.routing import routers
 from ftp_jax.routing.config import RouterConfig, RoutingConfig
 from tests import tiny
+from tests.test_bucketed import random_maps
 from tests.test_data import CHAT, byte_tokenizer
 
 DOC = pathlib.Path(__file__).parent.parent / "docs" / "inference.md"
@@ -73,14 +74,14 @@ def router_weights(router, num_blocks, size):
   return jax.tree.map(lambda a: np.asarray(a) * 3, routers.init_router(router, jax.random.key(1), num_blocks, size))
 
 
-def artifact(model_config, routing, router, crossover=None, schedule=SCHEDULE, made_for="tiny"):
+def artifact(model_config, routing, router, crossover=None, schedule=SCHEDULE, made_for="tiny", stand_in=None):
   weights = router_weights(router, model_config.num_blocks, model_config.hidden_size)
-  return Artifact("tiny", made_for, model_config.family, schedule, routing, router, weights, {}, crossover)
+  return Artifact("tiny", made_for, model_config.family, schedule, routing, router, weights, {}, crossover, stand_in)
 
 
 def build(model_config=config(), routing=RoutingConfig("evict"), router=RouterConfig(), tokenizer=None, **options):
   """An engine in memory; `routing` None: dense."""
-  own = {name: options.pop(name) for name in ("crossover", "schedule", "made_for") if name in options}
+  own = {name: options.pop(name) for name in ("crossover", "schedule", "made_for", "stand_in") if name in options}
   model = Model(model_config, params(model_config), tokenizer or PLAIN, IN_MEMORY)
   return Engine(model, artifact(model_config, routing, router, **own) if routing else None, **options)
 
@@ -512,6 +513,8 @@ def test_continuations_share_programs_where_all_of_them_are_computed():
   dense, skipping = key(None), dataclasses.replace(project, decode_sparsity=0.4)
   assert key(project) == key(project, schedule=(0.0, 0.3, 0.6, 0.9)) == dense
   assert key(project, router=RouterConfig("per_block", hidden_states=True)) == dense
+  maps = random_maps(config(), 4, np.random.default_rng(0))
+  assert key(project, stand_in=maps) == dense != key(skipping, stand_in=maps) != key(skipping)
   assert key(evict) == key(evict, router=RouterConfig("per_block")) != dense
   assert key(evict, schedule=(0.0, 0.5, 0.75, 0.99)) not in (dense, key(evict))
   assert key(skipping) != dense and key(skipping) != key(skipping, schedule=(0.0, 0.5, 0.75, 0.99))

@@ -113,6 +113,7 @@ def test_a_later_call_keeps_the_times_of_earlier_cells_and_measures_in_the_runs_
   monkeypatch.setattr(script, "interleave", interleave)
   monkeypatch.setattr(script, "speedup", lambda own, dense: 1.0)
   monkeypatch.setattr(script, "_RUNS", types.SimpleNamespace(value=1))
+  monkeypatch.setattr(script, "_TASKS", types.SimpleNamespace(value=[]))
   monkeypatch.setattr(script, "load_artifact", lambda path: None)
   for module, name in ((script.baselines, "from_artifact"), (script, "baseline_at")):
     monkeypatch.setattr(module, name, lambda *_, dtype: {"dtype": dtype})
@@ -134,7 +135,10 @@ def test_a_later_call_keeps_the_times_of_earlier_cells_and_measures_in_the_runs_
   assert latency("late", "static", "ftp") == ["dense", "late", "static", "ftp"]
   assert latency("mod") == ["dense", "mod", "late", "static", "ftp"] and measured == [4, 5]
   assert latency("late", "ftp") == ["dense", "mod", "late", "static", "ftp"] and measured == [4, 5]
+  speedup = lambda: table._row(("late", 0.3, 0))["speedup"][512]
+  assert speedup() == 1.0
   version = 2  # what was made with other settings is another cell
+  assert speedup() is None
   assert latency("random") == ["dense", "random", "mod", "static", "ftp"]
   settings = table.settings
 
@@ -209,11 +213,11 @@ def test_a_row_compares_its_items_with_those_of_dense(script, tmp_path, monkeypa
 
 
 def test_what_tasks_skip_counts_contexts_and_continuations(script):
-  """Two prompts of 4 and 2 tokens, whose contexts skip half; a tenth of the continuation is gone."""
+  """Two prompts of 4 and 2 tokens, whose contexts skip half; a tenth of the continuation is gone; copies fill up."""
   engine = types.SimpleNamespace(model=None, max_buckets=8)
-  cache = types.SimpleNamespace(cache=np.ones((3, 2, 4)))
+  cache = types.SimpleNamespace(cache=np.ones((3, 3, 4)))
   engine.prefill = lambda prompts, padding: types.SimpleNamespace(
-      groups=[types.SimpleNamespace(index=(0, 1), prefilled=cache)]
+      groups=[types.SimpleNamespace(index=tuple(range(len(prompts))), prefilled=cache)]
   )
   engine.score = lambda prefix, continuations, rows: "scores"
   baseline = types.SimpleNamespace(
@@ -221,10 +225,11 @@ def test_what_tasks_skip_counts_contexts_and_continuations(script):
       costs=lambda keep, length: types.SimpleNamespace(skipped=0.5),
   )  # fmt: skip
   counted = script.Counted(baseline)
-  prefix = counted.prefill([[1, 2, 3, 4], [5, 6]])
+  prefix = counted.prefill([[1, 2, 3, 4], [5, 6], [1, 2, 3, 4]])
   assert (counted.pairs, counted.skipped) == (6, 3)
-  assert counted.score(prefix, [[1] * 6, [2] * 7], [0, 1]) == "scores"  # 11 tokens run
-  assert counted.pairs == 17 and counted.skipped == pytest.approx(3 + 1.1)
+  rows = [[1] * 6, [2] * 7, [2] * 6, [1] * 6]
+  assert counted.score(prefix, rows, [0, 1, 1, 0]) == "scores"  # 16 tokens run
+  assert counted.pairs == 22 and counted.skipped == pytest.approx(3 + 1.6)
 
 
 def test_numbers_of_a_flag(script):

@@ -17,7 +17,7 @@ import numpy as np
 from ftp_jax.inference.sampling import Sampling, sample
 from ftp_jax.models import decoder
 from ftp_jax.models.config import ModelConfig
-from ftp_jax.routing import bucketed, decode, routers
+from ftp_jax.routing import bucketed, decode, routers, stand_in
 from ftp_jax.routing.cache import Cache, Recent, empty_recent
 from ftp_jax.routing.config import RoutingConfig
 from ftp_jax.routing.plan import MAX_BUCKETS, Plan, make_plan
@@ -61,14 +61,16 @@ class Spec:
   def continuing(self, plan: Any, weights: Weights) -> tuple["Spec", Any, Weights]:
     """Of all (spec, plan, weights) that extend a cache alike, one, so that they share its compiled programs.
 
-    Where every continuation token is computed, its router and KV mode do not matter, and of the plan no more than how
-    many slots the blocks have: under `project` a pruned model continues with the programs of the dense one.
+    Where every continuation token is computed, its router, KV mode and maps for skipped blocks do not matter, and of
+    the plan no more than how many slots the blocks have: under `project` a pruned model continues with the programs of
+    the dense one.
     """
     if self.routing.decode_sparsity and weights.router.kind != "static":
       return self, plan, weights
     bodies = tuple((slots, False) for slots in sorted(set(plan.cache_slots)))
     plan = Plan(plan.num_positions, bodies, tuple(bodies.index((n, False)) for n in plan.cache_slots), evict_from=0)
-    return dataclasses.replace(self, routing=RoutingConfig()), plan, weights._replace(router=routers.STATIC)
+    weights = weights._replace(params=stand_in.detach(weights.params), router=routers.STATIC)
+    return dataclasses.replace(self, routing=RoutingConfig()), plan, weights
 
 
 class Execution(NamedTuple):

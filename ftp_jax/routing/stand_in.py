@@ -22,6 +22,11 @@ def attach(params: Any, stand_in: Any) -> Any:
   return params if stand_in is None else params | {"blocks": params["blocks"] | {NAME: stand_in}}
 
 
+def detach(params: Any) -> Any:
+  """The frozen parameters without maps."""
+  return params | {"blocks": {name: a for name, a in params["blocks"].items() if name != NAME}}
+
+
 def split(weights: Any) -> tuple[Any, Any]:
   """A router's parameters and the maps that are kept beside its layers, None where there are none."""
   return {layer: own for layer, own in weights.items() if layer != NAME}, weights.get(NAME)
