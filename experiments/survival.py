@@ -177,7 +177,8 @@ def run(directory: pathlib.Path, processes: int, kill: Kill | None = None, light
   read, write = os.pipe()
   environment = os.environ | {
       "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT),
-      "XLA_FLAGS": f"--xla_force_host_platform_device_count={1 if light else 2} --xla_backend_optimization_level=0",
+      "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={1 if light else 2} "
+      "--xla_backend_optimization_level=0",
       "JAX_COMPILATION_CACHE_DIR": str(directory.parent / "compiled"),
       "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
   }  # fmt: skip
