@@ -76,6 +76,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "without sparsity loss": ("losses", {"train.sparsity_weight": 0.0}),
     "argmax": ("selection", {"routing.selection": "argmax"}),
     "evict": ("kv mode", {"routing.kv_mode": "evict"}),
+    **{f"planned at block {block}": ("plan", {"routing.one_pass_block": block}) for block in (9, 11, 15)},
     "two rounds": ("rounds", {"finetune.rounds": 2}),
     **{f"{steps} steps": ("training", {"train.steps": steps}) for steps in (16, 48, 128)},
     **{f"{count} training prompts": ("calibration", {"data.num_train": count}) for count in (64, 192)},

@@ -53,8 +53,10 @@ from ftp_jax.stages import SETTINGS, describe_changes, load_arrays, read_json, w
 
 TASKS = ("arc_easy", "arc_challenge", "hellaswag", "winogrande", "mmlu")
 METRIC = dict.fromkeys(TASKS[:3], "acc_norm") | dict.fromkeys(TASKS[3:], "acc")
-METHODS = ("truncation", "late", "static", "random", "fastv", "shortgpt", "blockpruner", "mod", "skipgpt", "ftp")
-TRAINED = ("mod", "skipgpt")
+METHODS = (
+    "truncation", "late", "late_maps", "static", "random", "fastv", "shortgpt", "blockpruner", "mod", "skipgpt", "ftp",
+)  # fmt: skip
+TRAINED = ("mod", "skipgpt", "late_maps")
 VALIDATED = (*TRAINED, "fastv")  # look at the validation prompts, fastv at no others
 SEEDED = ("random", "ftp", *TRAINED)  # differ from seed to seed
 STAGES = ("quality", "long", "tasks", "latency", "report")
@@ -76,7 +78,7 @@ _LENGTHS = flags.DEFINE_list("lengths", ["256", "512"], "Tokens of retrieval con
 _CONTEXTS = flags.DEFINE_list("contexts", ["512", "2048"], "Prompt lengths whose latency is measured.")
 _RUNS = flags.DEFINE_integer("runs", 5, "Latency measurements of each method.", lower_bound=1)
 _LONG = flags.DEFINE_list("long", [], "Prompts files for the KL of long contexts; none: leave it out.")
-_STEPS = flags.DEFINE_integer("steps", 100, "Training steps of the methods `mod` and `skipgpt`.")
+_STEPS = flags.DEFINE_integer("steps", 100, "Training steps of the methods `mod`, `skipgpt` and `late_maps`.")
 _CALIBRATION = flags.DEFINE_integer("calibration", 192, "Calibration prompts of the baselines, of those FTP trains on.")
 _REMOVAL = flags.DEFINE_integer("removal_prompts", 32, "Of those the ones of blockpruner, slow as it is.")
 _EARLIER = flags.DEFINE_string("earlier", None, "table.json of an earlier call, for what the report misses.")

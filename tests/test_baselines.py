@@ -270,7 +270,8 @@ def test_mod_routes_every_other_block():
 @pytest.fixture(scope="module")
 def trained(model, calibration):
   calibration = dataclasses.replace(calibration, steps=4)
-  return {name: baselines.build(name, model, 0.2, calibration) for name in ("mod", "skipgpt")}
+  asked = {"mod": 0.2, "skipgpt": 0.2, "late_maps": 0.4}
+  return {name: baselines.build(name, model, sparsity, calibration) for name, sparsity in asked.items()}
 
 
 def test_mod_is_what_its_validation_saw(yardstick, trained):
@@ -288,6 +289,24 @@ def test_skipgpt_is_what_its_validation_saw(yardstick, trained, windows):
   assert record["kl"] == pytest.approx(baseline.facts["validation_kl"], rel=1e-3)
   assert record["achieved"] == pytest.approx(0.2, abs=0.05)  # capacities are whole tokens of short contexts
   assert record["cache_ratio"] == pytest.approx(1, abs=0.04) and record["perplexity"] > 1
+
+
+def test_late_maps_move_what_late_blocks_skip(model, prompts, calibration):
+  sharp = {**model.params["embed"], "final_norm": {"scale": model.params["embed"]["final_norm"]["scale"] * 30}}
+  model = model_of({**model.params, "embed": sharp})
+  baseline = baselines.build("late_maps", model, 0.4, dataclasses.replace(calibration, steps=4))
+  late, yardstick = baselines.build("late", model, 0.4), Yardstick(model, prompts, 2)
+  assert baseline.facts["schedule"] == late.facts["schedule"] == [0, 0, 0, 1, 1]
+  found, (prefix, *_) = yardstick.compare(baseline.engine)
+  assert found.kl.mean() == pytest.approx(baseline.facts["validation_kl"], rel=1e-3)
+  plain, (of_late, *_) = yardstick.compare(late.engine)
+  keep = lambda of: np.asarray(of.groups[0].prefilled.cache.keep_LxBxT)
+  np.testing.assert_array_equal(keep(prefix), keep(of_late))
+  assert found.kl.mean() < plain.kl.mean() / 2
+  rank = CONFIG.hidden_size  # smaller than the method's 64
+  assert baseline.arrays["stand_in"]["down"].shape == (BLOCKS, CONFIG.hidden_size, rank)
+  more = baseline.costs(keep(prefix)[:, 0], 12).flops - late.costs(keep(prefix)[:, 0], 12).flops
+  assert more == 4 * 12 * CONFIG.hidden_size * rank  # of block 3: nothing reads what the last block makes of them
 
 
 def test_an_interrupted_skipgpt_training_goes_on_to_the_same_router(model, calibration, trained, tmp_path, monkeypatch):
@@ -336,7 +355,7 @@ def test_skipgpt_learns_what_does_nothing(model, prompts, monkeypatch):
   assert skipped[1, 0] + skipped[3, 1] + skipped[4].sum() > 0.7 * skipped.sum()
 
 
-ALL = ("truncation", "random", "static", "late", "fastv", "shortgpt", "blockpruner", "mod", "skipgpt")
+ALL = ("truncation", "random", "static", "late", "late_maps", "fastv", "shortgpt", "blockpruner", "mod", "skipgpt")
 
 
 @pytest.mark.parametrize("name", ALL)

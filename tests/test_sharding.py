@@ -150,17 +150,14 @@ def test_training_steps(kv_mode, router, meshes):
     assert all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(got))
 
 
-@pytest.mark.parametrize("kv_mode", ["project", "evict"])
-def test_training_steps_and_a_judge_with_maps_for_skipped_blocks(kv_mode):
+def test_training_steps_and_a_judge_with_maps_for_skipped_blocks():
   maps = random_maps(MODEL, 3, np.random.default_rng(4))
 
   def all_of(parameters):
     moved = stand_in.attach(parameters, sharding.place(parameters, maps))
-    return train(moved, kv_mode), judged(moved)[1]
+    return train(moved, "project"), judged(moved)[1]
 
-  want = all_of(params())
-  for sizes in MESHES[1:3]:
-    equal(all_of(on_mesh(sizes)), want)
+  equal(all_of(on_mesh((2, 2, 2))), all_of(params()))
 
 
 def judged(parameters):
@@ -175,7 +172,7 @@ def judged(parameters):
 
 def test_a_generation_of_the_search_and_an_evaluation():
   _, want = judged(params())
-  for sizes in MESHES:
+  for sizes in MESHES[:3]:
     judge, got = judged(on_mesh(sizes))
     equal(got, want)
     teacher = judge._teacher[0]  # rows over data, the vocabulary over the rest: an eighth on every device

@@ -238,6 +238,7 @@ def _identity(spec, router_params, prompts, fisher_LxNxT, schedule_L) -> dict:
   named = {
       f"{section}.{name}": value
       for section in ("model", "routing", "router", "train")
+      if getattr(spec, section) is not None
       for name, value in dataclasses.asdict(getattr(spec, section)).items()
   }
   if not spec.train.stand_in_learning_rate:  # checkpoints from before there was any are of trainings without

@@ -80,11 +80,14 @@ class Batch(flax.struct.PyTreeNode):
 
 @dataclasses.dataclass(frozen=True)
 class StepSpec:
-  """Everything static about a step; hashable."""
+  """Everything static about a step; hashable.
+
+  router: None: tokens skip in the static order, and maps for skipped blocks are all that is trained.
+  """
 
   model: ModelConfig
   routing: RoutingConfig
-  router: RouterConfig
+  router: RouterConfig | None
   train: TrainSettings
   num_scored: int
   start: int = 0  # blocks before it are dense under the schedule; the pass below them has no gradient
@@ -133,7 +136,7 @@ def loss_fn(spec: StepSpec, params: Any, router: Any, batch: Batch, schedule_L, 
   router, maps = stand_in.split(router)
   params = stand_in.attach(params, maps)
   tokens, context, length = batch.tokens_BxT, batch.context_B, batch.length_B
-  routed = routers.Router("dynamic", spec.router, router)
+  routed = routers.Router("dynamic", spec.router, router) if spec.router else routers.STATIC
   start = masked.late_start(spec.routing, routed, spec.start)
   (entry,), dense = jax.lax.stop_gradient(
       masked.dense_entries(

@@ -154,7 +154,11 @@ class Smaller(Baseline):
 
 
 class Routed(Baseline):
-  """Tokens skip blocks in the prefill. Facts: `routing`, `schedule`, and `router`, a kind or a RouterConfig."""
+  """Tokens skip blocks in the prefill.
+
+  Facts: `routing`, `schedule`, and `router`, a kind or a RouterConfig. Arrays: a router's, and maps for skipped blocks
+  beside its layers (`stand_in.join`).
+  """
 
   @functools.cached_property
   def routing(self) -> RoutingConfig:
@@ -166,16 +170,18 @@ class Routed(Baseline):
     if isinstance(kind, str):
       return routers.STATIC if kind == "static" else routers.Router(kind, None, jax.random.key(self.seed))
     config = routers.RouterConfig(**(kind | {"factors": tuple(kind["factors"])}))
-    return routers.Router("dynamic", config, jax.tree.map(jnp.asarray, self.arrays))
+    return routers.Router("dynamic", config, jax.tree.map(jnp.asarray, stand_in.split(self.arrays)[0]))
 
   @functools.cached_property
   def engine(self) -> Engine:
-    weights = Weights(self.model.params, self.router, jnp.asarray(self.facts["schedule"], jnp.float32))
-    return Engine(self.model, execution=Execution(Spec(self.model.config, self.routing), weights), **self.options)
+    maps = jax.tree.map(jnp.asarray, stand_in.split(self.arrays)[1])
+    model = dataclasses.replace(self.model, params=stand_in.attach(self.model.params, maps))
+    weights = Weights(model.params, self.router, jnp.asarray(self.facts["schedule"], jnp.float32))
+    return Engine(model, execution=Execution(Spec(model.config, self.routing), weights), **self.options)
 
   def costs(self, keep, context) -> Costs:
     keep = np.asarray(keep)[:, :context]
-    rank = stand_in.rank(self.model.params)
+    rank = stand_in.rank(self.engine.model.params)
     done = flops.prefill_flops(self.model.config, keep, context, self.routing, self.router.config, rank)
     return Costs(float(1 - keep.mean()), done)
 
@@ -257,6 +263,4 @@ def from_artifact(model: Model, artifact: Artifact, **options) -> Routed:
       "schedule": list(artifact.schedule),
   }  # fmt: skip
   sparsity = round(float(np.mean(artifact.schedule)), 6)
-  maps = jax.tree.map(jnp.asarray, artifact.stand_in)
-  model = dataclasses.replace(model, params=stand_in.attach(model.params, maps))
-  return Routed("ftp", sparsity, 0, model, facts, artifact.params, options)
+  return Routed("ftp", sparsity, 0, model, facts, stand_in.join(artifact.params, artifact.stand_in), options)

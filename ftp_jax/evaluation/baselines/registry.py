@@ -14,7 +14,7 @@ from typing import Any
 import jax
 
 from ftp_jax.errors import UserError
-from ftp_jax.evaluation.baselines import blockpruner, fastv, mod, shortgpt, skipgpt
+from ftp_jax.evaluation.baselines import blockpruner, fastv, late_maps, mod, shortgpt, skipgpt
 from ftp_jax.evaluation.baselines.calibration import Calibration
 from ftp_jax.evaluation.baselines.kinds import Baseline, Routed, Smaller, Subblocks, Truncation
 from ftp_jax.evaluation.judge import Frozen
@@ -48,8 +48,8 @@ def _uniform(router: str):
 
 
 def _late(model: Frozen, sparsity: float, calibration, seed):
-  schedule = schedules.late(model.config.num_blocks, sparsity, 1.0).round(6).tolist()
-  return {"router": "static", "routing": dataclasses.asdict(RoutingConfig("project")), "schedule": schedule}, {}
+  schedule = late_maps.schedule(model.config.num_blocks, sparsity).tolist()
+  return {"router": "static", "routing": dataclasses.asdict(late_maps.ROUTING), "schedule": schedule}, {}
 
 
 METHODS = {
@@ -58,6 +58,7 @@ METHODS = {
     "random": Method(Routed, _uniform("random")),
     "static": Method(Routed, _uniform("static")),
     "late": Method(Routed, _late),
+    "late_maps": Method(Routed, late_maps.calibrate, calibrated=True),
     "fastv": Method(Routed, fastv.calibrate, calibrated=True),
     "shortgpt": Method(Smaller, shortgpt.calibrate, calibrated=True),
     "blockpruner": Method(Subblocks, blockpruner.calibrate, calibrated=True),
