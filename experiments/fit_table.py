@@ -4,7 +4,7 @@
   python experiments/fit_table.py --out=docs/scaling --print                     # the table of what is there
   python experiments/fit_table.py --cost                                         # the cost model's table
 
-Needs libtpu (`pip install 'ftp-jax[tpu-check]'`) and no TPU. On two CPU cores a program takes about a minute.
+Needs libtpu (`pip install '.[tpu-check]'`) and no TPU. On two CPU cores a program takes about a minute.
 """
 
 import argparse

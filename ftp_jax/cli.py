@@ -27,7 +27,8 @@ compile    compile time and memory against the number of buckets
 crossover  the context from which on --artifact is faster than dense, written into the artifact"""
 
 _CHECK = """\
-Needs libtpu: pip install 'ftp-jax[tpu-check]'. The exit status is 0 if the program fits, 1 if not, 2 for a mistake.
+Needs libtpu (in the checkout pip install '.[tpu-check]'). The exit status is 0 if the program fits, 1 if not, 2 for a
+mistake.
 JAX_OPTIMIZATION_LEVEL=O0 compiles in a third of the time, with other memory."""
 
 _TASKS = """\

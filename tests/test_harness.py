@@ -711,4 +711,4 @@ def test_without_lm_eval_the_command_says_what_to_install(capsys, monkeypatch):
   monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
   for name in ("eval", "lm-eval"):
     assert cli.main([name]) == 2
-    assert capsys.readouterr().err == "ftp-jax: lm-eval is not installed; run pip install 'ftp-jax[eval]'.\n"
+    assert capsys.readouterr().err == "ftp-jax: lm-eval is not installed; run pip install '.[eval]' in the checkout.\n"

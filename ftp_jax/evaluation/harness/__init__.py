@@ -9,5 +9,5 @@
     suite       names of tasks -> jobs; runs them and keeps one results file
     command     `ftp-jax eval`: flags, settings of the model
 
-Everything but `files` and `retrieval` needs lm-eval: pip install 'ftp-jax[eval]'.
+Everything but `files` and `retrieval` needs lm-eval: pip install '.[eval]' in the checkout.
 """

@@ -18,7 +18,7 @@ PLUGIN = pathlib.Path(__file__).with_name("ftp_jax.yaml")
 def check_installed() -> None:
   """Raises UserError where lm-eval is missing."""
   if importlib.util.find_spec("lm_eval") is None:
-    raise UserError("lm-eval is not installed; run pip install 'ftp-jax[eval]'.")
+    raise UserError("lm-eval is not installed; run pip install '.[eval]' in the checkout.")
 
 
 def run(arguments: argparse.Namespace) -> None:
