@@ -172,7 +172,7 @@ def judged(parameters):
 
 def test_a_generation_of_the_search_and_an_evaluation():
   _, want = judged(params())
-  for sizes in MESHES[:3]:
+  for sizes in MESHES:
     judge, got = judged(on_mesh(sizes))
     equal(got, want)
     teacher = judge._teacher[0]  # rows over data, the vocabulary over the rest: an eighth on every device
