@@ -12,7 +12,9 @@ import pytest
 from ftp_jax.data.prompts import Prompts, pack
 from ftp_jax.errors import UserError
 from ftp_jax.evaluation import baselines, flops, methods
-from ftp_jax.evaluation.baselines import Calibration, Yardstick, blockpruner, cells, mod, registry, skipgpt, subblocks
+from ftp_jax.evaluation.baselines import (
+    Calibration, Yardstick, blockpruner, cells, late_maps, mod, registry, skipgpt, subblocks,
+)
 from ftp_jax.evaluation.judge import Frozen, Judge
 from ftp_jax.evaluation.perplexity import truncated_perplexity
 from ftp_jax.export.artifact import Artifact
@@ -307,6 +309,26 @@ def test_late_maps_move_what_late_blocks_skip(model, prompts, calibration):
   assert baseline.arrays["stand_in"]["down"].shape == (BLOCKS, CONFIG.hidden_size, rank)
   more = baseline.costs(keep(prefix)[:, 0], 12).flops - late.costs(keep(prefix)[:, 0], 12).flops
   assert more == 4 * 12 * CONFIG.hidden_size * rank  # of block 3: nothing reads what the last block makes of them
+
+
+def test_late_maps_begin_with_those_of_their_own_model_and_prompts(model, prompts, calibration, tmp_path, monkeypatch):
+  begun = []
+
+  def killed(**arguments):
+    begun.append(arguments["router_params"])
+    raise KeyboardInterrupt
+
+  monkeypatch.setattr(late_maps, "train_router", killed)
+  calibration = dataclasses.replace(calibration, directory=tmp_path)
+  reversed_prompts = prompts._replace(tokens=np.flip(prompts.tokens, axis=0).copy())
+  twice = model_of(jax.tree.map(lambda a: a * 2, model.params))
+  for which, of in ((model, prompts), (model, prompts), (model, reversed_prompts), (twice, prompts)):
+    with pytest.raises(KeyboardInterrupt):
+      baselines.build("late_maps", which, 0.4, dataclasses.replace(calibration, prompts=of))
+  first, again, *others = [maps["stand_in"]["up"] for maps in begun]
+  np.testing.assert_array_equal(first, again)
+  assert all(np.abs(other - first).max() > 1e-3 for other in others)
+  assert len(list(tmp_path.glob("late_maps-*"))) == 2  # a folder a model
 
 
 def test_an_interrupted_skipgpt_training_goes_on_to_the_same_router(model, calibration, trained, tmp_path, monkeypatch):

@@ -317,8 +317,10 @@ def test_sink_and_last_context_token_are_always_computed():
     np.testing.assert_array_equal((keep & in_context).sum(-1), np.broadcast_to([2, 2, 1], (4, 3)))
 
 
-@pytest.mark.parametrize("kv_mode", ["evict", "project"])
-@pytest.mark.parametrize("kind,hidden", [("global", False), ("per_block", False), ("recurrent", True)])
+@pytest.mark.parametrize("kv_mode, kind, hidden", [
+    ("evict", "global", False), ("project", "global", False), ("project", "per_block", False),
+    ("evict", "recurrent", True),
+])  # fmt: skip
 def test_padding_and_neighbours_change_nothing(kv_mode, kind, hidden):
   c = tiny.config()
   p = tiny.params(c)

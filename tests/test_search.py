@@ -119,6 +119,16 @@ def test_named_schedules_by_hand():
   assert units_of(0.3, schedule.late(L, 0.3, 0.9)).tolist() == [0, 0, 0, 0, 0, 6, 9, 9]
 
 
+def test_nothing_is_put_before_a_plan_that_can_hold_it_all():
+  shares = np.array([0.70, 0.75, 0.82, 0.85, 0.92, 0.98, 0.985, 0.985] + [0.99] * 5)
+  real, target = np.concatenate([np.zeros(17), shares]), shares.sum() / 30
+  units = schedule.to_units(real, target, 40, 0.975, first_block=17)
+  assert units[:17].sum() == 0 and units.sum() == round(shares.sum() * 40) and units.max() == 39
+  assert schedule.to_units(real, target, 40, 0.975)[:17].any()  # the nearest of all schedules does
+  beyond = schedule.to_units(real, 0.5, 40, 0.975, first_block=17)
+  assert beyond.sum() == 600 and beyond[:17].any()
+
+
 def test_importance_shares_the_computed_tokens():
   # Kept shares proportional to 4 : 2 : 1 : 1, of sum 2.
   np.testing.assert_allclose(schedule.from_importance([4, 2, 1, 1], 0.5, 0.9), [0, 0.5, 0.75, 0.75], atol=1e-9)

@@ -672,6 +672,12 @@ def test_fisher_schedule_by_hand():
   np.testing.assert_allclose(guide.fisher_schedule(score, np.array([4, 4]), 0.25, first_block=1), [0, 2 / 4])
 
 
+def test_fisher_schedule_has_the_asked_mean_where_scores_are_alike():
+  score = np.concatenate([np.ones((3, 2, 10)), np.zeros((1, 2, 10))])  # what the last block does is read by nobody
+  np.testing.assert_allclose(guide.fisher_schedule(score, np.array([10, 10]), 0.1), [0, 0, 0, 0.4])
+  np.testing.assert_allclose(guide.fisher_schedule(score, np.array([10, 10]), 0.3).mean(), 0.3)
+
+
 def test_fisher_schedule_has_the_asked_mean():
   score = np.random.default_rng(0).random((6, 5, 20)) * np.arange(1, 7)[:, None, None]
   schedule = guide.fisher_schedule(score, np.array([20, 10, 20, 10, 20]), 0.3)

@@ -81,9 +81,7 @@ def save(artifact: Artifact, directory: str | os.PathLike, layout: str = "flax")
       "figures": artifact.figures,
       "crossover": artifact.crossover,
   }
-  config = directory / (CONFIG_FILE + ".tmp")
-  config.write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
-  os.replace(config, directory / CONFIG_FILE)
+  _write(directory / CONFIG_FILE, (json.dumps(described, indent=1) + "\n").encode())
 
 
 def read_config(directory: str | os.PathLike) -> dict[str, Any]:
@@ -134,11 +132,8 @@ def load(directory: str | os.PathLike) -> Artifact:
 
 def save_weights(params: Any, path: str | os.PathLike) -> None:
   """Writes router parameters (nested dicts of arrays) to a safetensors file, atomically."""
-  path = pathlib.Path(path)
-  temporary = path.with_name(path.name + ".tmp")
   # Written by us: the library's own writer reports a full disk as its own error, and makes the file private.
-  temporary.write_bytes(safetensors.numpy.save({name: np.ascontiguousarray(a) for name, a in _flat(params).items()}))
-  os.replace(temporary, path)
+  _write(path, safetensors.numpy.save({name: np.ascontiguousarray(a) for name, a in _flat(params).items()}))
 
 
 def load_weights(path: str | os.PathLike) -> Any:
@@ -147,6 +142,16 @@ def load_weights(path: str | os.PathLike) -> Any:
     return _nested(safetensors.numpy.load_file(path))
   except (OSError, SafetensorError) as error:
     raise UserError(f"{path} cannot be read ({error}); copy it again, or run its stage again.") from None
+
+
+def _write(path: str | os.PathLike, content: bytes) -> None:
+  """Atomically, also if the machine loses its power: a file is renamed when it is on the disk."""
+  temporary = f"{os.fspath(path)}.tmp"
+  with open(temporary, "wb") as file:
+    file.write(content)
+    file.flush()
+    os.fsync(file.fileno())
+  os.replace(temporary, path)
 
 
 def _weights(artifact: Artifact) -> Any:

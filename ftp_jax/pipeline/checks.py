@@ -85,11 +85,14 @@ def check_config(config) -> None:
 
 def check_plan(config, num_blocks: int) -> None:
   """Raises UserError where the Fisher schedule of a plan made at one block would need blocks before it."""
-  first = config.routing.one_pass_block
-  largest = schedules.max_units(config.search.grid, config.search.max_sparsity) / config.search.grid
+  s, first = config.search, config.routing.one_pass_block
+  most = (num_blocks - max(first, 0)) * schedules.max_units(s.grid, s.max_sparsity)
   for sparsity in config.sparsities:
-    if config.search.schedule == "fisher" and first > 0 and sparsity * num_blocks > (num_blocks - first) * largest:
-      raise beyond_plan(sparsity, first)
+    if s.schedule == "fisher" and schedules.total_units(sparsity, num_blocks, s.grid, s.max_sparsity) > most:
+      raise UserError(
+          f"Sparsity {sparsity:g} is more than the blocks from {first} on can skip, and with search.schedule='fisher' "
+          "those before a plan are dense; choose a smaller S or a smaller routing.one_pass_block."
+      )
 
 
 def check_rank(config, hidden_size: int) -> None:
@@ -98,13 +101,6 @@ def check_rank(config, hidden_size: int) -> None:
     raise UserError(
         f"stand_in.rank={config.stand_in.rank} is more than the model's hidden size; use at most {hidden_size}."
     )
-
-
-def beyond_plan(sparsity: float, first: int) -> UserError:
-  return UserError(
-      f"Sparsity {sparsity:g} is more than the blocks from {first} on can skip, and with search.schedule='fisher' "
-      "those before a plan are dense; choose a smaller S or a smaller routing.one_pass_block."
-  )
 
 
 def check_workdir(directory: pathlib.Path) -> None:

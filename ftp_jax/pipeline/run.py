@@ -245,6 +245,7 @@ class Pipeline:
     s, blocks = self.config.search, self.frozen.config.num_blocks
     schedules.total_units(sparsity, blocks, s.grid, s.max_sparsity)
     largest = schedules.max_units(s.grid, s.max_sparsity) / s.grid
+    first = max(self.routing.one_pass_block, 0) if name == "fisher" else 0
     real = {
         "uniform": lambda: schedules.uniform(blocks, sparsity),
         "middle": lambda: schedules.middle(blocks, sparsity, largest),
@@ -253,14 +254,11 @@ class Pipeline:
             read_json(self.workdir / "importance" / "influence.json"), sparsity, largest
         ),
         "fisher": lambda: guide.fisher_schedule(
-            self.fisher, self.prompts("train").context, sparsity, max(self.routing.one_pass_block, 0)
+            self.fisher, self.prompts("train").context, sparsity, first
         ),
         "file": lambda: checks.schedule_file(s.schedule_path, blocks, sparsity, s.grid),
     }[name]()
-    units = schedules.to_units(real, sparsity, s.grid, s.max_sparsity)
-    if name == s.schedule == "fisher" and units[: max(self.routing.one_pass_block, 0)].any():
-      raise checks.beyond_plan(sparsity, self.routing.one_pass_block)
-    return units
+    return schedules.to_units(real, sparsity, s.grid, s.max_sparsity, first)
 
   def find_schedule(
       self, directory, seeds_units, router: routers.Router, model: Frozen, generations: int, seed: int
@@ -370,6 +368,7 @@ class Pipeline:
 
       def work(directory):
         _say(f"search: S={sparsity:.2f}, seed {seed}")
+        distributed.on_first(lambda: withdraw(self.cell(sparsity, seed) / "artifact"))
         if c.schedule != "ga":
           units = self.named_schedule(c.schedule, sparsity)
           found = schedules.to_sparsity(units, c.grid)
@@ -454,6 +453,7 @@ class Pipeline:
       cell = self.cell(sparsity, seed)
 
       def work(directory):
+        distributed.on_first(lambda: withdraw(cell / "artifact"))
         found, trained = self.schedule(cell / "search"), cell / "train"
         for r in range(c.finetune.rounds):
           _say(f"fine-tune: S={sparsity:.2f}, seed {seed}, round {r + 1} of {c.finetune.rounds}")
@@ -546,12 +546,27 @@ class Pipeline:
         figures=record,
         stand_in=jax.device_get(maps),
     )
-    distributed.on_first(lambda: (withdraw(directory), artifact_lib.save(made, directory)))
+
+    def write():
+      before = _loaded(directory)
+      same = before is not None and before.digest == made.digest
+      withdraw(directory)
+      artifact_lib.save(dataclasses.replace(made, crossover=before.crossover) if same else made, directory)
+
+    distributed.on_first(write)
 
   def report(self) -> None:
     from ftp_jax.report import write_report  # matplotlib loads slowly, and only this stage needs it
 
     distributed.on_first(lambda: print(write_report(str(self.workdir), self.config)))
+
+
+def _loaded(artifact: pathlib.Path) -> artifact_lib.Artifact | None:
+  """The artifact; None where there is none that can be read."""
+  try:
+    return artifact_lib.load(artifact)
+  except UserError:
+    return None
 
 
 def withdraw(artifact: pathlib.Path) -> None:

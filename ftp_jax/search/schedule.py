@@ -7,13 +7,13 @@ real vectors (L,) of sparsities, to be put on the grid by `to_units`.
 
 import json
 import math
-import os
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from ftp_jax.errors import UserError
+from ftp_jax.stages import replacing
 
 _EDGE_BLOCKS = 3  # the paper finds the first and last three blocks far less redundant than the rest
 _LARGEST_UNIT = 2**20  # reals are clipped here, so that their floors and shifts fit int32 and float32
@@ -94,11 +94,18 @@ def repair(real_KxL: jax.Array, total, u_max) -> jax.Array:
   return project(real_KxL, total, zeros, zeros + u_max)
 
 
-def to_units(sparsity_L, target: float, grid: int, max_sparsity: float) -> np.ndarray:
-  """Puts one real schedule (L,) on the grid with mean sparsity `target`: int32 (L,) units. Raises as `total_units`."""
+def to_units(sparsity_L, target: float, grid: int, max_sparsity: float, first_block: int = 0) -> np.ndarray:
+  """Puts one real schedule (L,) on the grid with mean sparsity `target`: int32 (L,) units. Raises as `total_units`.
+
+  Nothing is asked of the blocks before `first_block`, where those from it on can hold the target alone.
+  """
   sparsity_L = np.asarray(sparsity_L, np.float64)
-  total = total_units(target, len(sparsity_L), grid, max_sparsity)
-  return np.asarray(repair((sparsity_L * grid)[None], total, max_units(grid, max_sparsity)))[0]
+  num_blocks = len(sparsity_L)
+  total = total_units(target, num_blocks, grid, max_sparsity)
+  upper_L = np.full(num_blocks, max_units(grid, max_sparsity), np.int32)
+  if total <= upper_L[first_block:].sum():
+    upper_L[:first_block] = 0
+  return np.asarray(project((sparsity_L * grid)[None], total, np.zeros((1, num_blocks), np.int32), upper_L[None]))[0]
 
 
 def to_sparsity(units, grid: int) -> np.ndarray:
@@ -175,8 +182,7 @@ def from_file(path, num_blocks: int) -> np.ndarray:
 
 def save(path, sparsity_L) -> None:
   """Writes a schedule (L,) as `from_file` reads it, atomically."""
-  temporary = f"{path}.tmp"
-  with open(temporary, "w", encoding="utf-8") as f:
-    # The shortest decimals of float32: 0.3, not 0.30000001192092896.
-    json.dump([float(str(s)) for s in np.asarray(sparsity_L, np.float32)], f)
-  os.replace(temporary, path)
+  # The shortest decimals of float32: 0.3, not 0.30000001192092896.
+  text = json.dumps([float(str(s)) for s in np.asarray(sparsity_L, np.float32)])
+  with replacing(path) as file:
+    file.write(text.encode())

@@ -139,9 +139,9 @@ def fisher_schedule(
   for n, m in enumerate(context_N):
     scores = fisher_LxNxT[:, n, :m].astype(np.float64)
     scores[:, [0, m - 1]] = scores[:first_block] = np.inf
-    count = min(round(target * scores.size), scores.size - 1)
-    threshold = np.partition(scores.ravel(), count)[count]
-    skipped.append((scores < threshold).mean(axis=1))
+    count = min(round(target * scores.size), np.isfinite(scores).sum())
+    lowest = np.argsort(scores, axis=None, kind="stable")[:count]
+    skipped.append(np.bincount(lowest // m, minlength=len(scores)) / m)
   return np.mean(skipped, axis=0)
 
 

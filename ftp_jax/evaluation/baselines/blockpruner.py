@@ -7,7 +7,6 @@ attention stays.
 """
 
 import functools
-import hashlib
 import json
 import os
 import pathlib
@@ -18,8 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 import tqdm
 
-from ftp_jax.data.prompts import Prompts, batches
-from ftp_jax.evaluation.baselines.calibration import Calibration
+from ftp_jax.data.prompts import batches
+from ftp_jax.evaluation.baselines.calibration import Calibration, fingerprint
 from ftp_jax.evaluation.baselines.subblocks import shares
 from ftp_jax.evaluation.judge import Frozen
 from ftp_jax.evaluation.perplexity import summed_nll
@@ -67,7 +66,7 @@ class _Tables:
   def __init__(self, model: Frozen, calibration: Calibration):
     self._model, self._prompts, self._batch = model, calibration.prompts, calibration.batch
     self._path = None if calibration.directory is None else pathlib.Path(calibration.directory) / STATE_FILE
-    self._identity = _identity(model, calibration.prompts)
+    self._identity = fingerprint(model, calibration.prompts.tokens, calibration.prompts.length)
     self._known = {}
     if self._path and self._path.exists():
       saved = json.loads(self._path.read_text(encoding="utf-8"))
@@ -140,12 +139,3 @@ def _nll_from(config, params, tokens, length, removed_Lx2, states_LxBxTxD, start
   step = lambda index, x: _block(config, params, parts, x, removed_Lx2, index)
   x = jax.lax.fori_loop(start, config.num_blocks, step, decoder.block_at(states_LxBxTxD, start))
   return summed_nll(config, params, tokens, length, x)
-
-
-def _identity(model: Frozen, prompts: Prompts) -> str:
-  """Of model and text."""
-  sample = np.asarray(model.params["blocks"]["down"]["kernel"][:, 0], np.float32)
-  digest = hashlib.sha256(f"{model.config} {jnp.dtype(model.dtype).name}".encode())
-  for array in (sample, prompts.tokens, prompts.length):
-    digest.update(np.ascontiguousarray(array).tobytes())
-  return digest.hexdigest()[:16]

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ftp_jax.evaluation.baselines.calibration import Calibration
+from ftp_jax.evaluation.baselines.calibration import Calibration, fingerprint
 from ftp_jax.evaluation.judge import Frozen, Judge
 from ftp_jax.export.artifact import load_weights, save_weights
 from ftp_jax.routing import routers, stand_in
@@ -27,7 +27,6 @@ from ftp_jax.training.step import StepSpec, TrainSettings
 
 RANK, RIDGE, RATE = 64, 2e-3, 3e-4
 ROUTING = RoutingConfig("project")
-_FITTED = "fitted.safetensors"
 
 
 def schedule(num_blocks: int, sparsity: float) -> np.ndarray:
@@ -53,8 +52,9 @@ def calibrate(model: Frozen, sparsity: float, calibration: Calibration, seed: in
     return float(judge.of(dataclasses.replace(model, params=params)).kl(routers.STATIC, schedule_L[None])[0])
 
   every = max(1, calibration.steps // 4)
-  with calibration.working_directory(f"late_maps-S{sparsity:.2f}-seed{seed}") as directory:
-    fitted = pathlib.Path(directory) / _FITTED  # kept: a resumed training must start from the very same numbers
+  with calibration.working_directory(f"late_maps-S{sparsity:.2f}-seed{seed}", model) as directory:
+    # Kept: a resumed training must start from the very same numbers. Those of other prompts have another name.
+    fitted = pathlib.Path(directory) / f"fitted-{fingerprint(model, *calibration.prompts)}.safetensors"
     if not fitted.exists():
       fitted.parent.mkdir(parents=True, exist_ok=True)
       maps = fitting.fit(

@@ -49,7 +49,7 @@ def calibrate(model: Frozen, sparsity: float, calibration: Calibration, seed: in
   schedule_L = every_other(model.config.num_blocks, sparsity).astype(np.float32)
   judge = Judge(model, ROUTING, calibration.validation, calibration.batch, calibration.num_scored)
   every = max(1, calibration.steps // 4)
-  with calibration.working_directory(f"mod-S{sparsity:.2f}-seed{seed}") as directory:
+  with calibration.working_directory(f"mod-S{sparsity:.2f}-seed{seed}", model) as directory:
     result = train_router(
         directory=directory,
         spec=StepSpec(

@@ -12,7 +12,6 @@ the K tokens of largest margin. Generated tokens are computed, as by FTP; all-po
 
 import dataclasses
 import functools
-import hashlib
 import math
 from typing import Any, NamedTuple
 
@@ -25,7 +24,7 @@ import tqdm
 from ftp_jax.data.prompts import Prompts, batches, indices_at, take
 from ftp_jax.errors import UserError
 from ftp_jax.evaluation.baselines import subblocks
-from ftp_jax.evaluation.baselines.calibration import Calibration
+from ftp_jax.evaluation.baselines.calibration import Calibration, fingerprint
 from ftp_jax.evaluation.judge import Frozen
 from ftp_jax.models import decoder, scoring
 from ftp_jax.routing.selection import forced_tokens
@@ -61,7 +60,7 @@ def calibrate(model: Frozen, sparsity: float, calibration: Calibration, seed: in
   step = jax.jit(functools.partial(_step, model.config, optimizer, num_scored, model.dtype))
   validate_every, save_every = max(1, steps // 2), max(1, steps // 8)
   with (
-      calibration.working_directory(f"skipgpt-S{sparsity:.2f}-seed{seed}") as directory,
+      calibration.working_directory(f"skipgpt-S{sparsity:.2f}-seed{seed}", model) as directory,
       Checkpoints(directory, _identity(model, sparsity, calibration, seed)) as checkpoints,
   ):
     at = checkpoints.restore(state) or Progress(0, state, to_host(router), 0, math.inf)
@@ -91,13 +90,11 @@ def calibrate(model: Frozen, sparsity: float, calibration: Calibration, seed: in
 
 def _identity(model: Frozen, sparsity: float, calibration: Calibration, seed: int) -> dict[str, Any]:
   """What makes a training what it is."""
-  digest = hashlib.sha256()
-  for array in (*calibration.prompts, *calibration.validation):
-    digest.update(f"{array.shape}".encode() + np.ascontiguousarray(array).tobytes())
   return {
       "the model": dataclasses.asdict(model.config), "model.dtype": jnp.dtype(model.dtype).name, "S": sparsity,
       "the seed": seed, "the number of steps": calibration.steps, "the batch": calibration.batch,
-      "the fingerprint of the prompts": digest.hexdigest()[:16], "the learning rate": LEARNING_RATE,
+      "the fingerprint of model and prompts": fingerprint(model, *calibration.prompts, *calibration.validation),
+      "the learning rate": LEARNING_RATE,
   }  # fmt: skip
 
 
