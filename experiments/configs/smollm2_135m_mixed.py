@@ -1,10 +1,10 @@
-"""SmolLM2-135M on chats, plain questions and running text, with the late plan of smollm2_135m_late.py.
+"""SmolLM2-135M on chats, plain questions and running text, with plan and maps of smollm2_135m_stand_in.py.
 
   python experiments/mixed_prompts.py --prompts=alpaca_5000.jsonl --documents=wikitext2_train.txt \\
     --test_documents=wikitext2_valid.txt --out=mixed
   ftp-jax run --config=smollm2_135m_mixed --workdir=runs/smollm2_135m_mixed
 
-Wall time: as smollm2_135m_late.py, which has the same sizes; half a minute for the prompts.
+Wall time: as smollm2_135m_stand_in.py, which has the same sizes; half a minute for the prompts.
 Result: KL to dense on 48 test prompts of the mix 0.029 / 0.073 / 0.196 nats a token at S = 0.22 / 0.30 / 0.40 (at 0.30
 three seeds, +- 0.007, at the others seed 0), truncation 0.302 / 0.397 / 0.530.
 """
@@ -15,6 +15,8 @@ from ftp_jax.config import late_preset, small_preset
 
 def get_config():
   config = late_preset(small_preset(get_default_config()))
+  config.stand_in.rank = 64
+  config.train.stand_in_learning_rate = 3e-4
   config.data.path = "mixed/train.jsonl"
   config.data.num_test = 48
   return config
