@@ -24,7 +24,7 @@ from absl import app, flags
 from ftp_jax.data.encoding import encode_windows
 from ftp_jax.data.prompts import shuffled
 from ftp_jax.data.records import embedded_documents, read_documents
-from ftp_jax.errors import UserError
+from ftp_jax.errors import UserError, check_target
 from ftp_jax.inference import Engine
 
 GENERAL = (
@@ -95,8 +95,9 @@ def main(argv) -> None:
   if unknown or not _QUESTIONS.value:
     raise UserError(f"--questions={','.join(_QUESTIONS.value)} is unknown; kinds are {', '.join(KINDS)}.")
   out = pathlib.Path(_OUT.value)
-  if not out.absolute().parent.is_dir():  # known now, not after minutes of answers
-    raise UserError(f"--out={out} lies in a directory that does not exist; create it or name another.")
+  check_target(out, "out")  # known now, not after minutes of answers
+  if out.exists() and any(pathlib.Path(path).exists() and out.samefile(path) for path in _DOCUMENTS.value):
+    raise UserError(f"--out={out} is one of --documents; name another file.")
   documents = [text for path in _DOCUMENTS.value for text in read_documents(path)]
   documents = documents if _DOCUMENTS.value else embedded_documents(held=False)
   engine = Engine.load(_MODEL.value)

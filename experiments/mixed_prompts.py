@@ -36,6 +36,7 @@ _TEXTS = flags.DEFINE_integer("texts", 240, "Paragraphs for training.", lower_bo
 _TEST = flags.DEFINE_integer("test", 48, "Test prompts of each format.", lower_bound=1)
 _SEED = flags.DEFINE_integer("seed", 1, "Which paragraphs, and where their contexts end.", lower_bound=0)
 
+_FILES = ("train", "chat", "question", "text")
 _LEAST = 600  # characters of a paragraph
 _AFTER = 20  # tokens after a context; runs cut them at their data.continuation
 
@@ -106,6 +107,11 @@ def main(argv) -> None:
   if len(argv) > 1:
     raise app.UsageError(f"The argument {argv[1]!r} is not understood.")
   out = pathlib.Path(_OUT.value)
+  inputs = [pathlib.Path(path) for path in (_PROMPTS.value, _DOCUMENTS.value, _TESTED.value)]
+  for name in _FILES:
+    target = out / f"{name}.jsonl"
+    if target.exists() and any(path.exists() and target.samefile(path) for path in inputs):
+      raise UserError(f"--out={out} would write over {target}, which is read; name another directory.")
   source = ["--config.data.source=prompts", f"--config.data.path={_PROMPTS.value}"]
   config, _ = launch.load_config(_CONFIG.value, None, source)
   _, tokenizer, _ = describe(config.model.source)
@@ -118,15 +124,15 @@ def main(argv) -> None:
     raise UserError(
         f"--config has {len(train)} training and {len(test)} test prompts; ask for fewer with --chats or --test."
     )
-  files = {
-      "train": chats_and_questions(train, _CHATS.value) + text(_DOCUMENTS.value, _TEXTS.value),
-      "chat": test,
-      "question": chats_and_questions(test, 0),
-      "text": text(_TESTED.value, _TEST.value),
-  }
+  contents = (
+      chats_and_questions(train, _CHATS.value) + text(_DOCUMENTS.value, _TEXTS.value),
+      test,
+      chats_and_questions(test, 0),
+      text(_TESTED.value, _TEST.value),
+  )
   try:
     out.mkdir(parents=True, exist_ok=True)
-    for name, records in files.items():
+    for name, records in zip(_FILES, contents, strict=True):
       lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
       (out / f"{name}.jsonl").write_text(lines, encoding="utf-8")
       print(f"{out / name}.jsonl: {len(records)} prompts")

@@ -5,6 +5,7 @@ import pathlib
 import re
 import subprocess
 import sys
+import types
 
 import jax
 import lm_eval
@@ -26,7 +27,7 @@ from ftp_jax.evaluation.harness.generation import read_options
 from ftp_jax.inference import Sampling, programs
 from ftp_jax.routing.config import RoutingConfig
 from tests.test_data import byte_tokenizer
-from tests.test_inference import PLAIN, build, config, masked_logits
+from tests.test_inference import PLAIN, build, config, masked_logits, measured
 from tests.test_inference import directories, fingerprints, served  # noqa: F401 - fixtures
 
 BOS = PLAIN.bos_token_id
@@ -183,6 +184,16 @@ def test_rolling_likelihood_is_causal_in_windows(engine, width):
   texts = ["A text of some thirty-seven characters", "Ten tokens", "x"]
   answers = ask(EngineLM(engine, max_length=width, progress=False), "loglikelihood_rolling", *texts)
   np.testing.assert_allclose(answers, [rolling_reference(engine, encode(t), width) for t in texts], atol=2e-4)
+
+
+def test_texts_whose_tokens_would_not_skip_below_a_crossover_are_refused():
+  for context in (10, None):  # None: never faster than dense
+    lm = EngineLM(build(**SKIPPING, crossover=measured(context)), progress=False)
+    with pytest.raises(UserError, match="below the artifact's crossover.* set --fallback=never"):
+      ask(lm, "loglikelihood_rolling", "A text")
+    assert len(ask(lm, "loglikelihood", ("A context", " goes on"))) == 1
+  ask(EngineLM(build(**SKIPPING, crossover=measured(10), fallback="never"), progress=False),
+      "loglikelihood_rolling", "A text")  # fmt: skip
 
 
 def test_rolling_likelihood_with_all_new_tokens_computed_is_that_of_the_dense_model(lm):
@@ -430,6 +441,8 @@ def test_texts_are_documents(tmp_path):
   (tmp_path / "plain.txt").write_text("One text\nof two lines.\n")
   (tmp_path / "wiki.txt").write_text(" = A = \n \n One . \n = B = \n \n Two . \n")
   assert [item["text"] for item in files.read_items(str(tmp_path / "plain.txt")).items] == ["One text\nof two lines.\n"]
+  (tmp_path / "null.jsonl").write_text('{"id": null, "text": "a"}\n{"id": null, "text": "b"}\n')
+  assert [item["id"] for item in files.read_items(str(tmp_path / "null.jsonl")).items] == ["1", "2"]
   wiki = files.read_items(str(tmp_path / "wiki.txt"))
   assert wiki.kind == "text" and len(wiki.items) == 2
 
@@ -485,6 +498,8 @@ def test_retrieval_documents_state_what_they_ask_for():
     filler = re.sub(r" The number of the [a-z ]+ is \d{4}\.", lambda m: "" if key not in m[0] else "@", story)
     assert abs(filler.index("@") / len(filler) - depth) < 0.15 * 400 / length
   assert documents[:12] != retrieval.documents(words, (150,), (0.0,), 12, seed=2)
+  begun = retrieval.documents(lambda text: ["<s>", *words(text)], (150,), (0.0,), 12, seed=1)
+  assert all(150 - 25 < 1 + len(words(document["text"])) <= 150 for document in begun)  # it stands there once
 
 
 # --- running -------------------------------------------------------------------------------------------
@@ -684,6 +699,8 @@ def test_lm_evals_hugging_face_class_on_the_export_agrees_item_by_item(directori
         (["--tasks=arc_easy", "--batch=0"], "batch_size=0 must be at least 1"),
         (["--tasks=arc_easy", "--decode-sparsity=0.2"], "name one with --artifact"),
         (["--tasks=arc_easy", "--json={data}/no/such.json"], "create {data}/no first"),
+        (["--tasks=arc_easy", "--artifact="], "The artifact has an empty name"),
+        (["--tasks=arc_easy", "--limit=1", "--seed=-1"], "--seed=-1 must be at least 0"),
         (["--tasks=arc_easy", "--modle=a"], "'--modle=a' is not understood"),
     ],
 )
@@ -705,6 +722,22 @@ def test_names_of_lm_evals_own_tasks():
     suite.plan(suite.Suite(("no_such_task",)))
   with pytest.raises(UserError, match="lambada_openai' cannot be had .+; go online"):
     suite.plan(suite.Suite(("lambada_openai",)))
+
+
+def test_tasks_that_run_code_or_show_images_are_refused_before_anything_runs(monkeypatch):
+  manager = types.SimpleNamespace(
+      all_tasks=["coded", "shown"],
+      load=lambda names: {"tasks": {names[0]: types.SimpleNamespace(**{dict(coded="UNSAFE_CODE", shown="MULTIMODAL")[
+          names[0]]: True})}},
+  )  # fmt: skip
+  monkeypatch.setattr(tasks, "_manager", lambda: manager)
+  for name in manager.all_tasks:
+    with pytest.raises(UserError, match=f"{name}' runs code of the model or shows images; leave it out"):
+      suite.plan(suite.Suite((name,)))
+
+
+def test_numbers_given_twice_count_once():
+  assert command._numbers("depths", "0.5,0.50,1", float) == (0.5, 1.0)
 
 
 def test_without_lm_eval_the_command_says_what_to_install(capsys, monkeypatch):

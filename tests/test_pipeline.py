@@ -177,6 +177,18 @@ def test_scores_that_are_complete_are_kept_however_late_the_run_was_killed(finis
   assert not left.exists() and before.stat().st_mtime_ns == after.stat().st_mtime_ns
 
 
+def test_a_file_that_is_needed_no_more_may_be_out_of_sight_but_not_changed(model_directory, tmp_path):
+  config, text = tiny_run(model_directory), tmp_path / "text.txt"
+  config.evaluation.perplexity_path = str(text)
+  text.write_text("The quick brown fox jumps over the lazy dog. " * 10)
+  pipeline.run(config, str(tmp_path / "run"), ("data",))
+  text.rename(tmp_path / "elsewhere.txt")
+  pipeline.run(config, str(tmp_path / "run"), ("data",))
+  text.write_text("Another text.")
+  with pytest.raises(UserError, match="was made with content of evaluation.perplexity_path="):
+    pipeline.run(config, str(tmp_path / "run"), ("data",))
+
+
 def test_two_runs_do_not_share_a_directory(model_directory, tmp_path):
   with alone_in(tmp_path), pytest.raises(UserError, match="Another run is writing to .*; wait for its end, or give an"):
     pipeline.run(tiny_run(model_directory), str(tmp_path), pipeline.STAGES[:1])

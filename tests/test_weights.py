@@ -175,6 +175,15 @@ def test_harmless_extras_are_ignored(tmp_path):
   jax.tree.map(np.testing.assert_array_equal, load_params(tmp_path, ModelConfig.from_hf(hf)), plain)
 
 
+def test_a_head_of_its_own_where_the_config_ties_it_is_refused(tmp_path):
+  hf = HF | dict(tie_word_embeddings=True)
+  head = write(tmp_path, hf)["model.embed_tokens.weight"].copy()
+  head[-1, -1] += 1
+  write(tmp_path, hf, **{"lm_head.weight": head})
+  with pytest.raises(UserError, match="lm_head.weight of its own.*set tie_word_embeddings to false"):
+    load_params(tmp_path, ModelConfig.from_hf(hf))
+
+
 @pytest.mark.parametrize(
     "changes, named",
     [

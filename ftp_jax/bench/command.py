@@ -46,9 +46,9 @@ def run(arguments: argparse.Namespace) -> None:
       raise
     raise UserError("the device is out of memory; lower --batch or --context.") from error
   print(records.format_table(found))
-  _write(machine, found, settings)
   if settings.kind == "crossover":
     _report_crossover(crossover.write(found, settings, machine), settings)
+  _write(machine, found, settings)
 
 
 def _torch(model: Model, settings: Settings) -> contextlib.AbstractContextManager[TorchDense | None]:

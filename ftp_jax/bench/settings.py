@@ -5,7 +5,7 @@ import dataclasses
 import pathlib
 from collections.abc import Callable, Sequence
 
-from ftp_jax.errors import UserError
+from ftp_jax.errors import UserError, check_target
 from ftp_jax.models.sources import DTYPES
 from ftp_jax.routing.config import KV_MODES
 
@@ -80,6 +80,8 @@ def read(arguments: argparse.Namespace) -> Settings:
     raise UserError("bench crossover measures an artifact; name its directory with --artifact=DIR.")
   if kind == "overhead" and arguments.router == "static":
     raise UserError("bench overhead measures what decides, and a static router decides nothing; use --router=dynamic.")
+  if arguments.artifact == "":
+    raise UserError("--artifact= has an empty name; give its directory, or leave it out for a built-in schedule.")
   artifact = tuple(dict.fromkeys(arguments.artifact.split(","))) if arguments.artifact else ()
   if kind == "crossover" and len(artifact) > 1:
     raise UserError("bench crossover writes into one artifact; give a single --artifact=DIR.")
@@ -105,10 +107,8 @@ def read(arguments: argparse.Namespace) -> Settings:
   if json and json.suffix == ".png":
     raise UserError(f"--json={json} would be taken for a plot; let it end in .json.")
   for name, path in (("json", json), ("plot", plot)):
-    if path and not path.absolute().parent.is_dir():
-      raise UserError(f"--{name}={path} lies in no existing directory; create {path.parent} first.")
-    if path and path.is_dir():
-      raise UserError(f"--{name}={path} is a directory; name a file.")
+    if path:
+      check_target(path, name)
   if json and not plot and kind in PLOTTED:
     plot = json.with_suffix(".png")
   return Settings(

@@ -197,6 +197,8 @@ class Engine:
     """
     _check_options(dtype, options.get("fallback", "auto"), options.get("attention", "auto"))
     _check_tensor(tensor)
+    if artifact == "":
+      raise UserError("The artifact has an empty name; give its directory, or none at all for the dense model.")
     loaded = load_artifact(artifact) if artifact else None  # first: a wrong name shows before the weights are read
     shardings = functools.partial(_shardings, tensor) if tensor > 1 else None
     return cls(load_model(source, dtype, shardings), loaded, dtype=dtype, **options)

@@ -30,6 +30,7 @@ SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 MAX_SHARD_BYTES = 2 * 10**9
 PIECE_SIZE = 4 * 2**20  # values that are read, cast and sent to a device at once
+_COMPARED_ROWS = 256  # of an output head that should be the embedding
 
 # Path in our tree -> name in the checkpoint. Kernels are (in, out) here and (out, in) there.
 _TABLE = {
@@ -141,6 +142,14 @@ def _check(config: ModelConfig, leaves: Sequence[_Leaf], slices: dict[str, Any],
       raise UserError(
           f"{name} is stored as {tensor.get_dtype()}, but only {', '.join(_FLOATS)} are read; "
           "use the unquantised model."
+      )
+  if optional.keys() & present.keys():
+    rows = np.unique(np.linspace(0, config.vocab_size - 1, _COMPARED_ROWS).astype(int))
+    head, embedding = present["lm_head.weight"], present["model.embed_tokens.weight"]
+    if any(head[int(i) : int(i) + 1].tobytes() != embedding[int(i) : int(i) + 1].tobytes() for i in rows):
+      raise UserError(
+          f"{directory} holds an lm_head.weight of its own, although config.json says that it is the embedding; set "
+          "tie_word_embeddings to false there."
       )
 
 

@@ -110,8 +110,10 @@ class Pipeline:
             "model.source": c.model.source,
             "data": c.data,
             "evaluation": {k: v for k, v in c.evaluation.items() if k.startswith("perplexity")},
-            "content of data.path": checks.digest(c.data.path),
-            "content of evaluation.perplexity_path": checks.digest(c.evaluation.perplexity_path),
+            "content of data.path": self.content("data.path", c.data.path),
+            "content of evaluation.perplexity_path": self.content(
+                "evaluation.perplexity_path", c.evaluation.perplexity_path
+            ),
         },
         "importance": {
             "model.dtype": c.model.dtype,
@@ -134,6 +136,13 @@ class Pipeline:
     for name in STAGES[: STAGES.index(stage) + 1]:
       merged |= flatten(own[name])
     return merged
+
+  def content(self, key: str, path: str) -> str:
+    """Hash of a file of the data stage; what it was where the file is out of sight and the stage needs it no more."""
+    found, stage = checks.digest(path), self.workdir / "data"
+    if found or not (stage / stages_lib.DONE).exists():
+      return found
+    return read_json(stage / stages_lib.SETTINGS).get(f"content of {key}", "")
 
   def check(self) -> None:
     """Raises UserError if any stage that exists was begun with other settings, before anything is written."""

@@ -141,7 +141,16 @@ class EngineLM(TemplateLM):
     return answers
 
   def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-    """Log-likelihood (nats) of whole texts, every window behind a context of one token."""
+    """Log-likelihood (nats) of whole texts, every window behind a context of one token.
+
+    Raises:
+      UserError: the tokens of texts should skip, but a context of one token is below the artifact's crossover.
+    """
+    if self.engine.execution.spec.routing.decode_sparsity and not self.engine.prunes(1) and self.engine.crossover:
+      raise UserError(
+          "Texts stand behind a context of one token, which is below the artifact's crossover, so that none of their "
+          "tokens would skip; set --fallback=never, or --decode-sparsity=0."
+      )
     pairs, scored, owner = [], [], []
     for index, request in enumerate(requests):
       windows = get_rolling_token_windows(self.tok_encode(request.args[0]), self.prefix_token_id, self.max_length, 1)

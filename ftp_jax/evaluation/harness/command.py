@@ -83,6 +83,6 @@ def _numbers(name: str, text: str | None, kind: type) -> tuple[Any, ...] | None:
   if text is None:
     return None
   try:
-    return tuple(kind(part) for part in text.split(","))
+    return tuple(dict.fromkeys(kind(part) for part in text.split(",")))
   except ValueError:
     raise UserError(f"--{name}={text} must be numbers with commas between.") from None

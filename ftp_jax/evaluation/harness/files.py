@@ -64,7 +64,7 @@ def read_items(path: str) -> ItemFile:
       raise UserError(f"{where} is a {found!r} item, but those before it are {kind!r}; put them into two files.")
     kind = found
     _check(kind, record, where)
-    name = str(record.get("id", number))
+    name = str(number if record.get("id") is None else record["id"])
     if name in lines:
       raise UserError(f"{where} has the id {name!r} of {lines[name]}; give every item an id of its own, or none any.")
     lines[name] = where

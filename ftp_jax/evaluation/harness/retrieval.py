@@ -76,13 +76,14 @@ def _document(encode, length: int, depth: float, n: int, seed: int) -> Item:
   statements = [f" The number of the {name} is {key}." for name, key in zip(names, keys)]
   question = f"\n\nQuestion: What is the number of the {names[0]}?\nAnswer: The number of the {names[0]} is"
   size = lambda text: len(encode(text))
-  room = length - size("Here is a story." + "".join(statements) + question)
+  opening = "Here is a story."
+  room = length - size(opening + "".join(statements) + question)
   if room < 0:
     raise UserError(f"Retrieval contexts of {length} tokens have no room for the statements; ask for longer --lengths.")
   filler, sizes = [], []
   while True:
     sentence = f" {pick(_WHEN)} {pick(_WHO)} {pick(_WHAT)}, {pick(_AND)}."
-    cost = size(sentence)
+    cost = size(opening + sentence) - size(opening)  # without what a tokenizer puts before a text
     if sum(sizes) + cost > room:
       break
     filler.append(sentence)

@@ -72,6 +72,8 @@ def plan(wanted: Suite) -> list[Job]:
     raise UserError(f"--limit={wanted.limit} must be at least 1.")
   if wanted.shots is not None and wanted.shots < 0:
     raise UserError(f"--shots={wanted.shots} must be at least 0.")
+  if wanted.seed < 0:
+    raise UserError(f"--seed={wanted.seed} must be at least 0.")
   if not wanted.tasks:
     raise UserError("There is no task; name some with --tasks=arc_easy,retrieval,FILE.jsonl.")
   jobs = [job for name in wanted.tasks for job in _plan_one(name, wanted)]

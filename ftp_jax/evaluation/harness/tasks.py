@@ -149,7 +149,9 @@ def hub_tasks(name: str, shots: int | None, seed: int) -> dict[str, Task]:
         f"The data of lm-eval's task {name!r} cannot be had ({reason}); go online, or read items from --data=DIR or "
         "from a file named by its path."
     ) from None
-  for task in tasks.values():
+  for task_name, task in tasks.items():
+    if getattr(task, "UNSAFE_CODE", False) or getattr(task, "MULTIMODAL", False):
+      raise UserError(f"lm-eval's task {task_name!r} runs code of the model or shows images; leave it out.")
     default = task.get_config("num_fewshot")
     if default is None or (shots is not None and default != 0):  # a task that says 0 has no examples
       task.set_config("num_fewshot", shots or 0)
