@@ -145,8 +145,8 @@ def _check(config: ModelConfig, leaves: Sequence[_Leaf], slices: dict[str, Any],
       )
   if optional.keys() & present.keys():
     rows = np.unique(np.linspace(0, config.vocab_size - 1, _COMPARED_ROWS).astype(int))
-    head, embedding = present["lm_head.weight"], present["model.embed_tokens.weight"]
-    if any(head[int(i) : int(i) + 1].tobytes() != embedding[int(i) : int(i) + 1].tobytes() for i in rows):
+    row = lambda name, i: present[name][i : i + 1].astype(np.float32)  # they may be stored in different types
+    if any((row("lm_head.weight", i) != row("model.embed_tokens.weight", i)).any() for i in rows.tolist()):
       raise UserError(
           f"{directory} holds an lm_head.weight of its own, although config.json says that it is the embedding; set "
           "tie_word_embeddings to false there."

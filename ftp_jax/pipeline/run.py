@@ -262,9 +262,7 @@ class Pipeline:
         "influence": lambda: schedules.from_importance(
             read_json(self.workdir / "importance" / "influence.json"), sparsity, largest
         ),
-        "fisher": lambda: guide.fisher_schedule(
-            self.fisher, self.prompts("train").context, sparsity, first
-        ),
+        "fisher": lambda: guide.fisher_schedule(self.fisher, self.prompts("train").context, sparsity, first),
         "file": lambda: checks.schedule_file(s.schedule_path, blocks, sparsity, s.grid),
     }[name]()
     return schedules.to_units(real, sparsity, s.grid, s.max_sparsity, first)
