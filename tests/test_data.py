@@ -397,6 +397,7 @@ BAD_FILES = {
     "missing": (None, "cannot be read"),
     "empty": ("", "holds no records"),
     "bad line": ('{"context": "a", "continuation": "b"}\n\n{"context": \n', "^Line 3 of .*x.jsonl is not JSON"),
+    "nested too deep": ("[" * 200_000 + "\n", "^Line 1 of .*x.jsonl is not JSON"),
     "not an object": ("[1]\n", "^Line 1 of .* is not a JSON object"),
     "other fields": ('{"question": "a", "reply": "b"}\n', "^Line 1 of .* has the fields question, reply; rename"),
     "wrong type": ('{"context": 3, "continuation": "b"}\n', "^Line 1 of .* has 'context' of type int"),

@@ -289,6 +289,11 @@ def test_a_schedule_file_must_have_the_mean_that_is_asked(finished, model_direct
   shutil.rmtree(copy / "S0.25")
   pipeline.run(config, str(copy), ("search",))
   assert json.loads((copy / "S0.25" / "seed0" / "search" / "schedule.json").read_text()) == [0.0, 0.25, 0.5, 0.25]
+  file.unlink()  # the finished search needs it no more
+  pipeline.run(config, str(copy), ("search",))
+  file.write_text("[0.25, 0.25, 0.25, 0.25]")
+  with pytest.raises(UserError, match="content of search.schedule_path"):
+    pipeline.run(config, str(copy), ("search",))
 
 
 def test_a_damaged_stage_file_is_named(finished, model_directory, tmp_path):

@@ -145,8 +145,8 @@ def read_jsonl(path: str) -> list[tuple[str, dict[str, Any]]]:
       continue
     try:
       record = json.loads(line)
-    except json.JSONDecodeError as error:
-      raise UserError(f"Line {number} of {path} is not JSON ({error.msg}); write one JSON object a line.") from None
+    except (ValueError, RecursionError) as error:  # the second: nested too deep
+      raise UserError(f"Line {number} of {path} is not JSON ({error}); write one JSON object a line.") from None
     if not isinstance(record, dict):
       raise UserError(f"Line {number} of {path} is not a JSON object; write one JSON object a line.")
     try:

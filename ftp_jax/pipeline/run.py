@@ -14,7 +14,7 @@ import functools
 import json
 import pathlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -110,10 +110,8 @@ class Pipeline:
             "model.source": c.model.source,
             "data": c.data,
             "evaluation": {k: v for k, v in c.evaluation.items() if k.startswith("perplexity")},
-            "content of data.path": self.content("data.path", c.data.path),
-            "content of evaluation.perplexity_path": self.content(
-                "evaluation.perplexity_path", c.evaluation.perplexity_path
-            ),
+            **self.content("data.path", [self.workdir / "data"]),
+            **self.content("evaluation.perplexity_path", [self.workdir / "data"]),
         },
         "importance": {
             "model.dtype": c.model.dtype,
@@ -126,7 +124,7 @@ class Pipeline:
         "search": {
             "routing": c.routing,
             "search": c.search,
-            "content of search.schedule_path": checks.digest(c.search.schedule_path),
+            **self.content("search.schedule_path", [self.cell(*cell) / "search" for cell in self.cells]),
         },
         "train": {"router": c.router, "train": {k: v for k, v in c.train.items() if k != "checkpoint_every"}},
         "finetune": {"finetune": c.finetune},
@@ -137,12 +135,17 @@ class Pipeline:
       merged |= flatten(own[name])
     return merged
 
-  def content(self, key: str, path: str) -> str:
-    """Hash of a file of the data stage; what it was where the file is out of sight and the stage needs it no more."""
-    found, stage = checks.digest(path), self.workdir / "data"
-    if found or not (stage / stages_lib.DONE).exists():
-      return found
-    return read_json(stage / stages_lib.SETTINGS).get(f"content of {key}", "")
+  def content(self, key: str, readers: Sequence[pathlib.Path]) -> dict[str, str]:
+    """Hash of the file that a config key names; where it is out of sight, as a stage of `readers` that is done has it.
+
+    A stage that is not done will need the file and say so.
+    """
+    section, name = key.split(".")
+    named, found = f"content of {key}", checks.digest(self.config[section][name])
+    done = [stage for stage in readers if (stage / stages_lib.DONE).exists()]
+    if not found and done:
+      found = read_json(done[0] / stages_lib.SETTINGS).get(named, "")
+    return {named: found}
 
   def check(self) -> None:
     """Raises UserError if any stage that exists was begun with other settings, before anything is written."""
