@@ -76,7 +76,8 @@ def table(out: pathlib.Path) -> str:
     moved = sum(total["bytes"] for total in record.get("collectives", {}).values())
     flops = record["flops"]
     cells = (
-        model, topology, record["chips"], record["batch"], f"{needs / 2**30:.1f} of {limit / 2**30:.2f}",
+        model, topology, record["chips"], record["batch"],
+        f"{needs / 2**30:.1f} of {limit / 2**30:.2f}" if needs else f"more than {limit / 2**30:.2f}",
         "yes" if record["fits"] else "no", f"{flops['chip'] / 1e12:.0f}", f"{flops['forwards']:.3f}",
         f"{moved / 2**30:.1f}" if held else "",
     )  # fmt: skip

@@ -31,6 +31,7 @@ _GROUPS = flags.DEFINE_integer("groups", 3, "Key and value heads.")
 _DIM = flags.DEFINE_integer("dim", 64, "Size of a head.")
 _RUNS = flags.DEFINE_integer("runs", 5, "Timed calls of each.", lower_bound=1)
 _JSON = flags.DEFINE_string("json", "", "File to write the figures to.")
+_KERNEL = flags.DEFINE_boolean("kernel", True, "Fail where XLA's attention is all that ran.")
 # Share of the positions that are keys, of the keys that are queries (0: the last alone), and whether they are the same.
 _CASES = {
     "all tokens": (1.0, 1.0, True),
@@ -107,6 +108,8 @@ def main(argv) -> None:
   if _JSON.value:
     with open(_JSON.value, "w", encoding="utf-8") as file:
       json.dump({"machine": describe_machine(), "records": records}, file, indent=2)
+  if _KERNEL.value and all(r["kernel"] == "xla" for r in records):
+    sys.exit("kernel_parity: no kernel but XLA's attention ran; install jax for this accelerator, or set --nokernel.")
   failed = [r for r in records if not r["finite"] or not r["kernel_difference"] <= 2 * r["xla_difference"]]
   if failed:
     sys.exit(f"kernel_parity: {len(failed)} of {len(records)} cases differ from XLA's attention.")

@@ -31,14 +31,14 @@ from absl import app, flags
 from safetensors import safe_open
 
 from ftp_jax import sharding
-from ftp_jax.errors import UserError
+from ftp_jax.errors import UserError, check_target
 from ftp_jax.models import decoder, placement
 from ftp_jax.models.config import ModelConfig
 from ftp_jax.models.huggingface import checkpoint_files, load_params, write_checkpoint
 from ftp_jax.models.sources import DTYPES
 
 _DIRECTORY = flags.DEFINE_string("directory", None, "Where the checkpoint is, or is to be written.", required=True)
-_CASES = flags.DEFINE_list("cases", ["unsharded", "1", "2", "staged"], "Which to measure.")
+_CASES = flags.DEFINE_list("cases", ["unsharded", "1", "2", "staged"], "Which of these to measure.")
 _DTYPE = flags.DEFINE_enum("dtype", "bfloat16", list(DTYPES), "Of the loaded parameters; the files are bfloat16.")
 _HIDDEN = flags.DEFINE_integer("hidden", 2048, "Hidden size of the checkpoint to write.")
 _INTERMEDIATE = flags.DEFINE_integer("intermediate", 5632, "Its MLP size.")
@@ -48,6 +48,7 @@ _SLACK = flags.DEFINE_integer("slack_bytes", 0, "Added to the bound: what is no 
 _JSON = flags.DEFINE_string("json", "", "File to write the figures to.")
 _WORKER = flags.DEFINE_string("worker", "", "Internal: case, process and port of a measured process.")
 
+_ALL = ("unsharded", "1", "2", "staged")
 _DEVICES = 4
 _HEAD_DIM = 64
 _SAMPLER = """
@@ -206,7 +207,13 @@ def main(_):
       "tie_word_embeddings": False,
   }
   try:
+    if unknown := set(_CASES.value) - set(_ALL):
+      raise UserError(f"--cases names {', '.join(sorted(unknown))}, which is unknown; choose of {', '.join(_ALL)}.")
+    if _JSON.value:
+      check_target(pathlib.Path(_JSON.value))
     if not (directory / "config.json").is_file():
+      if _HIDDEN.value % _HEAD_DIM or heads % hf["num_key_value_heads"]:
+        raise UserError(f"--hidden={_HIDDEN.value} must be 128, 256 or a multiple of 512.")
       write_random(directory, hf)
     files = checkpoint_files(directory)
     rows = [figures for case in _CASES.value for figures in run_case(case)]

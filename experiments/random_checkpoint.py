@@ -29,6 +29,8 @@ _ARCHITECTURE = flags.DEFINE_enum("architecture", "llama2-7b", list(ARCHITECTURE
 _TOKENIZER = flags.DEFINE_string("tokenizer", "smollm2-135m", "Model source whose tokenizer is copied.")
 _OUT = flags.DEFINE_string("out", None, "Directory to write.", required=True)
 
+_FILES = ("tokenizer.json", "tokenizer_config.json")
+
 
 def write(architecture: str, tokenizer: pathlib.Path, out: pathlib.Path) -> None:
   """Writes weights, `config.json` and tokenizer.
@@ -39,12 +41,13 @@ def write(architecture: str, tokenizer: pathlib.Path, out: pathlib.Path) -> None
   Raises:
     UserError: `out` holds weights, or the disk refuses.
   """
-  if not (tokenizer / "tokenizer.json").exists():
-    raise UserError(f"{tokenizer} has no tokenizer.json; name another --tokenizer.")
+  for file in _FILES:
+    if not (tokenizer / file).exists():
+      raise UserError(f"{tokenizer} has no {file}; name another --tokenizer.")
   if out.exists() and any(out.iterdir()):
     raise UserError(f"{out} is not empty; name another --out.")
   out.mkdir(parents=True, exist_ok=True)
-  for file in ("tokenizer.json", "tokenizer_config.json"):
+  for file in _FILES:
     shutil.copy(tokenizer / file, out / file)
   hf = ARCHITECTURES[architecture] | {"dtype": "bfloat16"}
   (out / "config.json").write_text(json.dumps(hf))  # what transformers takes for the tokenizer depends on it

@@ -322,8 +322,14 @@ def main() -> int:
   if arguments.worker:
     return worker(arguments)
 
+  from ftp_jax.errors import UserError, check_target
   from ftp_jax.machine import describe_machine
 
+  if arguments.json:
+    try:
+      check_target(arguments.json)  # known now, not after the kills
+    except UserError as error:
+      sys.exit(f"survival: {error}")
   with tempfile.TemporaryDirectory() as directory:
     runs = [
         experiment(processes, arguments.kills, arguments.seed, pathlib.Path(directory) / str(processes))
@@ -339,6 +345,7 @@ def main() -> int:
     print(f"{result['processes']} process(es): {count} kills, {result['saves_cut_short']} within a save, "
           f"{result['identical']} resumed to the bit" + (f"; others ended within {max(others)} s" if others else ""))
     failures += count - result["identical"]
+    failures += sum(not all(record["others_said_why"]) for record in result["kills"])
   return 1 if failures else 0
 
 

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 
 from ftp_jax import distributed, launch
-from ftp_jax.errors import UserError, check_target
+from ftp_jax.errors import UserError, brief, check_target, out_of_memory
 
 _OVERRIDES = """\
 Every key of the config can be set: --config.train.steps=20 --config.sparsities="(0.3, 0.4)".
@@ -48,7 +48,11 @@ def main(argv: Sequence[str] | None = None) -> int:
   arguments, rest = parser.parse_known_args(argv)
   saves = arguments.command is _stages or (arguments.command is _eval and arguments.json)
   try:
-    return arguments.command(arguments, rest) or 0
+    if arguments.command is _stages:
+      return _stages(arguments, rest)
+    if rest:
+      raise UserError(f"the argument {rest[0]!r} is not understood; see ftp-jax {arguments.name} --help.")
+    return arguments.command(arguments) or 0
   except BaseException as error:
     ending = outcome(error, saves)
     if ending is None:
@@ -61,11 +65,11 @@ def outcome(error: BaseException, saves: bool = True) -> tuple[int, str] | None:
   """Exit status and sentence for what ended a command; None: a defect. `saves`: the command can go on."""
   saved = "; the same command goes on from the last saved state" if saves else ""
   if isinstance(error, UserError):
-    return 2, " ".join(str(error).split())
+    return 2, brief(error, most=None)
   if isinstance(error, OSError):  # a full or read-only disk, a path that is no directory
     reason = f"{error.filename or 'a file'}: {error.strerror or error}"
     return 2, f"{reason}; free space or choose another place."
-  if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in str(error):  # jax tells by the text alone
+  if out_of_memory(error):
     return 2, ("the device is out of memory; lower train.batch, search.batch or evaluation.batch, or set "
                "model.remat=full.")  # fmt: skip
   if isinstance(error, KeyboardInterrupt):
@@ -216,76 +220,57 @@ def _parser() -> argparse.ArgumentParser:
   return parser
 
 
-def _fetch(arguments: argparse.Namespace, rest: list[str]) -> None:
+def _fetch(arguments: argparse.Namespace) -> None:
   from ftp_jax.models.fetch import fetch
 
-  if rest:
-    raise UserError(f"the argument {rest[0]!r} is not understood; see ftp-jax fetch --help.")
   print(fetch(arguments.model, arguments.out))
 
 
-def _export(arguments: argparse.Namespace, rest: list[str]) -> None:
-  if rest:
-    raise UserError(f"the argument {rest[0]!r} is not understood; see ftp-jax export --help.")
-
+def _export(arguments: argparse.Namespace) -> None:
   from ftp_jax.export import pytorch
 
   print(pytorch.export(arguments.artifact, arguments.out, arguments.model, arguments.with_weights))
 
 
-def _generate(arguments: argparse.Namespace, rest: list[str]) -> None:
-  if rest:
-    raise UserError(f"the argument {rest[0]!r} is not understood; see ftp-jax generate --help.")
-
+def _generate(arguments: argparse.Namespace) -> None:
   from ftp_jax.inference import command
 
   command.run(arguments)
 
 
-def _bench(arguments: argparse.Namespace, rest: list[str]) -> None:
-  if rest:
-    raise UserError(f"the argument {rest[0]!r} is not understood; see ftp-jax bench --help.")
-
+def _bench(arguments: argparse.Namespace) -> None:
   from ftp_jax.bench import command
 
   command.run(arguments)
 
 
-def _eval(arguments: argparse.Namespace, rest: list[str]) -> None:
-  if rest:
-    raise UserError(f"the argument {rest[0]!r} is not understood; see ftp-jax eval --help.")
-
+def _eval(arguments: argparse.Namespace) -> None:
   from ftp_jax.evaluation.harness import command
 
   command.run(arguments)
 
 
-def _check(arguments: argparse.Namespace, rest: list[str]) -> int:
-  if rest:
-    raise UserError(f"the argument {rest[0]!r} is not understood; see ftp-jax compile-check --help.")
-
+def _check(arguments: argparse.Namespace) -> int:
   from ftp_jax.fit import command
 
   return command.run(arguments)
 
 
-def _lm_eval(arguments: argparse.Namespace, rest: list[str]) -> None:
-  if rest:
-    raise UserError(f"the argument {rest[0]!r} is not understood; see ftp-jax lm-eval --help.")
-
+def _lm_eval(arguments: argparse.Namespace) -> None:
   from ftp_jax.evaluation.harness import command
 
   command.check_installed()
   print(command.PLUGIN)
 
 
-def _stages(arguments: argparse.Namespace, rest: list[str]) -> None:
-  config, workdir = launch.load_config(arguments.config, arguments.workdir, rest)
+def _stages(arguments: argparse.Namespace, overrides: list[str]) -> int:
+  config, workdir = launch.load_config(arguments.config, arguments.workdir, overrides)
   target = pathlib.Path(arguments.json) if "json" in arguments and arguments.json else None
-  if target:
-    check_target(target)  # known now, not after an hour
   with distributed.together(launch.processes(arguments), outcome):
+    if target:  # known now, not after an hour; the first process alone will write it
+      distributed.on_first(lambda: check_target(target))
     _run_stages(arguments.name, config, workdir, target)
+  return 0
 
 
 def _run_stages(name: str, config, workdir: str, target: pathlib.Path | None) -> None:
@@ -298,11 +283,12 @@ def _run_stages(name: str, config, workdir: str, target: pathlib.Path | None) ->
     stages = stages[: stages.index(name) + 1]
   pipeline.run(config, workdir, stages)
 
+  if not distributed.is_first() or not (name == "evaluate" or target):
+    return
+
   from ftp_jax import report
   from ftp_jax.report import tables
 
-  if not distributed.is_first():
-    return
   if name == "evaluate":
     print(tables.format_table(report.results(workdir, config)["aggregated"]))
   if target:

@@ -117,7 +117,7 @@ def get_config() -> config_dict.ConfigDict:
 
 
 def paper_preset(config: config_dict.ConfigDict) -> config_dict.ConfigDict:
-  """Changes a config to the recipe of the paper (METHOD section 3); returns it."""
+  """Changes a config to the recipe of the paper (docs/method.md); returns it."""
   config.routing.kv_mode = "evict"
   config.routing.selection = "argmax"
   config.train.guide = "static"
@@ -153,9 +153,9 @@ def large_preset(config: config_dict.ConfigDict) -> config_dict.ConfigDict:
 
 
 def small_preset(config: config_dict.ConfigDict) -> config_dict.ConfigDict:
-  """Sizes for SmolLM2-135M on two CPU cores, with instructions of `../shared/data`; returns the config."""
+  """Sizes for SmolLM2-135M on two CPU cores, for files that docs/results.md names; returns the config."""
   config.data.source = "prompts"
-  config.data.path = "../shared/data/alpaca_5000.jsonl"
+  config.data.path = "alpaca_5000.jsonl"
   config.data.chat = True
   config.data.max_context = 64
   config.data.continuation = 16
@@ -171,7 +171,7 @@ def small_preset(config: config_dict.ConfigDict) -> config_dict.ConfigDict:
   config.train.validate_every = 8
   config.train.checkpoint_every = 8
   config.finetune.generations = 4
-  config.evaluation.perplexity_path = "../shared/data/wikitext2_valid.txt"
+  config.evaluation.perplexity_path = "wikitext2_valid.txt"
   config.evaluation.perplexity_windows = 4
   config.evaluation.redundancy_prompts = 50
   return config

@@ -21,7 +21,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from ftp_jax.errors import UserError
+from ftp_jax.errors import UserError, brief
 from ftp_jax.peers import LOST, Watch, deadline
 
 __all__ = ["LOST", "STOPPED", "Launch", "Stopped", "barrier", "from_first", "is_first", "num_processes", "of_first",
@@ -189,7 +189,7 @@ def _initialise(launch: Launch) -> None:
           shutdown_timeout_seconds=launch.peer_timeout,
       )
   except (RuntimeError, ValueError, OSError) as error:
-    reason = " ".join(str(error).split())[:200]
+    reason = brief(error, 200)
     raise UserError(apart.format(f" ({reason})")) from error
   state = _jax_state()
   _process.watch = Watch(
@@ -208,7 +208,7 @@ def _found_processes() -> int:
       try:
         return int(step) if step else cluster.get_process_count()
       except Exception as error:  # of the network: a TPU host asks a server of its cloud
-        reason = " ".join(str(error).split())[:160]
+        reason = brief(error)
         raise UserError(
             f"the {cluster.name} environment does not say how many processes there are ({reason}); give "
             "--distributed=off if there is one, or --coordinator, --num-processes and --process-id."

@@ -1,7 +1,9 @@
 """The one exception for mistakes a user can make: one sentence, with the fix."""
 
+import contextlib
 import os
 import pathlib
+from collections.abc import Iterator
 
 
 class UserError(Exception):
@@ -16,3 +18,24 @@ def check_target(path: pathlib.Path, flag: str = "json") -> None:
     raise UserError(f"--{flag}={path} is a directory; name a file.")
   if not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
     raise UserError(f"--{flag}={path} cannot be written; name a file in a directory of yours.")
+
+
+def brief(error: BaseException, most: int | None = 160) -> str:
+  """An error's message in one line, for a sentence of ours."""
+  return " ".join(str(error).split())[:most]
+
+
+def out_of_memory(error: BaseException) -> bool:
+  """Whether a device had no memory left, which jax tells by the text of its error alone."""
+  return isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
+
+
+@contextlib.contextmanager
+def short_of_memory(advice: str) -> Iterator[None]:
+  """Turns a device without memory into a UserError with this advice."""
+  try:
+    yield
+  except RuntimeError as error:
+    if not out_of_memory(error):
+      raise
+    raise UserError(f"The device is out of memory; {advice}.") from None

@@ -17,7 +17,7 @@ from ml_collections.config_flags import config_flags
 
 from ftp_jax.config import get_config
 from ftp_jax.distributed import Launch
-from ftp_jax.errors import UserError
+from ftp_jax.errors import UserError, brief
 
 DEFAULT = "quickstart"
 
@@ -138,7 +138,7 @@ def _override(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
   except flags.UnrecognizedFlagError as error:
     raise UserError(f"there is no option --{error.flagname}; see --help.") from error
   except flags.Error as error:
-    reason = " ".join(str(error).split())
+    reason = brief(error, None)
     raise UserError(f"{reason}; give --config.section.key=value with a value of its type.") from error
   if stray:
     raise UserError(f"the argument {stray[0]!r} is not understood; overrides read --config.section.key=value.")

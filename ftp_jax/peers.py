@@ -22,6 +22,8 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+from ftp_jax.errors import brief
+
 LOST = 75  # exit status: a process was lost; the same command on all hosts goes on (EX_TEMPFAIL of sysexits.h)
 _PERIOD = 1.0  # seconds between two looks
 _LINGER = 3 * _PERIOD  # how long a process that gives up stays, so that all others read why
@@ -85,7 +87,7 @@ class Watch:
           self._end_lost(lost)
     except Exception as error:  # calls fail when the service goes: at the end of the run, or with process 0
       if not self._over.is_set() and self._process_id == 0:
-        self._end(LOST, f"jax's coordination service failed ({_brief(error)}); start the same command again on all "
+        self._end(LOST, f"jax's coordination service failed ({brief(error)}); start the same command again on all "
                   "hosts, it goes on from the last saved state.")  # fmt: skip
 
   def _probe_first(self) -> None:
@@ -144,7 +146,3 @@ def _delay_abort() -> None:
   libc = ctypes.CDLL(None)
   libc.signal.argtypes, libc.signal.restype = (ctypes.c_int, ctypes.c_void_p), ctypes.c_void_p
   libc.signal(signal.SIGABRT, ctypes.cast(libc.sleep, ctypes.c_void_p))
-
-
-def _brief(error: Exception) -> str:
-  return " ".join(str(error).split())[:160]

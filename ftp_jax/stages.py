@@ -8,62 +8,20 @@ Of several processes only the first writes, and a stage begins and ends in all o
 """
 
 import contextlib
-import errno
 import json
 import os
 import pathlib
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, BinaryIO
+from typing import Any
 
 import filelock
 import numpy as np
 
 from ftp_jax import distributed
 from ftp_jax.errors import UserError
+from ftp_jax.files import replacing, writing
 
 SETTINGS, DONE, LOCK = "settings.json", "done", ".lock"
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
-
-def out_of_space(error: BaseException) -> bool:
-  """Whether a full disk, a quota or a limit of file sizes is what an error is about."""
-  # TensorStore, below Orbax, raises ValueError and keeps the reason in its text.
-  return getattr(error, "errno", None) in _FULL or any(os.strerror(code) in str(error) for code in _FULL)
-
-
-@contextlib.contextmanager
-def writing(path: str | os.PathLike) -> Iterator[None]:
-  """Turns a full disk into a UserError that names `path`."""
-  try:
-    yield
-  except Exception as error:
-    if not out_of_space(error):
-      raise
-    raise UserError(
-        f"There is no space left to write to {path}; free some and run again, the same command goes on from the last "
-        "saved state."
-    ) from error
-
-
-@contextlib.contextmanager
-def replacing(path: str | os.PathLike) -> Iterator[BinaryIO]:
-  """A file that becomes `path` when the body ends; until then, and if it fails or is killed, the old one stays.
-
-  Raises UserError if the disk is full; what was written so far is removed then.
-  """
-  path = pathlib.Path(path)
-  temporary = path.with_name(path.name + ".tmp")
-  try:
-    with writing(path):
-      path.parent.mkdir(parents=True, exist_ok=True)
-      with temporary.open("wb") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-      os.replace(temporary, path)
-  except BaseException:
-    temporary.unlink(missing_ok=True)
-    raise
 
 
 def write_json(path: str | os.PathLike, value: Any) -> None:
@@ -166,21 +124,25 @@ def check_order(directories: Iterable[pathlib.Path]) -> None:
 
 def run_stage(
     directory: pathlib.Path,
-    settings: dict[str, Any],
+    settings: Callable[[], dict[str, Any]],
     work: Callable[[pathlib.Path], None],
     defaults: dict[str, Any] | None = None,
 ) -> None:
   """Runs `work(directory)` unless the stage is done. Raises as `check_stage`.
 
   With several processes the first decides whether there is anything to do, and none goes on to what reads the
-  stage before all have finished it.
+  stage before all have finished it. The others look at no file before: what is not there yet a shared file system
+  may take for missing long after it was written. So the first alone asks for the `settings`.
+
+  A stage that a user's mistake ends before it has made anything is not begun: the mended command has other settings.
   """
 
   def begin() -> bytes:
-    check_stage(directory, settings, defaults)
+    wanted = settings()
+    check_stage(directory, wanted, defaults)
     if (directory / DONE).exists():
       return b"done"
-    write_json(directory / SETTINGS, settings)
+    write_json(directory / SETTINGS, wanted)
     return b""
 
   def end() -> None:
@@ -189,6 +151,11 @@ def run_stage(
 
   if distributed.from_first(begin):
     return
-  work(directory)
+  try:
+    work(directory)
+  except UserError:
+    if distributed.is_first() and [path.name for path in directory.iterdir()] == [SETTINGS]:
+      (directory / SETTINGS).unlink()
+    raise
   distributed.barrier()
   distributed.on_first(end)

@@ -381,12 +381,15 @@ ALL = ("truncation", "random", "static", "late", "late_maps", "fastv", "shortgpt
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_saved_and_loaded_gives_identical_scores(name, model, calibration, trained, tmp_path):
+def test_what_is_saved_is_what_is_loaded(name, model, calibration, trained, tmp_path):
   baseline = trained[name] if name in trained else baselines.build(name, model, 0.4, calibration, seed=2)
   baselines.save(baseline, tmp_path)
   loaded = baselines.load(tmp_path, model)
+  assert type(loaded) is type(baseline) and loaded.facts == baseline.facts
   assert (loaded.name, loaded.sparsity, loaded.seed) == (name, baseline.sparsity, baseline.seed)
-  np.testing.assert_array_equal(scores(loaded.engine), scores(baseline.engine))
+  jax.tree.map(np.testing.assert_array_equal, loaded.arrays, baseline.arrays)
+  if name in ("truncation", "shortgpt", "late_maps", "skipgpt"):  # one of each kind, of which each makes its engine
+    np.testing.assert_array_equal(scores(loaded.engine), scores(baseline.engine))
 
 
 def test_a_cell_is_built_once(model, yardstick, calibration, tmp_path, monkeypatch):

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 
+import jax
 import numpy as np
 import pytest
 
@@ -77,7 +78,6 @@ TPU["MEGASCALE_NUM_SLICES"] = "1"  # or jax asks the cloud
     ({"OMPI_MCA_orte_hnp_uri": "1.0;tcp://10.0.0.1:9", "OMPI_COMM_WORLD_SIZE": "3"}, False, 3),
 ])  # fmt: skip
 def test_the_environment_says_how_many_processes_there_are(monkeypatch, environment, tpu, count):
-  import jax
   from jax._src.clusters import cloud_tpu_cluster
 
   calls = []
@@ -197,20 +197,46 @@ d.barrier()
   )  # fmt: skip
 
 
-@pytest.mark.parametrize("error, status, reason", [
-    ('UserError("lower train.learning_rate.")', 2, "lower train.learning_rate."),
-    ('ValueError("a defect")', 1, "ValueError, see its traceback."),
-    ("d.Stopped()", 143, "stopped by SIGTERM; the same command goes on from the last saved state."),
-])
-def test_an_error_in_one_process_ends_all_with_its_reason(error, status, reason):
-  found = ends(start(f"""
+def test_an_error_in_one_process_ends_all_with_its_reason():
+  found = ends(start("""
 if i == 1:
-  raise {error}
+  raise UserError("lower train.learning_rate.")
 d.barrier()
 """))
-  assert [ended[0] for ended in found] == [status, status], found
-  assert f"ftp-jax: process 1 of 2 ended, and so does this one: {reason}\n" in found[0][2]
-  assert ("a defect" if status == 1 else reason) in found[1][2]
+  assert [ended[0] for ended in found] == [2, 2], found
+  assert "ftp-jax: process 1 of 2 ended, and so does this one: lower train.learning_rate.\n" in found[0][2]
+  assert "ftp-jax: lower train.learning_rate.\n" in found[1][2]
+
+
+@pytest.mark.parametrize("error, status, reason, said", [
+    (UserError("lower train.learning_rate."), 2, "lower train.learning_rate.", "ftp-jax: lower train.learning_rate.\n"),
+    (Stopped(), 143, "stopped by SIGTERM; the same command goes on from the last saved state.",
+     "ftp-jax: stopped by SIGTERM; "),
+    (KeyboardInterrupt(), 130, "stopped; the same command goes on from the last saved state.", "ftp-jax: stopped; "),
+    (ValueError("a defect"), 1, "ValueError, see its traceback.", "ValueError: a defect\n"),
+    (jax.errors.JaxRuntimeError("a peer is gone"), 1, "JaxRuntimeError, see its traceback.",
+     "JaxRuntimeError: a peer is gone\n"),
+])  # fmt: skip
+def test_each_kind_of_error_has_its_status_and_its_reason_for_the_others(
+    monkeypatch, capsys, error, status, reason, said
+):
+  calls = []
+
+  class Watch:
+    def wait_for_verdict(self):
+      calls.append("waited")
+
+    def give_up(self, *arguments):
+      calls.append(arguments)
+      raise SystemExit
+
+  monkeypatch.setattr(distributed._process, "watch", Watch())
+  with pytest.raises(SystemExit), distributed.together(Launch(mode="off"), cli.outcome):
+    raise error
+  waited = ["waited"] if isinstance(error, jax.errors.JaxRuntimeError) else []  # a lost process may be behind it
+  assert calls == [*waited, (status, reason)]
+  err = capsys.readouterr().err
+  assert said in err and ("Traceback" in err) == (status == 1)
 
 
 @pytest.mark.parametrize("i", [0, 1])
@@ -261,34 +287,24 @@ def test_sigterm_waits_for_work_that_saves():
 # --- kills -----------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-  return tmp_path_factory.mktemp("runs")  # compiled programs lie beside the runs
+def test_a_run_of_two_that_is_killed_and_then_stopped_ends_as_if_nothing_had_been(tmp_path):
+  """One process killed within a save, then the other one told to stop; tests/test_training.py kills a run of one."""
+  whole, killed = tmp_path / "whole", tmp_path / "killed"
+  undisturbed = survival.run(whole, 2, light=True)
+  assert undisturbed.statuses == [0, 0], undisturbed.stderr
 
+  ended = survival.run(killed, 2, survival.Kill("save train", 4, 0.01, 0), light=True)
+  assert ended.statuses == [-signal.SIGKILL, distributed.LOST], ended.stderr
+  assert "process 0 of 2 was lost" in ended.stderr[1]
+  assert ended.after_kill[1] < survival.PEER_TIMEOUT + 10
 
-@pytest.mark.parametrize("processes, kills", [
-    (1, [("search", 6, 0.001, 0, 9), ("save train", 4, 0.01, 0, 9), ("train", 8, 0.001, 0, 9)]),
-    (2, [("save train", 4, 0.01, 0, 9), ("train", 8, 0.0, 1, 15)]),
-])  # fmt: skip
-def test_a_run_that_is_killed_again_and_again_ends_as_if_nothing_had_been(runs, processes, kills):
-  whole, killed = runs / f"whole{processes}", runs / f"killed{processes}"
-  undisturbed = survival.run(whole, processes, light=True)
-  assert undisturbed.statuses == [0] * processes, undisturbed.stderr
-  for kill in (survival.Kill(*kill) for kill in kills):
-    ended = survival.run(killed, processes, kill, light=True)
-    if kill.signal == signal.SIGTERM:
-      assert ended.statuses == [distributed.STOPPED] * processes, ended.stderr
-      # The save of the step where all stopped is whole: no process left before the first had written it.
-      steps = [int(path.name) for path in killed.glob("**/checkpoints/*") if path.name.isdigit()]
-      assert max(steps) >= kill.count
-      continue
-    assert ended.statuses[kill.victim] == -signal.SIGKILL, ended.stderr
-    for other in set(range(processes)) - {kill.victim}:
-      assert ended.statuses[other] == distributed.LOST, ended.stderr
-      assert f"process {kill.victim} of 2 was lost" in ended.stderr[other]
-      assert ended.after_kill[other] < survival.PEER_TIMEOUT + 10
-  resumed = survival.run(killed, processes, light=True)
-  assert resumed.statuses == [0] * processes, resumed.stderr
+  ended = survival.run(killed, 2, survival.Kill("train", 8, 0.0, 1, signal.SIGTERM), light=True)
+  assert ended.statuses == [distributed.STOPPED] * 2, ended.stderr
+  # The save of the step where all stopped is whole: no process left before the first had written it.
+  assert max(int(path.name) for path in killed.glob("**/checkpoints/*") if path.name.isdigit()) >= 8
+
+  resumed = survival.run(killed, 2, light=True)
+  assert resumed.statuses == [0, 0], resumed.stderr
   assert survival.fingerprint(killed) == survival.fingerprint(whole)
   told = [name for _, name in resumed.events]
   assert "search" not in told and told.count("train") < 24  # it did go on, and not from the start

@@ -5,6 +5,7 @@ import functools
 import json
 import re
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +24,7 @@ from ftp_jax.routing.config import RouterConfig, RoutingConfig
 from tests import tiny
 
 LARGE = ("llama2-7b", "llama2-13b", "llama3-8b", "qwen1.5-7b")
+PARTS = ("arguments", "outputs", "temporaries", "code")  # of what a chip holds
 # Heads that 4 devices divide, keys and values that they have to repeat, and a vocabulary for all 8.
 SMALL = tiny.config(vocab_size=96, head_dim=16, num_blocks=2, tie_embeddings=False)
 
@@ -214,11 +216,11 @@ def test_candidates_over_data_run_the_kernel_on_their_own_devices(kernel, reques
 
 
 def test_attention_is_chosen_by_backend_and_need(monkeypatch):
-  choose = lambda attention="auto", config=SMALL, kv="project", positions=128: masked.choose_attention(
-      attention, config, RoutingConfig(kv), positions
+  choose = lambda attention="auto", config=SMALL, kv="project", positions=128, **options: masked.choose_attention(
+      attention, config, RoutingConfig(kv), positions, **options
   )
   windowed = dataclasses.replace(SMALL, sliding_window=16)
-  assert choose() == "full" and choose("splash") == "splash"
+  assert choose() == "full" and choose("splash") == "splash" and choose(backend="tpu") == "splash"
   monkeypatch.setattr(kernels, "backend_name", lambda: "tpu")
   assert choose() == "splash" and choose("full") == "full"
   for change in (dict(kv="evict"), dict(positions=100), dict(config=windowed)):
@@ -357,7 +359,8 @@ def test_a_training_step_is_compiled_for_a_tpu(model, tmp_path, capsys):
   held = record["memory"]
   assert record["fits"] and record["attention"] == "splash" and record["chips"] == 4
   assert held["limit"] == int(15.75 * 2**30) and 0 < held["peak"] < 2**27
-  assert held["peak"] == held["arguments"] + held["outputs"] + held["temporaries"] + held["code"] - held["aliased"]
+  assert held["beside"] == 0
+  assert held["peak"] == sum(held[part] for part in PARTS) - held["aliased"]
   assert sum(total["bytes"] for total in record["collectives"].values()) > 0
   assert record["unknown_loops"] == 0 and record["involuntary_rematerializations"] == 0
 
@@ -374,6 +377,10 @@ def test_a_step_of_the_guided_warm_up_splits_its_rows_and_recomputes_its_states(
   more = held["double"]["arguments"] - held["split"]["arguments"]  # four rows more on four chips
   assert states <= more < 1.5 * states
   assert held["kept"]["temporaries"] > held["split"]["temporaries"]
+  weights = sum(a.size * 2 for a in jax.tree.leaves(decoder.abstract_params(config)))
+  for own in held.values():  # the frozen model stays where it is meanwhile, on four chips
+    assert weights / 4 <= own["beside"] < 1.1 * weights / 4
+    assert own["peak"] == own["beside"] + sum(own[part] for part in PARTS) - own["aliased"]
 
 
 def test_what_does_not_fit_is_said_and_is_the_exit_status(model, capsys):
@@ -381,6 +388,21 @@ def test_what_does_not_fit_is_said_and_is_the_exit_status(model, capsys):
   assert check(model, "--batch=4096", "--context=2048", "--attention=full") == 1
   assert "does not fit: needs " in (out := capsys.readouterr().out)
   assert "of 15.75 GiB a chip" in out
+
+
+def test_a_kernel_without_room_is_no_lack_of_memory(monkeypatch):
+  case, mesh, _ = traced("llama2-7b", "search")
+
+  class Lowered:
+    def compile(self):
+      raise RuntimeError("RESOURCE_EXHAUSTED: Ran out of memory in memory space vmem. Used 20.10M of 16.00M vmem.")
+
+  nothing = types.SimpleNamespace(trace=types.SimpleNamespace(lower=Lowered))
+  monkeypatch.setattr(compiling, "flops", lambda *_: {})
+  monkeypatch.setattr(compiling, "gradients", lambda *_: [])
+  monkeypatch.setattr(programs, "trace", lambda *_: nothing)
+  with pytest.raises(cli.UserError, match="no room for a part of the program .*vmem.*; try --attention=full"):
+    compiling.compile_case(case, mesh, "v5e:4x4")
 
 
 @pytest.mark.parametrize("message, want", [

@@ -476,10 +476,9 @@ def test_coarse_widths_by_hand():
   assert sorted({coarse.continuation(n) for n in range(1, 600)}) == [1, 9, 17, 33, 65, 129, 257, 513, 769]
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_neither_routes_nor_scores_depend_on_widths(case):
-  """Capacities follow from a row's own context, whatever the plan of its width reserves."""
-  engine = build(**CASES[case])
+def test_neither_routes_nor_scores_depend_on_widths():
+  """Capacities follow from a row's own context, whatever the plan of its width reserves; see tests/test_bucketed.py."""
+  engine = build(**CASES["mistral_evict_skipping"])
   continuations, rows = prompts_of((5, 1, 12, 2), seed=1), [2, 0, 1, 0]
   fine, coarse = engine.prefill(PROMPTS), engine.prefill(PROMPTS, Padding(2, 40, 20))
   assert [prefix.groups[0].plan.num_positions for prefix in (fine, coarse)] == [18, 48]

@@ -13,7 +13,7 @@ import transformers
 from ftp_jax.errors import UserError
 from ftp_jax.models.attention import attend
 from ftp_jax.models.config import ModelConfig, RopeScaling
-from ftp_jax.models.decoder import REMAT, abstract_params, forward, init_params, logical_axes, product, unembed
+from ftp_jax.models.decoder import abstract_params, forward, init_params, logical_axes, product, unembed
 from ftp_jax.models.huggingface import load_params
 
 TINY = dict(
@@ -166,27 +166,6 @@ def test_collect_gives_the_states_between_blocks():
   assert states.shape == (4, 1, 6, 48)
   np.testing.assert_array_equal(states[0], params["embed"]["embedding"][tokens])
   np.testing.assert_array_equal(states[-1], run(params, tokens, jnp.array([6])))
-
-
-def test_remat_changes_memory_not_gradients():
-  config = ModelConfig.from_hf(TINY | dict(model_type="llama"))
-  params, tokens = random_params(config, jax.random.key(0)), jnp.arange(6)[None]
-
-  @functools.partial(jax.jit, static_argnums=1)
-  def pullback(params, policy):
-    """The gradient as a pytree function, whose leaves are what the backward pass keeps."""
-    states = lambda params: forward(config, params, tokens, jnp.array([6]), remat_policy=policy)
-    return jax.vjp(states, params)[1]
-
-  kept, gradients = {}, {}
-  for policy in REMAT:
-    backward = pullback(params, policy)
-    kept[policy] = sum(leaf.nbytes for leaf in jax.tree.leaves(backward))
-    gradients[policy] = jax.jit(lambda f: f(jnp.ones((1, 6, 48))))(backward)
-  assert kept["full"] < kept["dots"] < kept["none"]
-  for policy in REMAT:
-    close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
-    jax.tree.map(close, gradients[policy], gradients["none"])
 
 
 def test_trees_of_parameters_agree():

@@ -255,21 +255,31 @@ def test_masked_blocks_against_a_loop_over_kept_tokens(kv_mode, first):
   np.testing.assert_allclose(out.hidden_BxTxD, x, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind, one_pass, kv", [
-    ("global", -1, {}), ("per_block", -1, {}), ("global", 2, {}), ("per_block", 1, {}),
-    ("global", 2, dict(kv_mode="evict", evict_from=3)), ("global", -1, dict(kv_mode="evict", evict_from=2)),
-])  # fmt: skip
-def test_starting_after_a_dense_prefix_is_exact(kind, one_pass, kv):
-  c, routing = tiny.config(), RoutingConfig(one_pass_block=one_pass, **kv)
-  p = tiny.params(c)
-  router = dynamic(c, kind=kind)
-  batch = tiny.batch(c, [9, 5], [12, 9], 12)
-  schedule = jnp.array([0.0, 0.0, 0.5, 0.4])
+@pytest.fixture(scope="module")
+def dense_prefixes():
+  """A model, a batch, and what enters each block of the dense execution."""
+  c = tiny.config()
+  p, batch = tiny.params(c), tiny.batch(c, [9, 5], [12, 9], 12)
   entries, last = masked.dense_entries(c, RoutingConfig(), p, *batch)
+  return c, p, batch, entries, last
+
+
+def test_what_enters_each_block_is_that_of_the_dense_execution(dense_prefixes):
+  c, p, batch, entries, last = dense_prefixes
   some, same = masked.dense_entries(c, RoutingConfig(), p, *batch, (0, 2))
   np.testing.assert_allclose(same, last, atol=1e-5)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b[2], atol=1e-5), some[1], entries)
   np.testing.assert_allclose(last, decoder.forward(c, p, batch[0], batch[2]), atol=1e-5)
+
+
+@pytest.mark.parametrize("kind, one_pass, kv", [
+    ("global", -1, {}), ("per_block", -1, {}), ("global", 2, {}), ("per_block", 1, {}),
+    ("global", 2, dict(kv_mode="evict", evict_from=3)), ("global", -1, dict(kv_mode="evict", evict_from=2)),
+])  # fmt: skip
+def test_starting_after_a_dense_prefix_is_exact(kind, one_pass, kv, dense_prefixes):
+  c, p, batch, entries, _ = dense_prefixes
+  routing, router = RoutingConfig(one_pass_block=one_pass, **kv), dynamic(c, kind=kind)
+  schedule = jnp.array([0.0, 0.0, 0.5, 0.4])
   full = tiny.forward(c, routing, p, router, *batch, schedule)
   starts = {masked.late_start(routing, router, first) for first in (1, 2)}
   assert starts == {1, 2 if one_pass != 1 else 1}  # the block that decides for those after it must be run
@@ -338,9 +348,10 @@ def test_padding_and_neighbours_change_nothing(kv_mode, kind, hidden):
     np.testing.assert_allclose(alone.hidden_BxTxD[0], together.hidden_BxTxD[b, :n], atol=1e-5)
 
 
-@pytest.mark.parametrize("kv_mode", ["evict", "project"])
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("selection", ["topk", "argmax"])
+@pytest.mark.parametrize("kv_mode, kind, selection", [
+    ("evict", "global", "topk"), ("project", "global", "argmax"), ("evict", "per_block", "argmax"),
+    ("project", "per_block", "topk"), ("evict", "recurrent", "topk"), ("project", "recurrent", "argmax"),
+])  # fmt: skip
 def test_no_gate_sees_the_future(kv_mode, kind, selection):
   """Replacing every later token leaves the gates of a continuation token as they were; replacing
   the continuation leaves the gates of the context."""

@@ -6,7 +6,7 @@ import os
 import numpy as np
 import pytest
 
-from ftp_jax import stages
+from ftp_jax import files, stages
 from ftp_jax.errors import UserError, check_target
 
 
@@ -34,12 +34,12 @@ def test_a_full_disk_is_one_sentence_and_leaves_the_old_file(tmp_path, monkeypat
 
 def test_dev_full_is_a_full_disk():
   with pytest.raises(UserError, match="no space left to write to /dev/full"):
-    with stages.writing("/dev/full"), open("/dev/full", "wb") as file:
+    with files.writing("/dev/full"), open("/dev/full", "wb") as file:
       file.write(b"x")
 
 
 def test_other_errors_stay_what_they_are(tmp_path):
-  with pytest.raises(PermissionError), stages.writing(tmp_path):
+  with pytest.raises(PermissionError), files.writing(tmp_path):
     raise PermissionError(errno.EACCES, "Permission denied")
 
 
@@ -51,16 +51,34 @@ def test_a_stage_is_run_until_it_is_done(tmp_path):
     raise KeyboardInterrupt
 
   with pytest.raises(KeyboardInterrupt):
-    stages.run_stage(here, {"a": 1}, interrupted)
+    stages.run_stage(here, lambda: {"a": 1}, interrupted)
   with pytest.raises(UserError, match="was made with a=1, now it is 2"):
-    stages.run_stage(here, {"a": 2}, runs.append)
-  stages.run_stage(here, {"a": 1}, runs.append)
-  stages.run_stage(here, {"a": 1}, runs.append)
+    stages.run_stage(here, lambda: {"a": 2}, runs.append)
+  stages.run_stage(here, lambda: {"a": 1}, runs.append)
+  stages.run_stage(here, lambda: {"a": 1}, runs.append)
   assert runs == [here, here] and (here / stages.DONE).exists()
 
 
+def test_a_stage_that_a_mistake_ended_goes_on_with_other_settings_if_it_has_nothing(tmp_path):
+  here = tmp_path / "stage"
+
+  def mistaken(makes):
+    def work(directory):
+      for name in makes:
+        (directory / name).touch()
+      raise UserError("lower it.")
+
+    return work
+
+  for value, makes in ((1, ()), (2, ["part"])):
+    with pytest.raises(UserError, match="lower it"):
+      stages.run_stage(here, lambda: {"a": value}, mistaken(makes))
+  with pytest.raises(UserError, match="was made with a=2, now it is 3"):
+    stages.run_stage(here, lambda: {"a": 3}, mistaken(()))
+
+
 def test_a_setting_that_an_earlier_version_did_not_have_stands_at_its_default(tmp_path):
-  stages.run_stage(tmp_path / "stage", {"a": 1}, lambda _: None)
+  stages.run_stage(tmp_path / "stage", lambda: {"a": 1}, lambda _: None)
   stages.check_stage(tmp_path / "stage", {"a": 1, "new": 5}, {"new": 5, "other": 6})
   with pytest.raises(UserError, match="was made with new=5, now it is 7"):
     stages.check_stage(tmp_path / "stage", {"a": 1, "new": 7}, {"new": 5})
@@ -73,9 +91,9 @@ def test_a_setting_that_an_earlier_version_did_not_have_stands_at_its_default(tm
 def test_a_stage_that_is_missing_before_later_ones_is_named(tmp_path):
   first, second, third = (tmp_path / name for name in ("first", "second", "third"))
   stages.check_order([first, second])
-  stages.run_stage(first, {}, lambda _: None)
+  stages.run_stage(first, lambda: {}, lambda _: None)
   stages.check_order([first, second, third])
-  stages.run_stage(third, {}, lambda _: None)
+  stages.run_stage(third, lambda: {}, lambda _: None)
   with pytest.raises(UserError, match="third was made from .*second, which is missing; delete the folders"):
     stages.check_order([first, second, third])
 

@@ -745,6 +745,33 @@ def test_guide_margins_are_those_of_routed_execution(kind, hidden):
   np.testing.assert_allclose(margins[:, in_context], out.margin_LxBxT[:, in_context], atol=tolerance)
 
 
+def test_remat_changes_memory_not_gradients_of_the_router():
+  router_config, params, rows = RouterConfig(hidden_states=True, hidden_size=8), frozen_params(CONFIG), prompts(2)
+
+  @functools.partial(jax.jit, static_argnums=1)
+  def pullback(router, policy):
+    """The gradient as a pytree function, whose leaves are what the backward pass keeps."""
+
+    def states(router):
+      dynamic = routers.Router("dynamic", router_config, router)
+      return masked.forward(
+          CONFIG, RoutingConfig(), params, dynamic, *rows, jnp.full(4, 0.5), straight_through=True, remat_policy=policy
+      ).hidden_BxTxD
+
+    return jax.vjp(states, router)[1]
+
+  kept, gradients = {}, {}
+  for policy in decoder.REMAT:
+    backward = pullback(new_router(router_config), policy)
+    kept[policy] = sum(leaf.nbytes for leaf in jax.tree.leaves(backward))
+    gradients[policy] = jax.jit(lambda f: f(jnp.ones((2, 16, CONFIG.hidden_size))))(backward)
+  assert kept["full"] < kept["dots"] < kept["none"]
+  assert all(np.any(leaf) for leaf in jax.tree.leaves(gradients["none"]))
+  for policy in decoder.REMAT:
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
+    jax.tree.map(close, gradients[policy], gradients["none"])
+
+
 def test_warm_up_reduces_the_loss_and_learns_the_order_of_the_scores():
   rows = prompts(10)
   rng = np.random.default_rng(0)

@@ -29,7 +29,7 @@ def chosen(model: Model, settings: Settings) -> list[Baseline]:
     elif os.path.isdir(entry):
       found.append(load(entry, model, dtype=settings.dtype))
     else:
-      raise UserError(f"--baseline={entry} is no directory of a saved baseline and none of {', '.join(NAMES)}.")
+      raise UserError(f"--baseline={entry} is no directory; name a saved baseline's, or one of {', '.join(NAMES)}.")
   return found
 
 

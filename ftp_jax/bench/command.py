@@ -10,7 +10,7 @@ from ftp_jax.bench import compiling, crossover, decode, overhead, plot, prefill,
 from ftp_jax.bench.cases import pruned
 from ftp_jax.bench.settings import Settings, read
 from ftp_jax.bench.torch_dense import TorchDense, TorchMissing
-from ftp_jax.errors import UserError
+from ftp_jax.errors import short_of_memory
 from ftp_jax.export.artifact import load as load_artifact
 from ftp_jax.machine import describe_machine
 from ftp_jax.models.sources import Model, load_model
@@ -36,15 +36,10 @@ def run(arguments: argparse.Namespace) -> None:
   settings.check_positions(model.config.max_positions)
   cases = pruned(model, settings, artifacts)
   machine = describe_machine()
-  try:
-    with _torch(model, settings) as torch:
-      if torch:
-        machine |= {name: torch.info[name] for name in ("torch", "torch_threads")}
-      found = _BENCHES[settings.kind](model, cases, settings, torch)
-  except RuntimeError as error:  # jax reports memory by the text of its error alone
-    if "RESOURCE_EXHAUSTED" not in str(error):
-      raise
-    raise UserError("the device is out of memory; lower --batch or --context.") from error
+  with short_of_memory("lower --batch or --context"), _torch(model, settings) as torch:
+    if torch:
+      machine |= {name: torch.info[name] for name in ("torch", "torch_threads")}
+    found = _BENCHES[settings.kind](model, cases, settings, torch)
   print(records.format_table(found))
   if settings.kind == "crossover":
     _report_crossover(crossover.write(found, settings, machine), settings)

@@ -1,7 +1,6 @@
 """Plots of a bench against context: speedup with its ideal, or tokens a second; a panel for each batch."""
 
 import itertools
-import os
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -9,7 +8,8 @@ from typing import Any
 from matplotlib import ticker
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-from ftp_jax.report.plots import BLACK, BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILION, _panels, _styled
+from ftp_jax.files import replacing
+from ftp_jax.plotting import BLACK, BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILION, new_figure, styled
 
 _COLOURS = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY)
 _MARKERS = "osv^D"
@@ -18,18 +18,17 @@ _DASHED = (0, (4, 2))
 
 def write(records: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
   """Draws records of one bench (prefill, crossover or decode) into a PNG file, atomically."""
-  temporary = path.with_name(path.name + ".tmp")
   figure = _draw(records)
-  FigureCanvasAgg(figure).print_png(temporary)
-  os.replace(temporary, path)
+  with replacing(path) as file:
+    FigureCanvasAgg(figure).print_png(file)
 
 
-@_styled
+@styled
 def _draw(records):
   decode = records[0]["bench"] == "decode"
   key = "tokens_per_second" if decode else "speedup"
   batches = sorted({r["batch"] for r in records})
-  figure, panels = _panels(1, len(batches), 6, 4)
+  figure, panels = new_figure(1, len(batches), 6, 4)
   figure.set_dpi(130)
   for axes, batch in zip(panels[0], batches):
     of_batch = [r for r in records if r["batch"] == batch]

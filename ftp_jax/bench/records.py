@@ -1,13 +1,13 @@
 """What a bench reports: one flat record a method and setting, as JSON and as a table."""
 
 import json
-import os
 import pathlib
 import statistics
 from collections.abc import Sequence
 from typing import Any
 
 from ftp_jax.bench.timing import speedup
+from ftp_jax.files import replacing
 
 _LABELS = {"sparsity": 0.0, "shape": None, "kv": None, "router": None}
 _COLUMNS = (  # heading, key, factor, digits (None: text)
@@ -71,9 +71,8 @@ def make(
 
 def write_json(machine: dict[str, Any], records: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
   """Writes machine and records, atomically."""
-  temporary = path.with_name(path.name + ".tmp")
-  temporary.write_text(json.dumps({"machine": machine, "records": list(records)}, indent=1) + "\n", encoding="utf-8")
-  os.replace(temporary, path)
+  with replacing(path) as file:
+    file.write((json.dumps({"machine": machine, "records": list(records)}, indent=1) + "\n").encode())
 
 
 def format_table(records: Sequence[dict[str, Any]]) -> str:

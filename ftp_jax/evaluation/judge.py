@@ -51,7 +51,7 @@ def _prepare(config, routing, params, tokens, context, length, *, num_scored, de
 
 
 @functools.partial(jax.jit, static_argnames=("config", "routing", "num_scored", "start", "dtype", "attention"))
-def _quality(
+def batch_quality(
     config, routing, params, router, rows, teacher, schedules_PxL, entry, *, num_scored, start, dtype, attention="auto"
 ):
   """Quality of P schedules on one batch, one by one, or spread over the mesh: arrays (P,B) and keep (P,L,B,T)."""
@@ -144,7 +144,7 @@ class Judge:
       start, entry = self.depths[at], self._entries[i][at]
     params = self.model.params
     with sharding.over(params):
-      return _quality(
+      return batch_quality(
           self.model.config, self.routing, params, sharding.place(params, router),
           sharding.place(params, rows, "batch"), self._teacher[i], np.asarray(schedules_PxL, np.float32), entry,
           num_scored=self.num_scored, start=start, dtype=self.model.dtype,

@@ -20,6 +20,7 @@ import safetensors.numpy
 from safetensors import SafetensorError
 
 from ftp_jax.errors import UserError
+from ftp_jax.files import replacing
 from ftp_jax.routing.config import RouterConfig, RoutingConfig
 
 FORMAT_VERSION = 1
@@ -81,7 +82,8 @@ def save(artifact: Artifact, directory: str | os.PathLike, layout: str = "flax")
       "figures": artifact.figures,
       "crossover": artifact.crossover,
   }
-  _write(directory / CONFIG_FILE, (json.dumps(described, indent=1) + "\n").encode())
+  with replacing(directory / CONFIG_FILE) as file:
+    file.write((json.dumps(described, indent=1) + "\n").encode())
 
 
 def read_config(directory: str | os.PathLike) -> dict[str, Any]:
@@ -133,7 +135,8 @@ def load(directory: str | os.PathLike) -> Artifact:
 def save_weights(params: Any, path: str | os.PathLike) -> None:
   """Writes router parameters (nested dicts of arrays) to a safetensors file, atomically."""
   # Written by us: the library's own writer reports a full disk as its own error, and makes the file private.
-  _write(path, safetensors.numpy.save({name: np.ascontiguousarray(a) for name, a in _flat(params).items()}))
+  with replacing(path) as file:
+    file.write(safetensors.numpy.save({name: np.ascontiguousarray(a) for name, a in _flat(params).items()}))
 
 
 def load_weights(path: str | os.PathLike) -> Any:
@@ -142,16 +145,6 @@ def load_weights(path: str | os.PathLike) -> Any:
     return _nested(safetensors.numpy.load_file(path))
   except (OSError, SafetensorError) as error:
     raise UserError(f"{path} cannot be read ({error}); copy it again, or run its stage again.") from None
-
-
-def _write(path: str | os.PathLike, content: bytes) -> None:
-  """Atomically, also if the machine loses its power: a file is renamed when it is on the disk."""
-  temporary = f"{os.fspath(path)}.tmp"
-  with open(temporary, "wb") as file:
-    file.write(content)
-    file.flush()
-    os.fsync(file.fileno())
-  os.replace(temporary, path)
 
 
 def _weights(artifact: Artifact) -> Any:

@@ -1,4 +1,4 @@
-"""`ftp-jax compile-check`: whether a program fits a topology, and what it would cost."""
+"""`ftp-jax compile-check`: whether a program fits a topology."""
 
 import argparse
 import json
@@ -29,7 +29,7 @@ def run(arguments: argparse.Namespace) -> int:
   with compiling.captured():  # libtpu looks for the machine it runs on, and says that there is none
     devices = topologies.devices(arguments.topology)
   mesh = _mesh(arguments.mesh, devices)
-  case = _case(arguments, model)
+  case = _case(arguments, model, mesh)
   programs.check(case, mesh)
   record = describe(arguments, case, mesh) | compiling.compile_case(case, mesh, arguments.topology)
   print(report(record))
@@ -77,28 +77,29 @@ def _mesh(text: str | None, devices: list[Any]) -> Any:
   return sharding.make_mesh(data, fsdp, tensor, devices=devices)
 
 
-def _case(arguments: argparse.Namespace, model: Any) -> Any:
+def _case(arguments: argparse.Namespace, model: Any, mesh: Any) -> Any:
+  import jax
+
   from ftp_jax.fit import programs
   from ftp_jax.models.decoder import REMAT
   from ftp_jax.models.sources import DTYPES
-  from ftp_jax.routing.masked import ATTENTIONS
+  from ftp_jax.routing.config import RoutingConfig
+  from ftp_jax.routing.masked import ATTENTIONS, choose_attention
 
   for name, known in (("dtype", DTYPES), ("remat", REMAT), ("kv", ("evict", "project")),
                       ("attention", (None, *ATTENTIONS[1:]))):  # fmt: skip
     if getattr(arguments, name) not in known:
       names = ", ".join(filter(None, known))
       raise UserError(f"--{name}={getattr(arguments, name)} is unknown; choose one of {names}.")
+  with jax.set_mesh(mesh):  # what a run there would choose
+    attention = choose_attention(
+        arguments.attention or "auto", model, RoutingConfig(arguments.kv), arguments.context, backend="tpu"
+    )
   return programs.Case(
       model, arguments.program, arguments.batch, arguments.context, dtype=DTYPES[arguments.dtype],
       remat=arguments.remat, kv_mode=arguments.kv, scored=arguments.scored, candidates=arguments.candidates,
-      attention=arguments.attention or ("full" if _no_splash(arguments, model) else "splash"),
-      stand_in=arguments.stand_in,
+      attention=attention, stand_in=arguments.stand_in,
   )  # fmt: skip
-
-
-def _no_splash(arguments: argparse.Namespace, model: Any) -> bool:
-  """What a run on a TPU would find as well: see `masked.choose_attention`."""
-  return arguments.kv == "evict" or bool(model.sliding_window) or arguments.context % 128 != 0
 
 
 def report(record: dict[str, Any]) -> str:
@@ -116,11 +117,13 @@ def report(record: dict[str, Any]) -> str:
     verdict = "fits" if record["fits"] else "does not fit"
     lines.append(
         f"{verdict}: needs {gib(held['peak'])} of {gib(held['limit'])} a chip (arguments {gib(held['arguments'])}, "
-        f"temporaries {gib(held['temporaries'])}, code {gib(held['code'])})"
+        f"temporaries {gib(held['temporaries'])}, code {gib(held['code'])}"
+        + (f", weights beside it {gib(held['beside'])})" if held["beside"] else ")")
     )
+  elif record["needs"]:
+    lines.append(f"does not fit: needs {gib(record['needs'])} of {gib(record['limit'])} a chip")
   else:
-    needs = gib(record["needs"]) if record["needs"] else "more than the"
-    lines.append(f"does not fit: needs {needs} of {gib(record['limit'])} a chip")
+    lines.append(f"does not fit: needs more than the {gib(record['limit'])} of a chip")
   found = record["flops"]
   compared = f", {found['forwards']:.3f} dense forward passes" if "forwards" in found else ""
   compared += " a candidate" if record["program"] == "search" else ""

@@ -11,6 +11,7 @@ from typing import Any
 
 from jax.sharding import Mesh
 
+from ftp_jax.errors import UserError, brief
 from ftp_jax.fit import counts, hlo, programs, topologies
 
 _EXHAUSTED = re.compile(r"RESOURCE_EXHAUSTED|[Rr]an out of memory")
@@ -20,13 +21,20 @@ _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40, "": 1}
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-  """Bytes of one chip. peak: all of a program's at once; limit: what the chip has."""
+  """Bytes of one chip.
+
+  Attributes:
+    beside: what lies there without being an argument: the weights, during the warm-up.
+    peak: all at once.
+    limit: what the chip has.
+  """
 
   arguments: int
   outputs: int
   aliased: int
   temporaries: int
   code: int
+  beside: int
   peak: int
   limit: int
 
@@ -37,6 +45,9 @@ def compile_case(case: programs.Case, mesh: Mesh, topology: str) -> dict[str, An
   Returns:
     Plain values: `fits`, `memory` (where it fits, else `needs` and `limit` in bytes), `flops`, `collectives`,
     `largest`, `weight_gradients`, `involuntary_rematerializations` and `seconds`.
+
+  Raises:
+    UserError: the compiler ran out of something else than the chip's memory.
   """
   chip, begin = topologies.chip(topology), time.perf_counter()
   traced = programs.trace(case, mesh)
@@ -50,10 +61,15 @@ def compile_case(case: programs.Case, mesh: Mesh, topology: str) -> dict[str, An
     except Exception as error:  # jax reports memory by the text of its error alone
       if not _EXHAUSTED.search(str(error)):
         raise
+      if "hbm" not in str(error).lower():
+        raise UserError(
+            f"The compiler had no room for a part of the program ({brief(error, 300)}); try --attention=full, or "
+            "another --context or --batch."
+        ) from error
       needs, limit = exhausted(str(error))
       return record | {"fits": False, "needs": needs, "limit": limit or chip.hbm}
   record["seconds"]["compile"] = time.perf_counter() - begin
-  held = memory(compiled.memory_analysis(), chip.hbm)
+  held = memory(compiled.memory_analysis(), chip.hbm, traced.beside)
   program = hlo.Program(compiled.as_text())
   return record | {
       "fits": held.peak <= held.limit,
@@ -83,14 +99,14 @@ def gradients(traced: programs.Traced, case: programs.Case, mesh: Mesh) -> list[
   return counts.weight_gradients(traced.trace.jaxpr, counts.weight_shapes(own))
 
 
-def memory(stats: Any, limit: int) -> Memory:
+def memory(stats: Any, limit: int, beside: int = 0) -> Memory:
   """From XLA's analysis of a compiled program."""
   sizes = dict(
       arguments=stats.argument_size_in_bytes, outputs=stats.output_size_in_bytes, aliased=stats.alias_size_in_bytes,
       temporaries=stats.temp_size_in_bytes, code=stats.generated_code_size_in_bytes,
   )  # fmt: skip
-  peak = sum(sizes.values()) - 2 * sizes["aliased"]
-  return Memory(**sizes, peak=peak, limit=limit)
+  peak = sum(sizes.values()) - 2 * sizes["aliased"] + beside
+  return Memory(**sizes, beside=beside, peak=peak, limit=limit)
 
 
 def exhausted(message: str) -> tuple[int | None, int | None]:

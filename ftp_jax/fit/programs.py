@@ -8,6 +8,7 @@
 """
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -61,7 +62,7 @@ class Case:
   kv_mode: str = "project"
   attention: str = "splash"
   stand_in: int = 0
-  router: RouterConfig = RouterConfig.from_config(get_config().router)
+  router: RouterConfig = dataclasses.field(default_factory=lambda: RouterConfig.from_config(get_config().router))
 
 
 class Traced(NamedTuple):
@@ -73,12 +74,14 @@ class Traced(NamedTuple):
       of it is of interest.
     passes: how many masked forward passes the program asks for.
     flops: where it is not to be counted from the trace.
+    beside: bytes of a chip that are taken while it runs, though they are no argument.
   """
 
   trace: Any
   forward: Any = None
   passes: int = 1
   flops: float | None = None
+  beside: int = 0
 
 
 def default_mesh(devices: Sequence[Any]) -> tuple[int, int, int]:
@@ -100,7 +103,7 @@ def check(case: Case, mesh: Mesh) -> None:
         f"--batch={case.batch} is not a multiple of the {parts} parts of a batch (data x fsdp); choose "
         f"{-(-max(case.batch, 1) // parts) * parts}."
     )
-  if case.context <= case.scored + 1:
+  if case.program in ("train", "search") and case.context <= case.scored + 1:
     raise UserError(f"--context={case.context} leaves nothing before the {case.scored} scored positions; raise it.")
   with jax.set_mesh(mesh):
     masked.choose_attention(case.attention, case.model, RoutingConfig(case.kv_mode), case.context)
@@ -159,7 +162,7 @@ def _forward(case: Case, mesh: Mesh) -> Any:
 
 
 def _train(case: Case, mesh: Mesh) -> Traced:
-  settings = step.TrainSettings(400, 1e-3, 10, 1.0, "kl", 1.0, 1.0, False, "fisher", 1.0, "cosine")
+  settings = step.TrainSettings.from_config(get_config().train)
   spec = step.StepSpec(
       case.model, RoutingConfig(case.kv_mode), case.router, settings, case.scored, dtype=case.dtype, remat=case.remat,
       attention=case.attention,
@@ -192,7 +195,8 @@ def _warmup(case: Case, mesh: Mesh) -> Traced:
       mesh, warmup, params, state, _rows(case, mesh)[1], of_blocks(rows, jnp.float32), hidden,
       of_blocks(rows, jnp.float32), _like(mesh, (blocks,), jnp.float32),
   )
-  return Traced(traced)
+  held = lambda a: math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize
+  return Traced(traced, beside=sum(map(held, jax.tree.leaves(params_of(case, mesh)))))
 
 
 def _search(case: Case, mesh: Mesh) -> Traced:
@@ -200,7 +204,7 @@ def _search(case: Case, mesh: Mesh) -> Traced:
   parts = mesh.shape["fsdp"] * mesh.shape["tensor"]
   lies = ("batch", None, "vocab") if case.model.vocab_size % parts else ("replica", None, "logits")
   traced = _trace(
-      mesh, judge._quality, case.model, RoutingConfig(case.kv_mode), params_of(case, mesh), _router(case, mesh),
+      mesh, judge.batch_quality, case.model, RoutingConfig(case.kv_mode), params_of(case, mesh), _router(case, mesh),
       _rows(case, mesh),
       _like(mesh, vocab, jnp.float32, *lies), _like(mesh, (case.candidates, case.model.num_blocks), jnp.float32), None,
       num_scored=case.scored, start=0, dtype=case.dtype, attention=case.attention,

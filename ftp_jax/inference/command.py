@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import TextIO
 
 from ftp_jax.data.records import read_jsonl, read_text
-from ftp_jax.errors import UserError, check_target
+from ftp_jax.errors import UserError, check_target, short_of_memory
 from ftp_jax.inference.engine import Engine, Generation
 from ftp_jax.inference.sampling import Sampling
 
@@ -42,17 +42,14 @@ def run(arguments: argparse.Namespace) -> None:
   prompts = [engine.encode(text, arguments.chat) for text in texts]
   engine.check(prompts, arguments.max_new_tokens)  # all of them, before the first is run
   try:
-    with target.open("w", encoding="utf-8") if target else contextlib.nullcontext() as file:
+    with (
+        short_of_memory("lower --batch or --max-new-tokens, or set --dtype=bfloat16"),
+        target.open("w", encoding="utf-8") if target else contextlib.nullcontext() as file,
+    ):
       figures = _generate(engine, texts, prompts, sampling, arguments, file)
   except BrokenPipeError:  # the reader of the pipe has enough; nor must Python's own last flush fail
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return
-  except RuntimeError as error:  # jax reports memory by the text of its error alone
-    if "RESOURCE_EXHAUSTED" not in str(error):
-      raise
-    raise UserError(
-        "The device is out of memory; lower --batch or --max-new-tokens, or set --dtype=bfloat16."
-    ) from None
   print(f"ftp-jax: {figures}", file=sys.stderr)
 
 

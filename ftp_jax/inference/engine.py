@@ -146,6 +146,8 @@ class Engine:
     changes = {name: value for name, value in changes.items() if value is not None}
     if changes and artifact is None:
       raise UserError(f"{' and '.join(changes)} need an artifact, whose settings they replace; pass one.")
+    if execution is not None and artifact is not None:
+      raise UserError("Both an artifact and an execution say how the model is run; pass one of them.")
     self.model, self.artifact = model, artifact
     self.fallback, self.max_buckets, self.buckets = fallback, max_buckets, buckets
     zeros = self._place(np.zeros(model.config.num_blocks, np.float32))
@@ -154,7 +156,6 @@ class Engine:
     )
     self.execution, self.crossover = self._dense, None
     if execution is not None:
-      assert artifact is None
       spec = dataclasses.replace(execution.spec, dtype=DTYPES[dtype], attention=attention)
       self.execution = Execution(spec, execution.weights)
     if artifact is None:

@@ -293,7 +293,6 @@ def forward(
     length_B: jax.Array,
     *,
     dtype: Any = jnp.float32,
-    remat_policy: str = "none",
     collect: bool = False,
     visible_TxT: jax.Array | None = None,
 ) -> jax.Array:
@@ -319,5 +318,5 @@ def forward(
     y = block.apply({"params": block_params}, x, sin, cos, mask)
     return y, (x if collect else None)
 
-  x, states = jax.lax.scan(remat(body, remat_policy), embed(config, params, tokens_BxT, dtype), params["blocks"])
+  x, states = jax.lax.scan(body, embed(config, params, tokens_BxT, dtype), params["blocks"])
   return jnp.concatenate([states, x[None]]) if collect else x

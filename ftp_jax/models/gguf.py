@@ -15,7 +15,7 @@ from typing import Any
 import gguf
 import numpy as np
 
-from ftp_jax.errors import UserError
+from ftp_jax.errors import UserError, brief
 from ftp_jax.models.config import ModelConfig
 from ftp_jax.models.huggingface import MAX_SHARD_BYTES, write_checkpoint
 from ftp_jax.models.tokenizer import build_tokenizer, tokenizer_config
@@ -56,7 +56,7 @@ def convert_gguf(gguf_path: str | os.PathLike, out_dir: str | os.PathLike) -> No
   except FileNotFoundError:
     raise UserError(f"{gguf_path} does not exist; check the path.") from None
   except (ValueError, IndexError, KeyError, TypeError, AttributeError, OverflowError, OSError) as error:
-    reason = " ".join(str(error).split())[:120]
+    reason = brief(error, 120)
     raise UserError(f"{gguf_path} is truncated or not a GGUF file ({reason}); download it again.") from None
   names = {tensor.name for tensor in reader.tensors}
   config = _hf_config(metadata, tied="output.weight" not in names)

@@ -20,7 +20,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from ftp_jax.errors import UserError
+from ftp_jax.errors import UserError, brief
 from ftp_jax.models.config import ModelConfig
 from ftp_jax.models.decoder import abstract_params
 from ftp_jax.models.fingerprint import fingerprint_tensors
@@ -114,7 +114,7 @@ def open_checkpoint(directory: str | pathlib.Path):
       try:
         handle = stack.enter_context(safe_open(file, framework="numpy"))
       except (SafetensorError, OSError) as error:
-        reason = " ".join(str(error).split())
+        reason = brief(error, None)
         raise UserError(f"{file} is truncated or not a safetensors file ({reason}); download it again.") from None
       slices.update({name: handle.get_slice(name) for name in handle.keys()})
     yield slices
@@ -248,7 +248,7 @@ def write_checkpoint(
       save_file(arrays, directory / file, metadata={"format": "pt"})
       (directory / file).chmod(directory.stat().st_mode & 0o666)  # the writer leaves it to its owner alone
     except (SafetensorError, OSError) as error:
-      reason = " ".join(str(error).split())
+      reason = brief(error, None)
       raise UserError(f"cannot write {directory / file} ({reason}); free disk space or choose another place.") from None
     weight_map.update(dict.fromkeys(arrays, file))
   if len(shards) > 1:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import transformers
 
 from ftp_jax import distributed
-from ftp_jax.errors import UserError
+from ftp_jax.errors import UserError, brief
 from ftp_jax.models.config import ModelConfig
 from ftp_jax.models.fetch import KNOWN, cache_root, fetch
 from ftp_jax.models.gguf import convert_gguf
@@ -94,7 +94,7 @@ def _resolve(source: str, cache_dir: str | os.PathLike | None, get: bool = True)
         source, allow_patterns=_HUB_FILES, ignore_patterns="*/*", local_files_only=not get
     )
   except Exception as error:  # the hub client raises its own, httpx's and the system's
-    reason = " ".join(str(error).split())[:160]
+    reason = brief(error)
     raise UserError(
         f"{source!r} is no local directory and the hub does not give it ({type(error).__name__}: {reason}); "
         "check the name, the network and your access, or pass a local directory."

@@ -8,7 +8,7 @@ import tokenizers
 import transformers
 from tokenizers import decoders, models, pre_tokenizers
 
-from ftp_jax.errors import UserError
+from ftp_jax.errors import UserError, brief
 
 _CONTROL = 3  # GGUF token types: special tokens ...
 _USER_DEFINED = 4  # ... and added tokens that are ordinary text
@@ -87,5 +87,5 @@ def load_tokenizer(directory: str | pathlib.Path) -> transformers.PreTrainedToke
   try:
     return transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
   except Exception as error:  # the loaders raise anything, down to pyo3's bare Exception
-    reason = " ".join(str(error).split())[:200]
+    reason = brief(error, 200)
     raise UserError(f"the tokenizer in {directory} cannot be read ({reason}); download it again.") from error

@@ -88,9 +88,7 @@ class Pipeline:
     self.config, self.workdir = config, workdir
     self.prompts, self._judges = functools.cache(self._prompts), functools.cache(self._judge)
     checks.check_config(config)
-    defaults = flatten(get_config())
-    self.check_stage = functools.partial(stages_lib.check_stage, defaults=defaults)
-    self.run_stage = functools.partial(stages_lib.run_stage, defaults=defaults)
+    self.defaults = flatten(get_config())
     self.routing = RoutingConfig(**config.routing)
     self.router_config = RouterConfig.from_config(config.router)
     self.search_settings = SearchSettings.from_config(config.search)
@@ -142,24 +140,33 @@ class Pipeline:
     """
     section, name = key.split(".")
     named, found = f"content of {key}", checks.digest(self.config[section][name])
-    done = [stage for stage in readers if (stage / stages_lib.DONE).exists()]
-    if not found and done:
-      found = read_json(done[0] / stages_lib.SETTINGS).get(named, "")
+    if not found:
+      done = (stage for stage in readers if (stage / stages_lib.DONE).exists())
+      found = next((read_json(stage / stages_lib.SETTINGS).get(named, "") for stage in done), "")
     return {named: found}
+
+  def run_stage(
+      self, directory: pathlib.Path, stage: str, work: Callable[[pathlib.Path], None], **own: float | int
+  ) -> None:
+    """`stages.run_stage` of a stage, or of one S or cell of it, which `own` names."""
+    stages_lib.run_stage(directory, lambda: self.settings(stage) | own, work, self.defaults)
 
   def check(self) -> None:
     """Raises UserError if any stage that exists was begun with other settings, before anything is written."""
     checks.check_workdir(self.workdir)
-    for stage in ("data", "importance"):
-      self.check_stage(self.workdir / stage, self.settings(stage))
+    check_stage = functools.partial(stages_lib.check_stage, defaults=self.defaults)
+    shared = [self.workdir / stage for stage in ("data", "importance")]
+    for directory in shared:
+      check_stage(directory, self.settings(directory.name))
     for sparsity, seed in self.cells:
-      cell = self.cell(sparsity, seed)
-      for stage in _OF_CELLS:
-        self.check_stage(cell / stage, self.settings(stage) | {"sparsity": sparsity, "seed": seed})
-      check_order([self.workdir / "data", self.workdir / "importance", *(cell / stage for stage in _OF_CELLS)])
+      own = [self.cell(sparsity, seed) / stage for stage in _OF_CELLS]
+      for directory in own:
+        check_stage(directory, self.settings(directory.name) | {"sparsity": sparsity, "seed": seed})
+      check_order([*shared, *own])
     for sparsity in (0.0, *self.config.sparsities):
-      own = self.settings("evaluate") | {"sparsity": sparsity}
-      self.check_stage(self.workdir / "evaluate" / f"S{sparsity:.2f}", own)
+      directory = self.workdir / "evaluate" / f"S{sparsity:.2f}"
+      check_stage(directory, self.settings("evaluate") | {"sparsity": sparsity})
+      check_order([*shared, directory])
 
   def cell(self, sparsity: float, seed: int) -> pathlib.Path:
     return self.workdir / f"S{sparsity:.2f}" / f"seed{seed}"
@@ -328,7 +335,7 @@ class Pipeline:
       save_arrays(directory / "windows.npz", **windows._asdict())
       write_json(directory / "model.json", {"fingerprint": fingerprint(source)})
 
-    self.run_stage(self.workdir / "data", self.settings("data"), work)
+    self.run_stage(self.workdir / "data", "data", work)
 
   def importance(self) -> None:
     def kept(directory: pathlib.Path, i: int, make: Callable[[], np.ndarray]) -> np.ndarray:
@@ -360,7 +367,7 @@ class Pipeline:
         save_arrays(directory / "fisher.npz", fisher_LxNxT=fisher)
 
     here = self.workdir / "importance"
-    self.run_stage(here, self.settings("importance"), work)
+    self.run_stage(here, "importance", work)
     distributed.on_first(lambda: [path.unlink() for path in here.glob("batch*.npz")])
 
   def fit_stand_in(self, path: pathlib.Path) -> None:
@@ -387,8 +394,7 @@ class Pipeline:
         seeds = np.stack([self.named_schedule(name, sparsity) for name in c.seed_schedules])
         self.find_schedule(directory, seeds, routers.STATIC, self.frozen, c.generations, seed)
 
-      settings = self.settings("search") | {"sparsity": sparsity, "seed": seed}
-      self.run_stage(self.cell(sparsity, seed) / "search", settings, work)
+      self.run_stage(self.cell(sparsity, seed) / "search", "search", work, sparsity=sparsity, seed=seed)
 
   def train(self) -> None:
     for sparsity, seed in self.cells:
@@ -411,8 +417,7 @@ class Pipeline:
         maps = self.stand_in if self.config.train.stand_in_learning_rate else None
         self.fit(directory, stand_in.join(weights, maps), asked, seed)
 
-      settings = self.settings("train") | {"sparsity": sparsity, "seed": seed}
-      self.run_stage(cell / "train", settings, work)
+      self.run_stage(cell / "train", "train", work, sparsity=sparsity, seed=seed)
 
   def training_schedule(self, found: np.ndarray, sparsity: float, share: float | None = None) -> np.ndarray:
     """What training asks for, (L,): the found schedule, moved towards the Fisher schedule by a share.
@@ -482,18 +487,15 @@ class Pipeline:
         final = artifact_lib.load_weights(trained / artifact_lib.WEIGHTS_FILE)
         save_weights(final, directory / artifact_lib.WEIGHTS_FILE)
 
-      settings = self.settings("finetune") | {"sparsity": sparsity, "seed": seed}
-      self.run_stage(cell / "finetune", settings, work)
+      self.run_stage(cell / "finetune", "finetune", work, sparsity=sparsity, seed=seed)
 
   def evaluate(self) -> None:
     self._judges.cache_clear()  # on a mesh the judges of the stages before keep their teachers on the devices
     c = self.config
-    settings = self.settings("evaluate")
 
     def bench(model: Frozen) -> methods.Bench:
       judge = self.judge("test", c.evaluation.batch, model)
       return methods.Bench(judge, self.prompts("windows"), c.evaluation.batch)
-
 
     records = []
     for asked in tqdm.tqdm((0.0, *c.sparsities), desc="evaluate dense, truncation, static + uniform"):
@@ -505,7 +507,7 @@ class Pipeline:
         write_json(directory / "records.json", rows)
 
       here = self.workdir / "evaluate" / f"S{asked:.2f}"
-      self.run_stage(here, settings | {"sparsity": asked}, shared)
+      self.run_stage(here, "evaluate", shared, sparsity=asked)
       records += read_json(here / "records.json")
     for sparsity, seed in tqdm.tqdm(self.cells, desc="evaluate cells"):
       cell = self.cell(sparsity, seed)
@@ -528,7 +530,7 @@ class Pipeline:
         maps = model.params["blocks"].get(stand_in.NAME)
         self.write_artifact(cell / "artifact", final, maps, tuned, rows[-1])
 
-      self.run_stage(cell / "evaluate", settings | {"sparsity": sparsity, "seed": seed}, work)
+      self.run_stage(cell / "evaluate", "evaluate", work, sparsity=sparsity, seed=seed)
       records += read_json(cell / "evaluate" / "records.json")
     write_json(self.workdir / "evaluate" / "records.json", records)
 

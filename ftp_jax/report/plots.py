@@ -1,23 +1,18 @@
-"""PNG plots of a run. Colours are Okabe and Ito's, which colour-blind readers tell apart."""
+"""PNG plots of a run."""
 
-import functools
 import os
 from typing import Any, NamedTuple
 
-import matplotlib
 import numpy as np
 from matplotlib import ticker
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import ListedColormap
-from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from ftp_jax.plotting import BLACK, BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILION, new_figure, styled
 from ftp_jax.report.rundir import Run
 from ftp_jax.report.tables import METHODS, method_label
 
-BLACK, ORANGE, SKY, GREEN, BLUE, VERMILION, PURPLE, GREY = (
-    "#000000", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7", "#8A8A8A"
-)  # fmt: skip
 STYLE = {  # method -> colour, marker
     "dense": (BLACK, "_"),
     "truncation": (VERMILION, "s"),
@@ -26,19 +21,6 @@ STYLE = {  # method -> colour, marker
     "static_ga": (BLUE, "^"),
     "dynamic_ga": (PURPLE, "D"),
     "dynamic_finetuned": (GREEN, "o"),
-}
-_LOOK = {
-    "font.size": 10,
-    "axes.titlesize": 11,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.color": "#E4E4E4",
-    "grid.linewidth": 0.7,
-    "axes.axisbelow": True,
-    "legend.frameon": False,
-    "legend.fontsize": 9,
-    "lines.linewidth": 1.8,
 }
 _MAX_PROMPTS = 3
 _MAX_LABEL = 12  # characters of a token that a column can carry
@@ -74,23 +56,7 @@ def write_plots(run: Run, rows: list[dict[str, Any]], directory: str) -> list[Pl
   return written
 
 
-def _styled(draw):
-  """Draws under this module's look and leaves the caller's matplotlib settings alone."""
-
-  @functools.wraps(draw)
-  def wrapped(*args):
-    with matplotlib.rc_context(_LOOK):
-      return draw(*args)
-
-  return wrapped
-
-
-def _panels(rows: int, columns: int, width: float, height: float):
-  figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
-  return figure, figure.subplots(rows, columns, squeeze=False)
-
-
-@_styled
+@styled
 def plot_methods(rows):
   """KL of the continuation for every method, against S; a ranking where there is one S only."""
   rows = [row for row in rows if row["method"] != "dense"]
@@ -102,7 +68,7 @@ def plot_methods(rows):
       "Bars: sample standard deviation over seeds; standard error over prompts where a method has one seed or none."
   )
   if len(sparsities) == 1:
-    figure, ((axes,),) = _panels(1, 1, 7, 0.55 * len(rows) + 1.2)
+    figure, ((axes,),) = new_figure(1, 1, 7, 0.55 * len(rows) + 1.2)
     ranked = sorted(rows, key=lambda row: -row["kl"])
     for y, row in enumerate(ranked):
       colour, marker = STYLE[row["method"]]
@@ -116,7 +82,7 @@ def plot_methods(rows):
     _plain_log(axes.xaxis)
     axes.set_xlabel(f"KL to dense (nats a token), S = {sparsities[0]:.2f}")
     return figure, caption
-  figure, ((axes,),) = _panels(1, 1, 7.5, 4.6)
+  figure, ((axes,),) = new_figure(1, 1, 7.5, 4.6)
   methods = [method for method in METHODS if any(row["method"] == method for row in rows)]
   # Side by side by a hair, so that bars of neighbouring methods do not cover each other.
   step = 0.015 * min(np.diff(sparsities))
@@ -144,11 +110,11 @@ def _plain_log(axis):
   axis.set_minor_formatter(ticker.NullFormatter())
 
 
-@_styled
+@styled
 def plot_schedules(run: Run):
   """Asked sparsity of every block, before fine-tuning and, where there was any, after it; a panel for each S."""
   by_sparsity = run.by_sparsity()
-  figure, panels = _panels(len(by_sparsity), 1, 8, 2.6)
+  figure, panels = new_figure(len(by_sparsity), 1, 8, 2.6)
   for axes, (sparsity, cells) in zip(panels[:, 0], by_sparsity.items()):
     for label, colour, style, schedules in (
         ("search", BLUE, (0, (4, 2)), [cell.search_schedule for cell in cells]),
@@ -170,7 +136,7 @@ def plot_schedules(run: Run):
   return figure, caption
 
 
-@_styled
+@styled
 def plot_search(run: Run):
   """Fitness and validation of the searches against generations; a row for each S."""
   by_sparsity = run.by_sparsity()
@@ -179,7 +145,7 @@ def plot_search(run: Run):
   for r in range(rounds):
     title = "fine-tuning (trained router)" + (f", round {r + 1}" if rounds > 1 else "")
     columns.append((title, lambda cell, r=r: cell.histories[r]))
-  figure, panels = _panels(len(by_sparsity), len(columns), 5, 2.9)
+  figure, panels = new_figure(len(by_sparsity), len(columns), 5, 2.9)
   curves = (
       ("mean_fitness", "mean of the population", SKY, ":"),
       ("best_fitness", "best of the population", BLUE, "-"),
@@ -202,11 +168,11 @@ def plot_search(run: Run):
   return figure, "One line for each seed. The schedule with the best validation figure is taken."
 
 
-@_styled
+@styled
 def plot_training(run: Run):
   """Losses, validation KL and sparsity against steps; a row for each S."""
   by_sparsity = run.by_sparsity()
-  figure, panels = _panels(len(by_sparsity), 3, 4.2, 2.9)
+  figure, panels = new_figure(len(by_sparsity), 3, 4.2, 2.9)
   for row, (sparsity, cells) in zip(panels, by_sparsity.items()):
     for i, cell in enumerate(cells):
       steps = [line for line in cell.training if "loss" in line]
@@ -240,14 +206,14 @@ def plot_training(run: Run):
   return figure, "One line for each seed; the router of the best validation is kept."
 
 
-@_styled
+@styled
 def plot_routes(prompts):
   """Which context tokens each block computes, for a few prompts: tokens as columns, blocks as rows."""
   prompts = prompts[:_MAX_PROMPTS]
   num_blocks = len(prompts[0]["keep"])
   longest = max(prompt["context"] for prompt in prompts)
   width, height = max(7, 0.15 * longest + 1), 0.09 * num_blocks + 1.3
-  figure, panels = _panels(len(prompts), 1, width, height)
+  figure, panels = new_figure(len(prompts), 1, width, height)
   colours = ListedColormap(["#F1EEE6", BLUE])
   for axes, prompt in zip(panels[:, 0], prompts):
     context = prompt["context"]
@@ -276,12 +242,12 @@ def _readable(token: str) -> str:
   return text if len(text) <= _MAX_LABEL else text[: _MAX_LABEL - 1] + "…"
 
 
-@_styled
+@styled
 def plot_redundancy(run: Run):
   """How little each block changes a token, and what skipping it costs."""
   found = run.redundancy
   blocks = np.arange(len(found["similarity_mean"]))
-  figure, panels = _panels(1 if run.fisher is None else 2, 1, 8, 2.7)
+  figure, panels = new_figure(1 if run.fisher is None else 2, 1, 8, 2.7)
   top = panels[0, 0]
   top.bar(blocks, 100 * np.asarray(found["share_above_0.8"]), color=SKY, label="tokens with cosine above 0.8 (%)")
   top.plot(blocks, 100 * np.asarray(found["similarity_mean"]), color=VERMILION, marker="o", markersize=4,

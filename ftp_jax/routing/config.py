@@ -105,10 +105,12 @@ class RoutingConfig:
 
   def check_blocks(self, num_blocks: int) -> None:
     """UserError if a block is named that a model of `num_blocks` does not have."""
-    for name in ("one_pass_block", "evict_from"):
+    others = {"one_pass_block": "-1 where each block decides for itself", "evict_from": "0 for all blocks"}
+    for name, otherwise in others.items():
       if getattr(self, name) >= num_blocks:
         raise UserError(
-            f"routing.{name}={getattr(self, name)} does not exist: the model has blocks 0 to {num_blocks - 1}."
+            f"routing.{name}={getattr(self, name)} does not exist: the model has blocks 0 to {num_blocks - 1}; choose "
+            f"one of them, or {otherwise}."
         )
 
   def first_evicting(self, num_blocks: int) -> int:

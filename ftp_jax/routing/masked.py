@@ -86,8 +86,13 @@ def factors(names, scores: Scores, sparsity, decode_sparsity, context_B: jax.Arr
   return jnp.where((t[None] < context_B[:, None])[:, :, None], context, newest)
 
 
-def choose_attention(attention: str, config: ModelConfig, routing: RoutingConfig, num_positions: int) -> str:
-  """"full" or "splash": what `auto` means on this backend and mesh, the other names checked.
+def choose_attention(
+    attention: str, config: ModelConfig, routing: RoutingConfig, num_positions: int, backend: str | None = None
+) -> str:
+  """"full" or "splash": what `auto` means on this mesh and on a backend ("tpu", ...), the other names checked.
+
+  Args:
+    backend: None: the one that jax runs on.
 
   Raises:
     UserError: the name is unknown, or splash cannot compute this.
@@ -107,7 +112,7 @@ def choose_attention(attention: str, config: ModelConfig, routing: RoutingConfig
   if attention == "splash" and found:
     raise UserError(f"attention=splash {found[0][0]}; choose {found[0][1]} or attention=full.")
   if attention == "auto":
-    return "splash" if kernels.backend_name() == "tpu" and not found else "full"
+    return "splash" if (backend or kernels.backend_name()) == "tpu" and not found else "full"
   return attention
 
 

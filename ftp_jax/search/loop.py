@@ -2,7 +2,7 @@
 
 Generation 0 judges the starting pool; every further one judges C = population - elite children beside
 the elite, which survives unchanged and is not judged again. A small search overfits its prompts
-(method section 7), so the best candidates of each generation are validated on held-out prompts, and
+(docs/method.md, section 5), so the best candidates of each generation are validated on held-out prompts, and
 the result is the best by validation, never the best by fitness.
 
 SIGTERM stops the search after a generation, when it is saved (`distributed.Stopped`). Figures are those of
@@ -22,9 +22,9 @@ import tqdm
 
 from ftp_jax import distributed
 from ftp_jax.errors import UserError
+from ftp_jax.files import replacing, writing
 from ftp_jax.search import genetic, schedule
 from ftp_jax.search import state as state_lib
-from ftp_jax.stages import replacing, writing
 
 STATE_FILE = "search_state.npz"
 METRICS_FILE = "metrics.jsonl"

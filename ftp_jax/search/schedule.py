@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ftp_jax.errors import UserError
-from ftp_jax.stages import replacing
+from ftp_jax.files import replacing
 
 _EDGE_BLOCKS = 3  # the paper finds the first and last three blocks far less redundant than the rest
 _LARGEST_UNIT = 2**20  # reals are clipped here, so that their floors and shifts fit int32 and float32

@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from ftp_jax.errors import UserError
-from ftp_jax.stages import replacing
+from ftp_jax.files import replacing
 
 PREVIOUS = ".previous"  # added to the name of the file
 

@@ -19,7 +19,7 @@ import orbax.checkpoint as ocp
 
 from ftp_jax import distributed
 from ftp_jax.errors import UserError
-from ftp_jax.stages import out_of_space, writing
+from ftp_jax.files import out_of_space, writing
 
 
 class Progress(NamedTuple):

@@ -28,7 +28,7 @@ import tqdm
 from ftp_jax import distributed, sharding
 from ftp_jax.data.prompts import Prompts, buckets_of, indices_at, take, turns
 from ftp_jax.errors import UserError
-from ftp_jax.stages import replacing, writing
+from ftp_jax.files import replacing, writing
 from ftp_jax.training import step as step_lib
 from ftp_jax.training.checkpoint import Checkpoints, Progress, to_host
 

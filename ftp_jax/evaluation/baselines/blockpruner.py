@@ -8,7 +8,6 @@ attention stays.
 
 import functools
 import json
-import os
 import pathlib
 from typing import Any, NamedTuple
 
@@ -22,6 +21,7 @@ from ftp_jax.evaluation.baselines.calibration import Calibration, fingerprint
 from ftp_jax.evaluation.baselines.subblocks import shares
 from ftp_jax.evaluation.judge import Frozen
 from ftp_jax.evaluation.perplexity import summed_nll
+from ftp_jax.files import replacing
 from ftp_jax.models import decoder
 from ftp_jax.models.attention import attend
 
@@ -78,10 +78,8 @@ class _Tables:
     if name not in self._known:
       self._known[name] = self._evaluate(removed, bar).tolist()
       if self._path:
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self._path.with_name(STATE_FILE + ".tmp")
-        temporary.write_text(json.dumps({"identity": self._identity, "tables": self._known}), encoding="utf-8")
-        os.replace(temporary, self._path)
+        with replacing(self._path) as file:
+          file.write(json.dumps({"identity": self._identity, "tables": self._known}).encode())
     return np.array(self._known[name])
 
   def _evaluate(self, removed: np.ndarray, bar: tqdm.tqdm) -> np.ndarray:

@@ -19,6 +19,7 @@ from ftp_jax.evaluation.baselines.calibration import Calibration
 from ftp_jax.evaluation.baselines.kinds import Baseline, Routed, Smaller, Subblocks, Truncation
 from ftp_jax.evaluation.judge import Frozen
 from ftp_jax.export.artifact import load_weights, save_weights
+from ftp_jax.files import replacing
 from ftp_jax.models.huggingface import fingerprint
 from ftp_jax.models.sources import DTYPES, Model
 from ftp_jax.routing.config import RoutingConfig
@@ -105,9 +106,8 @@ def save(baseline: Baseline, directory: str | os.PathLike) -> None:
       "fingerprint": fingerprint(baseline.model.directory),
       "facts": baseline.facts,
   }
-  temporary = directory / (CONFIG_FILE + ".tmp")
-  temporary.write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
-  os.replace(temporary, directory / CONFIG_FILE)
+  with replacing(directory / CONFIG_FILE) as file:
+    file.write((json.dumps(described, indent=1) + "\n").encode())
 
 
 def load(directory: str | os.PathLike, model: Model, **options) -> Baseline:

@@ -7,7 +7,7 @@ import logging
 import pathlib
 from typing import Any
 
-from ftp_jax.errors import UserError, check_target
+from ftp_jax.errors import UserError, check_target, short_of_memory
 from ftp_jax.inference import Engine
 from ftp_jax.machine import describe_machine
 from ftp_jax.models.huggingface import fingerprint
@@ -49,12 +49,8 @@ def run(arguments: argparse.Namespace) -> None:
       decode_threshold=arguments.decode_threshold, tensor=arguments.tensor,
   )  # fmt: skip
   lm = EngineLM(engine, batch_size=arguments.batch, max_length=arguments.max_length, seed=arguments.seed)
-  try:
+  with short_of_memory("lower --batch or --max-length, or set --dtype=bfloat16"):
     tasks = suite.run(lm, jobs, model_settings(lm, arguments), describe_machine(), target)
-  except RuntimeError as error:  # jax reports memory by the text of its error alone
-    if "RESOURCE_EXHAUSTED" not in str(error):
-      raise
-    raise UserError("The device is out of memory; lower --batch or --max-length, or set --dtype=bfloat16.") from None
   print(results.format_table({job.name: tasks[job.name] for job in jobs}))
   if target:
     print(f"written {target}")

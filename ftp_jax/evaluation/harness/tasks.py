@@ -13,7 +13,7 @@ import datasets
 from lm_eval.api.task import ConfigurableTask, Task
 from lm_eval.api.utils import maybe_delimit
 
-from ftp_jax.errors import UserError
+from ftp_jax.errors import UserError, brief
 from ftp_jax.evaluation.harness.files import Item, ItemFile
 
 BENCHMARKS = {  # name of the task and of its file: kind of its items
@@ -144,7 +144,7 @@ def hub_tasks(name: str, shots: int | None, seed: int) -> dict[str, Task]:
   try:
     tasks = manager.load([name])["tasks"]
   except Exception as error:  # data sets raise their own, the hub client's, httpx's and the system's
-    reason = " ".join(str(error).split())[:160].rstrip(".")
+    reason = brief(error).rstrip(".")
     raise UserError(
         f"The data of lm-eval's task {name!r} cannot be had ({reason}); go online, or read items from --data=DIR or "
         "from a file named by its path."
