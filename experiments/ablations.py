@@ -34,9 +34,9 @@ from ftp_jax.machine import describe_machine
 from ftp_jax.pipeline.checks import digest
 from ftp_jax.pipeline.run import Pipeline, run
 from ftp_jax.routing import routers, stand_in
+from ftp_jax.routing.config import FACTORS
 from ftp_jax.stages import DONE, describe_changes, flatten, load_arrays, read_json, write_json
 
-FACTORS = ("position", "score", "rank", "sparsity")
 STAGES = ("data", "importance", "search", "train", "finetune")
 FIGURES = "figures.json"
 # name: (what it is a variant of, settings that differ from those of --run)

@@ -3,8 +3,8 @@
   python experiments/lm_eval_torch.py --artifact=runs/NAME/S0.30/seed0/artifact --task=arc_easy.jsonl
 
 lm-eval runs twice over the same tasks: with its own Hugging Face model class on the exported model in PyTorch, and
-with `ftp_jax.evaluation.harness.EngineLM`. Items are those of `ftp-jax eval --limit`, from a file of any of its
-multiple-choice formats (docs/evaluation.md). Both prune every context, however short. Needs what lm-eval's class
+with `ftp_jax.evaluation.harness.adapter.EngineLM`. Items are those of `ftp-jax eval --limit`, from a file of any of
+its multiple-choice formats (docs/evaluation.md). Both prune every context, however short. Needs what lm-eval's class
 needs: pip install 'lm-eval[hf]'.
 
 SmolLM2-135M, S = 0.30, fp32, CPU: ARC-Easy, 100 items, acc 0.55 and acc_norm 0.50 of both; HellaSwag, 50 items, 0.28

@@ -1,12 +1,12 @@
-"""Makes prompts of three formats out of instructions and plain text: chats, plain questions, running text.
+r"""Makes prompts of three formats out of instructions and plain text: chats, plain questions, running text.
 
-  python experiments/mixed_prompts.py --prompts=alpaca_5000.jsonl --documents=wikitext2_train.txt \\
+  python experiments/mixed_prompts.py --prompts=alpaca_5000.jsonl --documents=wikitext2_train.txt \
     --test_documents=wikitext2_valid.txt --out=mixed
   ftp-jax run --config=smollm2_135m_mixed --workdir=runs/mixed --config.data.path=mixed/train.jsonl
 
 Routers that have seen chats alone lose more on running text (docs/recipe.md). The instructions are divided as a run of
 --config on them divides them. `train.jsonl` holds the first of its training prompts as chats, the others as "Question:
-...\\nAnswer:" without the template, and beginnings of paragraphs of --documents. `chat.jsonl`, `question.jsonl` and
+...\nAnswer:" without the template, and beginnings of paragraphs of --documents. `chat.jsonl`, `question.jsonl` and
 `text.jsonl` are for the test: the first of its test prompts in both formats, and paragraphs of --test_documents. All
 are files that `data.source=prompts` and `main_table.py --long` read; every line says whether it is a chat.
 """

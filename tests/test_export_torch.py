@@ -40,17 +40,9 @@ SCHEDULE = (0.3, 0.5, 0.6)  # of the three blocks of the tiny models
 LENGTHS, NEW = (17, 9, 3), 10
 unembed = jax.jit(decoder.unembed, static_argnums=0)
 
+# The reference of every case is compiled anew, so that a case has several options at once: every value of each is there,
+# and most pairs of them.
 CASES = {
-    "evict": ("llama-gqa", RoutingConfig("evict"), RouterConfig()),
-    "project": ("llama-mqa", RoutingConfig("project"), RouterConfig()),
-    "recurrent_skipping": (
-        "llama-tied", RoutingConfig("evict", decode_sparsity=0.4, decode_threshold=0.3),
-        RouterConfig("recurrent", hidden_states=True),
-    ),
-    "per_block_quantile": (
-        "llama-mha", RoutingConfig("project", decode_sparsity=0.4, decode_rule="quantile"),
-        RouterConfig("per_block", hidden_states=True),
-    ),
     "rope_llama3_argmax": ("llama-rope-llama3", RoutingConfig("evict", "argmax"), RouterConfig(factors=("rank",))),
     "rope_linear_multiple": (
         "llama-rope-linear", RoutingConfig("project", "argmax", bucket_multiple=4, score_window=3),
@@ -60,21 +52,14 @@ CASES = {
         "mistral-window", RoutingConfig("evict", decode_sparsity=0.4, decode_rule="quantile"),
         RouterConfig(hidden_states=True),
     ),
-    "window_project_skipping": (
-        "mistral-window", RoutingConfig("project", decode_sparsity=0.3),
-        RouterConfig("per_block", ("position", "rank")),
-    ),
     "one_pass_recurrent": ("qwen2", RoutingConfig("evict", one_pass_block=1), RouterConfig("recurrent")),
     "one_pass_quantile": (
         "qwen2-tied", RoutingConfig("project", one_pass_block=1, decode_sparsity=0.3, decode_rule="quantile"),
         RouterConfig(),
     ),
     "one_pass_hidden_alone": (
-        "qwen3", RoutingConfig("project", one_pass_block=0), RouterConfig(factors=(), hidden_states=True),
-    ),
-    "one_pass_skipping": (
-        "qwen3", RoutingConfig("evict", one_pass_block=1, decode_sparsity=0.4, decode_threshold=0.3),
-        RouterConfig("per_block"),
+        "qwen3", RoutingConfig("project", one_pass_block=0, decode_sparsity=0.4, decode_threshold=0.4),
+        RouterConfig(factors=(), hidden_states=True),
     ),
     "one_pass_evict_from_2": (
         "llama-gqa", RoutingConfig("evict", one_pass_block=1, evict_from=2), RouterConfig(hidden_states=True)
@@ -84,16 +69,12 @@ CASES = {
         RouterConfig("per_block"),
     ),
     "some_blocks_dense": (
-        "mistral-full", RoutingConfig("evict", decode_sparsity=0.2, decode_threshold=0.3), RouterConfig("recurrent"),
-        (0.0, 0.7, 0.0),
+        "mistral-full", RoutingConfig("evict", decode_sparsity=0.2, decode_threshold=0.3),
+        RouterConfig("recurrent", hidden_states=True), (0.0, 0.7, 0.0),
     ),
     "late_plan_quantile": (
-        "qwen3", RoutingConfig("project", one_pass_block=2, decode_sparsity=0.4, decode_rule="quantile"),
-        RouterConfig("per_block", ("rank", "score")), (0.0, 0.0, 0.7),
-    ),
-    "last_block_skipping": (
-        "llama-gqa", RoutingConfig("evict", decode_sparsity=0.2, decode_threshold=0.4),
-        RouterConfig(factors=("score", "rank")), (0.0, 0.0, 0.7),
+        "mistral-window", RoutingConfig("project", one_pass_block=2, decode_sparsity=0.4, decode_rule="quantile"),
+        RouterConfig("per_block", ("rank", "score"), hidden_states=True), (0.0, 0.0, 0.7),
     ),
     "dense_between": (
         "llama-mha", RoutingConfig("evict", decode_sparsity=0.3, decode_threshold=0.4),
@@ -101,14 +82,14 @@ CASES = {
     ),
 }  # fmt: skip
 WITH_MAPS = {  # ranks of the maps that stand in for skipped blocks
-    "maps_project": ("llama-gqa", RoutingConfig("project"), RouterConfig(hidden_states=True), SCHEDULE, 5),
+    "maps_project": ("llama-mqa", RoutingConfig("project"), RouterConfig(hidden_states=True), SCHEDULE, 5),
     "maps_evict_skipping": (
         "qwen3", RoutingConfig("evict", decode_sparsity=0.4, decode_threshold=0.3), RouterConfig("per_block"),
         (0.3, 0.0, 0.7), 3,
     ),
 }  # fmt: skip
 CASES |= WITH_MAPS
-WITH_ENGINE = ("maps_project", "evict", "per_block_quantile", "window_evict_quantile")
+WITH_ENGINE = ("maps_project", "rope_llama3_argmax", "late_plan_quantile", "window_evict_quantile")
 
 
 @functools.cache
@@ -395,10 +376,10 @@ def test_bfloat16_routes_in_fp32(tmp_path):
     load_pruned(transformers.AutoModelForCausalLM.from_pretrained(directory_of("llama-gqa"), dtype=torch.bfloat16), out)
 
 
-@pytest.mark.parametrize("case", ["recurrent_skipping", "rope_linear_multiple", "window_evict_quantile"])
+@pytest.mark.parametrize("case", ["some_blocks_dense", "rope_linear_multiple", "window_evict_quantile"])
 def test_everything_is_made_on_the_device_of_the_model(case, tmp_path):
-  name, routing, router = CASES[case]
-  model = load_pruned(directory_of(name), exported(tmp_path, name, routing, router))
+  name, *rest = CASES[case]
+  model = load_pruned(directory_of(name), exported(tmp_path, name, *rest))
   context, more = padded(prompts_of(), "left"), torch.tensor([[5, 6], [7, 8], [9, 10]])
   scored = padded([prompt + new for prompt, new in zip(prompts_of(), more.tolist())], "right")
   order = torch.tensor([2, 0, 1])

@@ -66,6 +66,12 @@ def test_impossible_grid(grid, max_sparsity):
     schedule.max_units(grid, max_sparsity)
 
 
+def repair(real_KxL, total, u_max):
+  """The feasible schedules nearest to some real ones."""
+  zeros = np.zeros(np.shape(real_KxL), np.int32)
+  return schedule.project(real_KxL, total, zeros, zeros + u_max)
+
+
 @pytest.mark.parametrize("real,total,expected", [
     ([0, 3, 6, 9], 18, [0, 3, 6, 9]),  # feasible: unchanged
     ([1, 1, 1, 1], 6, [1, 1, 2, 2]),  # ties: the later blocks get the odd units
@@ -76,7 +82,7 @@ def test_impossible_grid(grid, max_sparsity):
     ([-5, -5, -5, 100], 36, [9, 9, 9, 9]),
 ])
 def test_repair_by_hand(real, total, expected):
-  assert schedule.repair(np.array([real], np.float32), total, U_MAX).tolist() == [expected]
+  assert repair(np.array([real], np.float32), total, U_MAX).tolist() == [expected]
 
 
 @hypothesis_settings(max_examples=60, deadline=None)
@@ -86,11 +92,11 @@ def test_repair_laws(data):
   total = data.draw(st.integers(0, L * u_max))
   reals = st.floats(-5000, 5000, width=32)
   real_3xL = np.array(data.draw(st.lists(st.lists(reals, min_size=L, max_size=L), min_size=3, max_size=3)), np.float32)
-  units = np.asarray(schedule.repair(real_3xL, total, u_max))
+  units = np.asarray(repair(real_3xL, total, u_max))
   assert units.dtype == np.int32
   assert units.min() >= 0 and units.max() <= u_max
   assert (units.sum(axis=1) == total).all()
-  np.testing.assert_array_equal(schedule.repair(units, total, u_max), units)
+  np.testing.assert_array_equal(repair(units, total, u_max), units)
 
 
 @hypothesis_settings(max_examples=60, deadline=None)
@@ -99,7 +105,7 @@ def test_repair_is_the_nearest_feasible_schedule(sixteenths, total):
   real_L = np.array(sixteenths) / 16  # exact in float32
   feasible = np.array([u for u in itertools.product(range(5), repeat=3) if sum(u) == total])
   nearest = ((feasible - real_L) ** 2).sum(axis=1).min()
-  units_L = np.asarray(schedule.repair(real_L[None].astype(np.float32), total, 4))[0]
+  units_L = np.asarray(repair(real_L[None].astype(np.float32), total, 4))[0]
   assert ((units_L - real_L) ** 2).sum() == pytest.approx(nearest, abs=1e-9)
 
 
@@ -107,7 +113,7 @@ def test_units_round_trip_on_a_fine_grid():
   units = np.array([[0, 1, 333, 666, 999, 7, 123, 500]], np.int32)
   sparsity = schedule.to_sparsity(units, 1000)
   assert sparsity.dtype == np.float32
-  np.testing.assert_array_equal(schedule.repair(sparsity * 1000, int(units.sum()), 999), units)
+  np.testing.assert_array_equal(repair(sparsity * 1000, int(units.sum()), 999), units)
 
 
 def test_named_schedules_by_hand():
@@ -173,7 +179,7 @@ def test_bad_schedule_files(tmp_path, text, message):
 
 def random_population(seed, total=24):
   real = np.random.default_rng(seed).uniform(0, U_MAX, (10, L)).astype(np.float32)
-  return np.asarray(schedule.repair(real, total, U_MAX)), np.arange(10, dtype=np.float32)
+  return np.asarray(repair(real, total, U_MAX)), np.arange(10, dtype=np.float32)
 
 
 def test_settings_come_from_the_config():
@@ -272,7 +278,7 @@ def test_same_seed_same_search(tmp_path):
 
 @pytest.mark.parametrize("num_seeds", [1, 25])
 def test_fitness_sees_one_shape_and_children_only(tmp_path, num_seeds):
-  seeds = np.asarray(schedule.repair(np.random.default_rng(1).uniform(0, 9, (num_seeds, L)), 24, U_MAX))
+  seeds = np.asarray(repair(np.random.default_rng(1).uniform(0, 9, (num_seeds, L)), 24, U_MAX))
   calls = []
 
   def fitness(sparsity):

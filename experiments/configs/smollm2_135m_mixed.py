@@ -1,6 +1,6 @@
 """SmolLM2-135M on chats, plain questions and running text, with plan and maps of smollm2_135m_stand_in.py.
 
-  python experiments/mixed_prompts.py --prompts=alpaca_5000.jsonl --documents=wikitext2_train.txt \\
+  python experiments/mixed_prompts.py --prompts=alpaca_5000.jsonl --documents=wikitext2_train.txt \
     --test_documents=wikitext2_valid.txt --out=mixed
   ftp-jax run --config=smollm2_135m_mixed --workdir=runs/smollm2_135m_mixed
 

@@ -50,6 +50,11 @@ class Batch(NamedTuple):
   weight: np.ndarray
   rows: np.ndarray
 
+  @property
+  def counted(self) -> Prompts:
+    """The prompts, of those of weight 0 one token alone: nothing in them is predicted."""
+    return self.prompts._replace(length=np.where(self.weight > 0, self.prompts.length, 1).astype(np.int32))
+
 
 def take(prompts: Prompts, indices, width: int | None = None) -> Prompts:
   """The rows at `indices` (K,), in that order, cut to `width`, which must hold them."""

@@ -62,7 +62,7 @@ def batch_quality(
         config, routing, params, router, *rows, schedule, start=start, entry=entry, dtype=dtype, attention=attention
     )
     student = scoring.log_probs(config, params, out.hidden_BxTxD, source)
-    per_row = lambda values: jnp.sum(values * weight, axis=1) / jnp.maximum(jnp.sum(weight, axis=1), 1.0)
+    per_row = lambda values: scoring.row_mean(values, weight)
     return Quality(
         per_row(scoring.kl_divergence(teacher, student)),
         per_row(-scoring.pick(student, target)),

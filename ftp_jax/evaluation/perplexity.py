@@ -67,23 +67,21 @@ def routed_perplexity(
   # Every position is a continuation token here, asked for the schedule's own sparsity.
   routing = dataclasses.replace(routing, decode_sparsity=round(float(np.mean(schedule_L)), 6))
   total, computed = 0.0, 0
-  for rows, weight, _ in batches(windows, batch):
-    rows = rows._replace(length=np.where(weight > 0, rows.length, 1).astype(np.int32))
+  for rows in batches(windows, batch):
     with sharding.over(model.params):
       nll, kept = _routed(
           model.config, routing, model.params, sharding.place(model.params, router),
-          sharding.place(model.params, rows, "batch"), np.asarray(schedule_L, np.float32), dtype=model.dtype,
+          sharding.place(model.params, rows.counted, "batch"), np.asarray(schedule_L, np.float32), dtype=model.dtype,
       )
-    total, computed = total + float(nll), computed + int(kept) - int((weight == 0).sum()) * model.config.num_blocks
+    total, computed = total + float(nll), computed + int(kept) - int((rows.weight == 0).sum()) * model.config.num_blocks
   return perplexity_of(total, windows), 1 - computed / (model.config.num_blocks * int(np.sum(windows.length)))
 
 
 def truncated_perplexity(model: Frozen, sparsity: float, windows: Prompts, batch: int) -> float:
   """Perplexity when token t sees the sink and the latest tokens, ceil((1 - S)(t + 1)) in all."""
   total = 0.0
-  for rows, weight, _ in batches(windows, batch):
-    rows = rows._replace(length=np.where(weight > 0, rows.length, 1).astype(np.int32))
+  for rows in batches(windows, batch):
     with sharding.over(model.params):
-      placed = sharding.place(model.params, rows, "batch")
+      placed = sharding.place(model.params, rows.counted, "batch")
       total += float(_truncated(model.config, model.params, placed, np.float32(sparsity), dtype=model.dtype))
   return perplexity_of(total, windows)

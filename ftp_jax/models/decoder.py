@@ -133,10 +133,10 @@ class Block(nn.Module):
     """Queries (B,T,H,N), keys and values (B,T,G,N) of the block's input, rope applied."""
     return self.queries(x_BxTxD, sin_BxTxN, cos_BxTxN), *self.keys_values(x_BxTxD, sin_BxTxN, cos_BxTxN)
 
-  def attention_out(self, x_BxTxD, context_BxTxHxN):
+  def attention_out(self, x_BxTxD, attended_BxTxHxN):
     """Adds the output projection of the attended values to the residual stream."""
-    context = constrain(context_BxTxHxN, "batch", None, "heads", None)
-    return constrain(x_BxTxD + self.o(context.reshape(context.shape[:-2] + (-1,))), "batch", None, None)
+    attended = constrain(attended_BxTxHxN, "batch", None, "heads", None)
+    return constrain(x_BxTxD + self.o(attended.reshape(attended.shape[:-2] + (-1,))), "batch", None, None)
 
   def mlp(self, x_BxTxD):
     """Adds the gated MLP to the residual stream."""

@@ -44,6 +44,11 @@ def kl_divergence(teacher_BxCxV: jax.Array, student_BxCxV: jax.Array) -> jax.Arr
   return jnp.sum(jnp.exp(teacher_BxCxV) * (teacher_BxCxV - student_BxCxV), axis=-1)
 
 
+def row_mean(values_BxC: jax.Array, weight_BxC: jax.Array) -> jax.Array:
+  """Mean (B,) of each row where `weight` is 1; 0 where it is nowhere."""
+  return jnp.sum(values_BxC * weight_BxC, axis=1) / jnp.maximum(jnp.sum(weight_BxC, axis=1), 1.0)
+
+
 def weighted_mean(values: jax.Array, weight: jax.Array) -> jax.Array:
   """Mean of `values` where `weight` is 1."""
   return jnp.sum(values * weight) / jnp.maximum(jnp.sum(weight), 1.0)

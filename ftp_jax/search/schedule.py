@@ -1,4 +1,4 @@
-"""Sparsity schedules: the integer grid they live on, the exact repair, and named schedules.
+"""Sparsity schedules: the integer grid they live on, the exact projection onto it, and named schedules.
 
 A schedule asks sparsity s_i in [0, 1) of block i, with mean S. Inside the search it is integer units
 u_i = s_i * grid with 0 <= u_i <= u_max and sum u = round(S * L * grid) exactly. Named schedules are
@@ -84,16 +84,6 @@ def _project_one(real_L, total, lower_L, upper_L):
   return base_L + (rank_L < total - base_L.sum()).astype(jnp.int32)
 
 
-@jax.jit
-def repair(real_KxL: jax.Array, total, u_max) -> jax.Array:
-  """The feasible schedules nearest to `real_KxL` (units or reals): int32 (K, L) in [0, u_max], each of sum `total`.
-
-  Euclidean projection (see `project`); feasible schedules come back unchanged. Needs 0 <= total <= L * u_max.
-  """
-  zeros = jnp.zeros(real_KxL.shape, jnp.int32)
-  return project(real_KxL, total, zeros, zeros + u_max)
-
-
 def to_units(sparsity_L, target: float, grid: int, max_sparsity: float, first_block: int = 0) -> np.ndarray:
   """Puts one real schedule (L,) on the grid with mean sparsity `target`: int32 (L,) units. Raises as `total_units`.
 
@@ -121,7 +111,7 @@ def uniform(num_blocks: int, target: float) -> np.ndarray:
 def late(num_blocks: int, target: float, max_sparsity: float) -> np.ndarray:
   """All sparsity in the last blocks, each at `max_sparsity`, one block the rest, nothing before: (L,).
 
-  `max_sparsity` should be what the grid can express (max_units / grid), else repair spreads what is cut off.
+  `max_sparsity` should be what the grid can express (max_units / grid), else the projection spreads what is cut off.
   """
   blocks_after = np.arange(num_blocks)[::-1]
   return np.clip(target * num_blocks - blocks_after * max_sparsity, 0, max_sparsity)

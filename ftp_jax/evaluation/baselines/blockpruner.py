@@ -84,13 +84,13 @@ class _Tables:
 
   def _evaluate(self, removed: np.ndarray, bar: tqdm.tqdm) -> np.ndarray:
     model, total = self._model, np.zeros(removed.shape)
-    for rows, weight, _ in batches(self._prompts, self._batch):
-      length = np.where(weight > 0, rows.length, 1).astype(np.int32)
-      states = _entries(model.config, model.params, rows.tokens, length, removed, dtype=model.dtype)
+    for batch in batches(self._prompts, self._batch):
+      tokens, _, length = batch.counted
+      states = _entries(model.config, model.params, tokens, length, removed, dtype=model.dtype)
       for block, sub in np.argwhere(~removed):
         without = removed.copy()
         without[block, sub] = True
-        total[block, sub] += float(_nll_from(model.config, model.params, rows.tokens, length, without, states, block))
+        total[block, sub] += float(_nll_from(model.config, model.params, tokens, length, without, states, block))
         bar.set_postfix_str(f"tries block {block}", refresh=False)
     return np.where(removed, np.inf, total / np.sum(self._prompts.length - 1))
 

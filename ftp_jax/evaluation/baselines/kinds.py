@@ -245,13 +245,12 @@ class Subblocks(Baseline):
   def perplexity(self, windows, batch):
     model, total, computed = self.frozen, 0.0, np.zeros((self.model.config.num_blocks, 2))
     threshold_Lx2 = jnp.asarray(self.facts["threshold"], jnp.float32)
-    for rows, weight, _ in batches(windows, batch):
-      rows = rows._replace(length=np.where(weight > 0, rows.length, 1).astype(np.int32))
+    for rows in batches(windows, batch):
       nll, count = _causal_subblocks(
-          model.config, model.params, self.removed, self.router, rows, threshold_Lx2, dtype=model.dtype
+          model.config, model.params, self.removed, self.router, rows.counted, threshold_Lx2, dtype=model.dtype
       )
       # The token that a filling row is left with is always computed.
-      total, computed = total + float(nll), computed + np.asarray(count) - (weight == 0).sum() * ~self.removed
+      total, computed = total + float(nll), computed + np.asarray(count) - (rows.weight == 0).sum() * ~self.removed
     share = computed / np.sum(windows.length) @ subblocks.shares(model.config)
     return perplexity_of(total, windows), float(1 - share.mean())
 

@@ -44,7 +44,7 @@ log_probs = functools.partial(jax.jit, static_argnames=("spec", "plan"))(_contin
 @functools.partial(jax.jit, static_argnames=("spec", "plan"))
 def _compare(spec, plan, weights, prefilled, tokens_BxC, weight_BxC, teacher_BxCxV) -> Comparison:
   student = _continuation(spec, plan, weights, prefilled, tokens_BxC)
-  mean = lambda values: jnp.sum(values * weight_BxC, axis=1) / jnp.maximum(jnp.sum(weight_BxC, axis=1), 1.0)
+  mean = lambda values: scoring.row_mean(values, weight_BxC)
   return Comparison(
       mean(scoring.kl_divergence(teacher_BxCxV, student)),
       mean(-jnp.take_along_axis(student, tokens_BxC[:, :, None], axis=2)[:, :, 0]),

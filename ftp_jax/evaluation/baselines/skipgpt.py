@@ -175,7 +175,7 @@ def _kl(config, num_scored, params, router, rows: Prompts, schedule_Lx2, removed
   source, _, weight = scoring.continuation(*rows, num_scored)
   dense = decoder.forward(config, params, rows.tokens, rows.length, dtype=dtype)
   teacher, student = (scoring.log_probs(config, params, x, source) for x in (dense, hidden))
-  return jnp.sum(scoring.kl_divergence(teacher, student) * weight, axis=1) / jnp.maximum(jnp.sum(weight, axis=1), 1.0)
+  return scoring.row_mean(scoring.kl_divergence(teacher, student), weight)
 
 
 def _validation_kl(model: Frozen, router: Any, schedule_Lx2: np.ndarray, calibration: Calibration) -> float:
