@@ -36,6 +36,93 @@ class Extended(NamedTuple):
   recent: Recent
 
 
+class Continuation:
+  """New tokens of every row on top of a cache, and how the parts of a block are applied to them.
+
+  Attributes:
+    routes: tokens may skip: some gate is to be decided.
+    scored: the router reads what tokens have paid to those before them.
+    position_BxC: of the new tokens.
+    sizes: the distinct numbers of slots that blocks have in the cache.
+  """
+
+  def __init__(
+      self, config: ModelConfig, routing: RoutingConfig, plan: Plan, params: Any, router: Router, cache: Cache,
+      recent: Recent, num_new: int,
+  ):  # fmt: skip
+    self._config, self._routing, self._params, self._router, self._cache = config, routing, params, router, cache
+    self._block, self._count = decoder.Block(config), recent.count
+    self.batch, self.num_new = len(cache.context_B), num_new
+    self.num_context, self.room = cache.keep_LxBxT.shape[2], recent.computed_LxBxM.shape[2]
+    self.routes = bool(routing.decode_sparsity) and router.kind != "static"
+    self.scored = self.routes and router.reads_scores
+    self._steps_C = self._count + jnp.arange(num_new)  # slots of the new tokens in `recent`
+    self.position_BxC = cache.context_B[:, None] + self._steps_C[None]
+    self._angles = decoder.angles(config, self.position_BxC)
+    # Recent tokens stand at context + slot, so that their distance to a new token is that of the slots.
+    self._recent_CxM = visible(self._steps_C[None], jnp.arange(self.room)[None], config.sliding_window)[0]
+    # Which positions of the context, and which slots behind it, come before each new token.
+    in_context = jnp.arange(self.num_context)[None, None] < cache.context_B[:, None, None]
+    earlier = jnp.arange(self.room)[None, None] < self._steps_C[None, :, None]
+    over = lambda a: jnp.broadcast_to(a, (self.batch, num_new, a.shape[2]))
+    self._before_BxCxP = jnp.concatenate([over(in_context), over(earlier)], axis=2)
+    self.sizes = sorted(set(plan.cache_slots))
+
+  def decide(self, x_BxCxD, seen_BxCxP, state, inputs) -> tuple[jax.Array, Any]:
+    """One block's gates (B,C), and the router's state."""
+    router, features = self._router, None
+    if router.factors:
+      features = factor_lib.newest_factors(
+          router.factors, seen_BxCxP, self.num_context + self._steps_C, self._before_BxCxP, self.position_BxC,
+          inputs["sparsity"],
+      )  # fmt: skip
+    margin, state = routers.margin(
+        router, inputs["router"] if router.per_block else router.params, features, x_BxCxD, state, self.position_BxC,
+        self._cache.row_B, inputs["index"],
+    )  # fmt: skip
+    return keep_continuation(router.kind, margin, inputs["sparsity"], inputs["least"], self._routing), state
+
+  def apply(self, index: jax.Array, method: Any, *args: Any) -> Any:
+    """A method of `decoder.Block` with the weights of a block, which a branch that does not run does not read."""
+    return self._block.apply({"params": decoder.block_at(self._params["blocks"], index)}, *args, method=method)
+
+  def moved(self, index: jax.Array, x_BxCxD: jax.Array) -> jax.Array:
+    """The states of tokens that skip a block."""
+    return stand_in.moved(decoder.block_at(self._params["blocks"], index), x_BxCxD)
+
+  def keys_values(self, index: jax.Array, x_BxCxD: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Keys and values as `Recent` has them, (B,G,C,N)."""
+    k, v = self.apply(index, decoder.Block.keys_values, x_BxCxD, *self._angles)
+    return k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
+
+  def computed(self, x_BxCxD, k_BxGxCxN, v_BxGxCxN, computed_BxM, evict: bool, inputs) -> tuple[jax.Array, Any]:
+    """The states after a block that computes all of them, and what they paid (B,C,P) if that is read."""
+    index = inputs["index"]
+    append = lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new, self._count, 2)
+    mask = jnp.broadcast_to(self._recent_CxM[None], (self.batch, self.num_new, self.room))
+    q = self.apply(index, decoder.Block.queries, x_BxCxD, *self._angles)
+    attended, paid = jax.lax.switch(
+        inputs["size"], [functools.partial(self._attend, slots) for slots in self.sizes], q, inputs["offset"],
+        append(inputs["k"], k_BxGxCxN), append(inputs["v"], v_BxGxCxN),
+        mask & computed_BxM[:, None, :] if evict else mask,
+    )  # fmt: skip
+    return self.apply(index, decoder.Block.mlp, self.apply(index, decoder.Block.attention_out, x_BxCxD, attended)), paid
+
+  def _attend(self, slots: int, q_BxCxHxN, offset, k_BxGxMxN, v_BxGxMxN, seen_BxCxM):
+    """Attention of a block with `slots` slots in the cache: values (B,C,H,N) and, if scored, rows (B,C,P)."""
+    part = functools.partial(jax.lax.dynamic_slice_in_dim, allow_negative_indices=False)
+    k, v = part(self._cache.k_BxGxNxS, offset, slots, 3), part(self._cache.v_BxGxSxN, offset, slots, 2)
+    key = part(self._cache.position_BxS, offset, slots, 1)
+    seen_BxCxS = visible(self.position_BxC, key, self._config.sliding_window)
+    out, old, new = attend_cached(q_BxCxHxN, k, v, seen_BxCxS, k_BxGxMxN, v_BxGxMxN, seen_BxCxM)
+    if not self.scored:
+      return out, None
+    rows = jnp.zeros((self.batch, self.num_new, self.num_context)).at[
+        jnp.arange(self.batch)[:, None, None], jnp.arange(self.num_new)[None, :, None], key[:, None, :]
+    ].set(old, mode="drop")  # empty slots stand beyond every position
+    return out, jnp.concatenate([rows, new], axis=2)
+
+
 def extend(
     config: ModelConfig,
     routing: RoutingConfig,
@@ -54,102 +141,38 @@ def extend(
   A block that all of the new tokens skip is not computed: its weights are not even read.
   """
   batch, num_new = tokens_BxC.shape
-  groups, dim = config.num_kv_heads, config.head_dim
-  num_context, room = cache.keep_LxBxT.shape[2], recent.computed_LxBxM.shape[2]
-  count = recent.count
-  steps_C = count + jnp.arange(num_new)  # slots of the new tokens in `recent`
-  position_BxC = cache.context_B[:, None] + steps_C[None]
-  sin, cos = decoder.angles(config, position_BxC)
-  block = decoder.Block(config)
-  routes = bool(routing.decode_sparsity) and router.kind != "static"
-  scored = routes and router.reads_scores
-  room_M = jnp.arange(room)
-  # Recent tokens stand at context + slot, so that their distance to a new token is that of the slots.
-  recent_CxM = visible(steps_C[None], room_M[None], config.sliding_window)[0]
-  before_BxCxP = jnp.concatenate([
-      jnp.broadcast_to((jnp.arange(num_context)[None] < cache.context_B[:, None])[:, None],
-                       (batch, num_new, num_context)),
-      jnp.broadcast_to(room_M[None, None] < steps_C[None, :, None], (batch, num_new, room)),
-  ], axis=2)  # fmt: skip
-
-  def attend_to(slots: int):
-    """Attention of a block whose cache has `slots` slots: values (B,C,H,N) and, if scored, rows (B,C,P)."""
-
-    part = functools.partial(jax.lax.dynamic_slice_in_dim, allow_negative_indices=False)
-
-    def attend(q_BxCxHxN, offset, k_recent, v_recent, seen_BxCxM):
-      k = part(cache.k_BxGxNxS, offset, slots, 3)
-      v = part(cache.v_BxGxSxN, offset, slots, 2)
-      key = part(cache.position_BxS, offset, slots, 1)
-      out, old, new = attend_cached(
-          q_BxCxHxN, k, v, visible(position_BxC, key, config.sliding_window), k_recent, v_recent, seen_BxCxM
-      )
-      if not scored:
-        return out, None
-      rows = jnp.zeros((batch, num_new, num_context)).at[
-          jnp.arange(batch)[:, None, None], jnp.arange(num_new)[None, :, None], key[:, None, :]
-      ].set(old, mode="drop")  # empty slots stand beyond every position
-      return out, jnp.concatenate([rows, new], axis=2)
-
-    return attend
-
-  sizes = sorted(set(plan.cache_slots))
-  branches = [attend_to(slots) for slots in sizes]
+  new = Continuation(config, routing, plan, params, router, cache, recent, num_new)
 
   def body(plan_from, evict, carry, inputs):
     x, seen, state = carry
-    index = inputs["index"]
-    # Indexed where they are used: inside the branch that a skipped block does not take.
-    apply = lambda method, *args: block.apply(
-        {"params": decoder.block_at(params["blocks"], index)}, *args, method=method
-    )
-    skipping = lambda x: stand_in.moved(decoder.block_at(params["blocks"], index), x)
-    swap = lambda a: a.transpose(0, 2, 1, 3)
-    keep = jnp.ones((batch, num_new), bool)
-    if routes:
-      features, (deciding_x, deciding_seen) = None, plan_from or (x, seen)
-      if router.factors:
-        features = factor_lib.newest_factors(
-            router.factors, deciding_seen, num_context + steps_C, before_BxCxP, position_BxC, inputs["sparsity"]
-        )
-      margin, state = routers.margin(
-          router, inputs["router"] if router.per_block else router.params, features, deciding_x, state,
-          position_BxC,
-          cache.row_B, index,
-      )
-      keep = keep_continuation(router.kind, margin, inputs["sparsity"], inputs["least"], routing)
-    computed = jax.lax.dynamic_update_slice_in_dim(inputs["computed"], keep, count, 1)
-    mask = jnp.broadcast_to(recent_CxM[None], (batch, num_new, room))
-    projected = None if evict else tuple(map(swap, apply(decoder.Block.keys_values, x, sin, cos)))
+    index, keep = inputs["index"], jnp.ones((batch, num_new), bool)
+    if new.routes:
+      keep, state = new.decide(*(plan_from or (x, seen)), state, inputs)
+    computed = jax.lax.dynamic_update_slice_in_dim(inputs["computed"], keep, recent.count, 1)
+    projected = None if evict else new.keys_values(index, x)
 
     def compute(x, seen):
-      k, v = projected or map(swap, apply(decoder.Block.keys_values, x, sin, cos))
-      appended = lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new, count, 2)
-      q = apply(decoder.Block.queries, x, sin, cos)
-      attended, rows = jax.lax.switch(
-          inputs["size"], branches, q, inputs["offset"], appended(inputs["k"], k), appended(inputs["v"], v),
-          mask & computed[:, None, :] if evict else mask,
-      )
-      y = apply(decoder.Block.mlp, apply(decoder.Block.attention_out, x, attended))
-      if scored:
+      k, v = projected or new.keys_values(index, x)
+      y, paid = new.computed(x, k, v, computed, evict, inputs)
+      if new.scored:
         known = jnp.concatenate([inputs["keep"], computed], axis=1)
-        seen = jnp.where(keep[:, :, None] & known[:, None, :], rows, seen)
-      return jnp.where(keep[:, :, None], y, skipping(x)) if routes else y, seen, k, v
+        seen = jnp.where(keep[:, :, None] & known[:, None, :], paid, seen)
+      return jnp.where(keep[:, :, None], y, new.moved(index, x)) if new.routes else y, seen, k, v
 
     def skip(x, seen):
-      k, v = projected or (jnp.zeros((batch, groups, num_new, dim), x.dtype),) * 2
-      return skipping(x), seen, k, v
+      k, v = projected or (jnp.zeros((batch, config.num_kv_heads, num_new, config.head_dim), x.dtype),) * 2
+      return new.moved(index, x), seen, k, v
 
-    x, seen, k, v = jax.lax.cond(jnp.any(keep), compute, skip, x, seen) if routes else compute(x, seen)
+    x, seen, k, v = jax.lax.cond(jnp.any(keep), compute, skip, x, seen) if new.routes else compute(x, seen)
     return (x, seen, state), (keep, k, v)
 
   inputs = {
       "index": jnp.arange(config.num_blocks),
       "sparsity": decode_schedule(jnp.asarray(schedule_L, jnp.float32), routing.decode_sparsity),
       "router": router.params if router.per_block else None,
-      "size": jnp.asarray([sizes.index(s) for s in plan.cache_slots], jnp.int32),
+      "size": jnp.asarray([new.sizes.index(s) for s in plan.cache_slots], jnp.int32),
       "offset": jnp.asarray(plan.offsets, jnp.int32),
-      "keep": cache.keep_LxBxT if scored else None,
+      "keep": cache.keep_LxBxT if new.scored else None,
       "least": cache.least_LxB,
       "k": recent.k_LxBxGxMxN,
       "v": recent.v_LxBxGxMxN,
@@ -157,7 +180,7 @@ def extend(
   }
   carry = (
       decoder.embed(config, params, tokens_BxC, dtype),
-      jnp.zeros((batch, num_new, num_context + room if scored else 0)),
+      jnp.zeros((batch, num_new, new.num_context + new.room if new.scored else 0)),
       routers.init_state(router, batch, num_new),
   )
   plan_from, parts = None, []
@@ -170,8 +193,9 @@ def extend(
   x = carry[0]
   keep, k, v = jax.tree.map(lambda *a: jnp.concatenate(a), *parts) if len(parts) > 1 else parts[0]
   # All blocks at once, after the loop: an update inside it would copy the buffers for every block.
-  put = lambda buffer, new, axis: jax.lax.dynamic_update_slice_in_dim(buffer, new, count, axis)
+  put = lambda buffer, value, axis: jax.lax.dynamic_update_slice_in_dim(buffer, value, recent.count, axis)
   appended = Recent(
-      put(recent.k_LxBxGxMxN, k, 3), put(recent.v_LxBxGxMxN, v, 3), put(recent.computed_LxBxM, keep, 2), count + num_new
-  )
+      put(recent.k_LxBxGxMxN, k, 3), put(recent.v_LxBxGxMxN, v, 3), put(recent.computed_LxBxM, keep, 2),
+      recent.count + num_new,
+  )  # fmt: skip
   return Extended(x, keep, appended)
