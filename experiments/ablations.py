@@ -35,7 +35,7 @@ from ftp_jax.pipeline.checks import digest
 from ftp_jax.pipeline.run import Pipeline, run
 from ftp_jax.routing import routers, stand_in
 from ftp_jax.routing.config import FACTORS
-from ftp_jax.stages import DONE, describe_changes, flatten, load_arrays, read_json, write_json
+from ftp_jax.stages import DONE, check_stage, describe_changes, flatten, load_arrays, read_json, write_json
 
 STAGES = ("data", "importance", "search", "train", "finetune")
 FIGURES = "figures.json"
@@ -143,7 +143,7 @@ def share_stages(pipeline: Pipeline, source: pathlib.Path) -> None:
     if (pipeline.workdir / stage).exists() or not (source / stage / DONE).exists():
       continue
     try:
-      pipeline.check_stage(source / stage, settings)
+      check_stage(source / stage, settings, pipeline.defaults)
     except UserError:  # made with other settings
       continue
     copy = pipeline.workdir / stage.with_name(stage.name + ".copying")  # a killed copy must not look finished

@@ -38,7 +38,7 @@ from ftp_jax.data.prompts import Prompts, take
 from ftp_jax.data.sources import load_prompts
 from ftp_jax.errors import UserError
 from ftp_jax.evaluation import baselines
-from ftp_jax.evaluation.baselines.cells import baseline_at
+from ftp_jax.evaluation.baselines.registry import baseline_at
 from ftp_jax.evaluation.harness import suite
 from ftp_jax.evaluation.harness.adapter import EngineLM
 from ftp_jax.evaluation.harness.files import read_items

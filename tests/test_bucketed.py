@@ -476,6 +476,10 @@ def test_a_program_has_a_body_for_each_bucket_and_none_for_each_block(kv_mode, o
   assert products([0.5, 0.25, 0.75, 0.5]) == (3, more + 2)
 
 
+# As users compile, but with no effort in LLVM, which comes when memory is laid out: the sizes are the same.
+LAID_OUT = DEFAULT_COMPILATION | {"xla_backend_optimization_level": 0}
+
+
 @pytest.mark.parametrize("kv_mode", ["evict", "project"])
 def test_a_prefill_needs_no_second_cache(kv_mode, monkeypatch):
   """Branches that read or write a part of the cache could make the compiler copy it for each block."""
@@ -489,7 +493,7 @@ def test_a_prefill_needs_no_second_cache(kv_mode, monkeypatch):
     found = fresh.lower(
         config, routing, plan, decoder.abstract_params(config), routers.STATIC, shape(batch, 64), shape(batch),
         np.asarray(schedule, np.float32),
-    ).compile(DEFAULT_COMPILATION).memory_analysis()  # fmt: skip
+    ).compile(LAID_OUT).memory_analysis()  # fmt: skip
     return found.temp_size_in_bytes + found.output_size_in_bytes
 
   states = batch * 64 * config.hidden_size * 4

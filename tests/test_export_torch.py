@@ -40,8 +40,8 @@ SCHEDULE = (0.3, 0.5, 0.6)  # of the three blocks of the tiny models
 LENGTHS, NEW = (17, 9, 3), 10
 unembed = jax.jit(decoder.unembed, static_argnums=0)
 
-# The reference of every case is compiled anew, so that a case has several options at once: every value of each is there,
-# and most pairs of them.
+# The reference of every case is compiled anew, so that a case has several options at once: every value of each is
+# there, and most pairs of them.
 CASES = {
     "rope_llama3_argmax": ("llama-rope-llama3", RoutingConfig("evict", "argmax"), RouterConfig(factors=("rank",))),
     "rope_linear_multiple": (
@@ -69,7 +69,7 @@ CASES = {
         RouterConfig("per_block"),
     ),
     "some_blocks_dense": (
-        "mistral-full", RoutingConfig("evict", decode_sparsity=0.2, decode_threshold=0.3),
+        "mistral-full", RoutingConfig("evict", decode_sparsity=0.2, decode_threshold=0.1),
         RouterConfig("recurrent", hidden_states=True), (0.0, 0.7, 0.0),
     ),
     "late_plan_quantile": (

@@ -116,13 +116,13 @@ def test_a_run_with_maps_that_stand_in_for_skipped_blocks(finished, model_direct
 
   monkeypatch.setattr(run_lib, "train_router", moved)
   config.data.length_buckets = (20,)
-  pipeline.run(config, str(tmp_path))
+  pipeline.run(config, str(tmp_path), pipeline.STAGES[:-1])
   made = artifact.load(tmp_path / "S0.25" / "seed0" / "artifact")
   assert stand_in.fits(made.stand_in, 4, 32) and made.stand_in["up"].shape[1] == 6
   fitted = artifact.load_weights(tmp_path / "importance" / "stand_in.safetensors")
   np.testing.assert_allclose(made.stand_in["up"], 1.5 * fitted["up"], atol=1e-6)
-  records = {r["method"]: r for r in json.loads((tmp_path / "results.json").read_text())["records"]}
-  others = {r["method"]: r for r in json.loads((finished / "results.json").read_text())["records"]}
+  records = {r["method"]: r for r in json.loads((tmp_path / "evaluate" / "records.json").read_text())}
+  others = {r["method"]: r for r in json.loads((finished / "evaluate" / "records.json").read_text())}
   for method in ("dense", "truncation", "static_uniform", "random"):  # they have none
     assert records[method]["kl"] == pytest.approx(others[method]["kl"], rel=1e-3, abs=1e-6)
   model = load_model(str(model_directory))
@@ -248,6 +248,15 @@ def test_changed_settings_of_a_finished_stage_are_named(finished, model_director
   assert f"/{stage} was made" in str(error.value)
   saved = json.loads((finished / "config.json").read_text())
   assert saved[section][key] != value
+
+
+def test_methods_without_a_seed_do_not_outlive_the_prompts_they_were_measured_on(finished, model_directory, tmp_path):
+  copy = tmp_path / "copy"
+  shutil.copytree(finished, copy)
+  for stage in ("data", "importance", "S0.25"):
+    shutil.rmtree(copy / stage)
+  with pytest.raises(UserError, match="evaluate/S0.00 was made from .*data, which is missing"):
+    pipeline.run(tiny_run(model_directory), str(copy))
 
 
 def test_another_sparsity_and_seed_only_add_cells(finished, model_directory, tmp_path):

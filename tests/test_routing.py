@@ -240,16 +240,16 @@ def test_masked_blocks_against_a_loop_over_kept_tokens(kv_mode, first):
   schedule = jnp.array([0.0, 0.5, 0.25, 0.5])
   routing = RoutingConfig(kv_mode, evict_from=first if kv_mode == "evict" else 0)
   out = tiny.forward(c, routing, p, routers.STATIC, tokens, context, length, schedule)
-  block = decoder.Block(c)
+  block = jax.jit(decoder.Block(c).apply)
   x = decoder.embed(c, p, tokens)
   sin, cos = decoder.angles(c, jnp.arange(8)[None])
   for i, slots in enumerate([8, 4, 6, 4]):
     kept = np.array([0] + list(range(8 - slots + 1, 8)))
     weights = {"params": jax.tree.map(lambda a: a[i], p["blocks"])}
     if i >= first:
-      y = block.apply(weights, x[:, kept], sin[:, kept], cos[:, kept], jnp.tril(jnp.ones((1, slots, slots), bool)))
+      y = block(weights, x[:, kept], sin[:, kept], cos[:, kept], jnp.tril(jnp.ones((1, slots, slots), bool)))
     else:
-      y = block.apply(weights, x, sin, cos, jnp.tril(jnp.ones((1, 8, 8), bool)))[:, kept]
+      y = block(weights, x, sin, cos, jnp.tril(jnp.ones((1, 8, 8), bool)))[:, kept]
     x = x.at[:, kept].set(y)
     np.testing.assert_array_equal(np.flatnonzero(out.keep_LxBxT[i, 0]), kept)
   np.testing.assert_allclose(out.hidden_BxTxD, x, atol=1e-5)
@@ -307,10 +307,10 @@ def test_static_uniform_evict_is_truncation_of_the_oldest_context():
   out = tiny.forward(c, RoutingConfig("evict"), p, routers.STATIC, tokens, context, length, jnp.full(4, 0.5))
   kept = np.array([0, 5, 6, 7, 8, 9, 10, 11])
   sin, cos = decoder.angles(c, jnp.asarray(kept)[None])
-  x = decoder.embed(c, p, tokens[:, kept])
+  block, x = jax.jit(decoder.Block(c).apply), decoder.embed(c, p, tokens[:, kept])
   for i in range(4):
     weights = {"params": jax.tree.map(lambda a: a[i], p["blocks"])}
-    x = decoder.Block(c).apply(weights, x, sin, cos, jnp.tril(jnp.ones((1, 8, 8), bool)))
+    x = block(weights, x, sin, cos, jnp.tril(jnp.ones((1, 8, 8), bool)))
   np.testing.assert_allclose(out.hidden_BxTxD[:, kept], x, atol=1e-5)
 
 
@@ -428,16 +428,17 @@ def test_straight_through_changes_no_value_and_reaches_the_router(kv_mode):
 @pytest.mark.parametrize("through", [True, False])
 def test_gradients_pass_through_what_routers_read_or_not(through):
   c = tiny.config()
-  router = dynamic(c, hidden_states=True, kind="per_block")
+  p, router = tiny.params(c), dynamic(c, hidden_states=True, kind="per_block")
   tokens, context, length = np.arange(1, 11, dtype=np.int32)[None], jnp.array([8]), jnp.array([10])
 
   def margins(params):
     return masked.forward(
-        c, RoutingConfig(), tiny.params(c), router._replace(params=params), tokens, context, length, jnp.full(4, 0.4),
+        c, RoutingConfig(), p, router._replace(params=params), tokens, context, length, jnp.full(4, 0.4),
         straight_through=True, input_gradient=through,
     ).margin_LxBxT.sum(axis=(1, 2))
 
-  kernel = np.abs(jax.jacrev(margins)(router.params)["out"]["kernel"]).sum(axis=(2, 3))  # (block, router of block)
+  jacobian = jax.jit(jax.jacrev(margins))(router.params)
+  kernel = np.abs(jacobian["out"]["kernel"]).sum(axis=(2, 3))  # (block, router of block)
   assert (np.diag(kernel) > 0).all() and (np.triu(kernel, 1) == 0).all()
   assert (np.tril(kernel, -1).any()) == through
 

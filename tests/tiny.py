@@ -22,9 +22,12 @@ def config(**changes) -> ModelConfig:
   return ModelConfig(**{**values, **changes})
 
 
+_init = jax.jit(decoder.init_params, static_argnums=0)
+
+
 def params(model_config: ModelConfig, seed: int = 0):
   """Weights large enough that blocks matter and attention is not uniform."""
-  return jax.tree.map(lambda p: p * 8 if p.ndim > 2 else p, decoder.init_params(model_config, jax.random.key(seed)))
+  return jax.tree.map(lambda p: p * 8 if p.ndim > 2 else p, _init(model_config, jax.random.key(seed)))
 
 
 def batch(model_config: ModelConfig, context, length, num_positions: int, seed: int = 0):

@@ -139,6 +139,19 @@ def load(directory: str | os.PathLike, model: Model, **options) -> Baseline:
     raise UserError(f"{path} is incomplete ({error}); build the baseline again.") from None
 
 
+def baseline_at(
+    directory: pathlib.Path, name: str, model: Model, sparsity: float, calibration: Calibration | None, seed: int = 0,
+    **options,
+) -> Baseline:  # fmt: skip
+  """The baseline saved in `directory`, or else built and saved there; options are those of the engine.
+
+  Whatever it was made with is what it stays: give every setting its own directory.
+  """
+  if not (directory / CONFIG_FILE).exists():
+    save(build(name, model, sparsity, calibration, seed, **options), directory)
+  return load(directory, model, **options)
+
+
 def _method(name: str) -> Method:
   if name not in METHODS:
     raise UserError(f"The baseline {name!r} is unknown; choose one of {', '.join(METHODS)}.")
