@@ -25,12 +25,12 @@ RUNS = (
     ("llama2-13b", "v6e:1x1", 1), ("llama2-13b", "v5e:8x8", 1), ("llama2-13b", "v5p:1x1x1", 8),
     ("llama2-13b", "v5e:2x2", 2), ("llama2-13b", "v5e:4x4", 4), ("llama2-13b", "v5p:2x2x1", 16),
     ("llama2-13b", "v6e:2x2", 4),
-)  # fmt: skip
+)
 # Slice and mesh of the cost model's table, by the names they are rented under.
 SLICES = (
     ("v5e-16", "v5e", (1, 16, 1)), ("v5e-16", "v5e", (4, 4, 1)),
     ("v5p-8", "v5p", (1, 4, 1)), ("v5p-8", "v5p", (4, 1, 1)),
-)  # fmt: skip
+)
 MODELS = ("llama2-7b", "llama2-13b", "llama3-8b", "qwen1.5-7b")
 
 
@@ -53,7 +53,7 @@ def compile_all(out: pathlib.Path) -> None:
     command = [
         sys.executable, "-m", "ftp_jax.cli", "compile-check", f"--model={model}", f"--topology={topology}",
         f"--batch={rows * chips_of(topology)}", f"--json={file}",
-    ]  # fmt: skip
+    ]
     if subprocess.run(command, stdout=subprocess.DEVNULL).returncode not in (0, 1):  # 1: it does not fit
       sys.exit(f"compile-check failed: {' '.join(command)}")
 
@@ -80,7 +80,7 @@ def table(out: pathlib.Path) -> str:
         f"{needs / 2**30:.1f} of {limit / 2**30:.2f}" if needs else f"more than {limit / 2**30:.2f}",
         "yes" if record["fits"] else "no", f"{flops['chip'] / 1e12:.0f}", f"{flops['forwards']:.3f}",
         f"{moved / 2**30:.1f}" if held else "",
-    )  # fmt: skip
+    )
     lines.append("| " + " | ".join(map(str, cells)) + " |")
   return "\n".join(lines)
 
@@ -111,7 +111,7 @@ def cost_table() -> str:
           f"{step.compute:.2f}, {step.memory:.2f}, {step.communication:.2f}", span(step, 1),
           f"{step.compute / step.serial:.0%} to {step.compute / step.overlapped:.0%}",
           *(span(terms, 60) for terms in parts.values()), span(total, 60),
-      )  # fmt: skip
+      )
       lines.append("| " + " | ".join(cells) + " |")
   return "\n".join(lines)
 

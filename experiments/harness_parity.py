@@ -50,7 +50,7 @@ def compare(ours: list[dict], theirs: list[dict], name: str) -> dict[str, Any]:
       }
       for a, b in zip(ours, theirs)
       if a["choice"] != b["choice"]
-  ]  # fmt: skip
+  ]
   metrics = [metric for metric in ("acc", "acc_norm") if metric in ours[0]]
   share = lambda records, metric: sum(record[metric] for record in records) / len(records)
   return {

@@ -77,7 +77,7 @@ def compare(case: str, slots: int) -> dict:
   record = {"case": case, "slots": slots, "kernel": kernels.choose(
       "auto", kernels.backend_name(), dtype=jnp.bfloat16, head_dim=_DIM.value, num_queries=query.shape[1],
       aligned=aligned, window=None,
-  )}  # fmt: skip
+  )}
   valid = np.asarray(query) >= 0
   for name, implementation in (("kernel", "auto"), ("xla", "xla")):
     run = jax.jit(functools.partial(kernels.attend, aligned=aligned, implementation=implementation))

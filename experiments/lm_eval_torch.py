@@ -88,7 +88,7 @@ def compare(model, engine: Engine, path: str, items: int) -> dict:
       # A choice that leads by less than twice the difference of its likelihoods is a tie that rounding may turn.
       "ties": sum(bool(lead <= 2 * d) for lead, d in zip(leads, differences)), "smallest_lead": min(leads),
       "skipped": 1 - float(np.mean(theirs.kept)),
-  }  # fmt: skip
+  }
 
 
 def main(argv) -> None:

@@ -69,7 +69,7 @@ def write_random(directory: pathlib.Path, hf: dict) -> None:
       "input_layernorm": (D,), "self_attn.q_proj": (D, D), "self_attn.k_proj": (kv, D), "self_attn.v_proj": (kv, D),
       "self_attn.o_proj": (D, D), "post_attention_layernorm": (D,), "mlp.gate_proj": (F, D), "mlp.up_proj": (F, D),
       "mlp.down_proj": (D, F),
-  }  # fmt: skip
+  }
   for i in range(hf["num_hidden_layers"]):
     shapes |= {f"model.layers.{i}.{name}.weight": shape for name, shape in of_block.items()}
   rng = np.random.default_rng(0)
@@ -233,7 +233,7 @@ def main(_):
     )
     print(f"{row['case']:>9}, process {row['process']}: shards {shards:.0f}, largest tensor {tensor:.0f}, peak "
           f"{peak:.0f}, bound {bound:.0f}: {'holds' if row['holds'] else 'BROKEN'}; {row['seconds']:.1f} s, "
-          f"CPU {row['cpu_seconds']:.1f} s")  # fmt: skip
+          f"CPU {row['cpu_seconds']:.1f} s")
   if _JSON.value:
     pathlib.Path(_JSON.value).write_text(json.dumps(report, indent=2) + "\n")
   if not report["holds"]:

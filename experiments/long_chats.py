@@ -116,7 +116,7 @@ def main(argv) -> None:
   lines = [
       json.dumps({"context": prompt, "continuation": answer.text, "document": document})
       for prompt, answer, (document, _) in zip(prompts, answers, found) if answer.text.strip()
-  ]  # fmt: skip
+  ]
   if not lines:
     raise UserError(f"{_MODEL.value} answers nothing to any of them; name a chat model.")
   out.write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -55,7 +55,7 @@ TASKS = ("arc_easy", "arc_challenge", "hellaswag", "winogrande", "mmlu")
 METRIC = dict.fromkeys(TASKS[:3], "acc_norm") | dict.fromkeys(TASKS[3:], "acc")
 METHODS = (
     "truncation", "late", "late_maps", "static", "random", "fastv", "shortgpt", "blockpruner", "mod", "skipgpt", "ftp",
-)  # fmt: skip
+)
 TRAINED = ("mod", "skipgpt", "late_maps")
 VALIDATED = (*TRAINED, "fastv")  # look at the validation prompts, fastv at no others
 SEEDED = ("random", "ftp", *TRAINED)  # differ from seed to seed
@@ -132,7 +132,7 @@ class Table:
     found = {
         "method": method, "sparsity": sparsity, "seed": seed, "model": self.config["model"]["source"],
         "dtype": self.dtype, "test prompts": of_split("test"), "windows": of_split("windows"),
-    }  # fmt: skip
+    }
     if method == "ftp":
       found["artifact"] = load_artifact(self.artifact(sparsity, seed)).digest
     elif method != "dense" and baselines.METHODS[method].calibrated:
@@ -182,7 +182,7 @@ class Table:
   def _measure(
       self, name: str, missing: list[Cell], prompts: Prompts, batch: int, extra: dict[str, Any],
       windows: Prompts | None = None,
-  ) -> None:  # fmt: skip
+  ) -> None:
     """Writes NAME.json, a Yardstick's record, of the cells that miss it."""
     if not missing:
       return
@@ -256,7 +256,7 @@ class Table:
                 {**method.describe(), "seed": cell[2], "seconds": own, "speedup": speedup(own, seconds[0])}
                 for cell, method, own in zip(wanted, methods, seconds)
             ],
-        })  # fmt: skip
+        })
 
   def report(self) -> None:
     rows = [self._row(cell) for cell in self.cells]

@@ -58,7 +58,7 @@ def chats(prompts: Prompts, tokenizer, turn: ChatTurn, name: str) -> list[Record
     end = tokenizer.decode(turn.end)
     records.append({
         "context": prompt, "continuation": answer.removesuffix(end), "document": f"{name} {i}", "chat": True,
-    })  # fmt: skip
+    })
   return records
 
 
@@ -66,7 +66,7 @@ def question(record: Record) -> Record:
   """A chat as a plain question."""
   return record | {
       "context": f"Question: {record['context']}\nAnswer:", "continuation": " " + record["continuation"], "chat": False,
-  }  # fmt: skip
+  }
 
 
 def chats_and_questions(records: list[Record], num_chats: int) -> list[Record]:
@@ -94,7 +94,7 @@ def paragraphs(path: str, tokenizer, shortest: int, longest: int, count: int, se
       records.append({
           "context": tokenizer.decode(ids[:context]), "continuation": tokenizer.decode(ids[context : context + _AFTER]),
           "document": f"{pathlib.Path(path).name} {i}", "chat": False,
-      })  # fmt: skip
+      })
   if len(records) < count:
     raise UserError(
         f"{path} has {len(records)} lines of more than {_LEAST} characters that hold up to {longest} context tokens; "

@@ -118,7 +118,7 @@ def exact(directory: str, engine: Engine, prompts: list[list[int]], new_tokens: 
   out = model.generate(
       **left_padded(prompts), max_new_tokens=new_tokens, do_sample=False, eos_token_id=None, pad_token_id=0,
       return_dict_in_generate=True, output_logits=True,
-  )  # fmt: skip
+  )
   found = out.sequences[:, -new_tokens:].tolist()
   logits = torch.stack(out.logits, dim=1).numpy()
   keep, routes = np.asarray(group.prefilled.cache.keep_LxBxT), out.past_key_values.keep_LxBxT.numpy()
@@ -247,7 +247,7 @@ def speed(directory: str, tokens_BxT: torch.Tensor, runs: int) -> dict:
     figures[method.name] = {
         "seconds": sorted(own), "skipped": float(1 - keep.mean()), "speedup": found, "ideal_speedup": ideal,
         "share_of_ideal": found / ideal, "cache_bytes": method.cache.nbytes,
-    }  # fmt: skip
+    }
   figures["dense_cache_bytes"] = sum(layer.keys.nbytes + layer.values.nbytes for layer in methods[0].cache.layers)
   return figures
 

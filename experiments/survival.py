@@ -104,7 +104,7 @@ def work(directory: str, tell, light: bool) -> None:
       settings=settings, key_seed=1, fitness=told("search", lambda s: figures(routers.STATIC, s)),
       validate=lambda rows: [figures(routers.STATIC, np.repeat(row[None], 4, 0))[0] for row in rows],
       num_generations=12, progress=False,
-  )  # fmt: skip
+  )
   asked = schedule.to_sparsity(found.units, 8)
   router_config = RouterConfig(hidden_size=8)
   spec = step.StepSpec(
@@ -113,7 +113,7 @@ def work(directory: str, tell, light: bool) -> None:
           steps=24, learning_rate=0.1, warmup=2, clip=1.0, distill="kl", distill_weight=1.0, sparsity_weight=1.0,
           sparsity_two_sided=False, guide="static", guide_weight=1.0, guide_decay="cosine",
       ), num_scored=4,
-  )  # fmt: skip
+  )
   dynamic = lambda router: routers.Router("dynamic", router_config, jax.tree.map(np.asarray, router))
   initial = jax.eval_shape(lambda: routers.init_router(router_config, jax.random.key(0), 4, 32))
   result = train_router(
@@ -121,12 +121,12 @@ def work(directory: str, tell, light: bool) -> None:
       router_params=jax.tree.map(lambda leaf: drawn((*leaf.shape, 1))[..., 0], initial), batch_size=8, seed=3,
       validate=lambda router: float(figures(dynamic(router), np.repeat(asked[None], 4, 0))[0]), validate_every=8,
       checkpoint_every=3, progress=False,
-  )  # fmt: skip
+  )
   leaves = {f"router{i}": leaf for i, leaf in enumerate(jax.tree.leaves(result.router))}
   stages.save_arrays(
       f"{directory}/result.npz", units=found.units, figures=np.array([found.fitness, found.validation]),
       step=np.array(result.step), validation=np.array(result.validation), asked=asked, **leaves,
-  )  # fmt: skip
+  )
 
 
 def worker(arguments: argparse.Namespace) -> int:
@@ -135,7 +135,7 @@ def worker(arguments: argparse.Namespace) -> int:
   launch = distributed.Launch(
       arguments.coordinator, arguments.num_processes, arguments.process_id, "auto" if arguments.coordinator else "off",
       peer_timeout=PEER_TIMEOUT,
-  )  # fmt: skip
+  )
   try:
     with distributed.together(launch, cli.outcome):
       tell = lambda line: os.write(arguments.events, f"{line}\n".encode()) if distributed.is_first() else None
@@ -181,7 +181,7 @@ def run(directory: pathlib.Path, processes: int, kill: Kill | None = None, light
       "--xla_backend_optimization_level=0",
       "JAX_COMPILATION_CACHE_DIR": str(directory.parent / "compiled"),
       "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-  }  # fmt: skip
+  }
   started = []
   logs = [tempfile.TemporaryFile("w+") for _ in range(processes)]
   for i in range(processes):
@@ -305,7 +305,7 @@ def experiment(processes: int, kills: int, seed: int, directory: pathlib.Path) -
   return {
       "processes": processes, "kills": records, "identical": sum(not record["differing"] for record in records),
       "saves_cut_short": sum(record["cut_a_save"] for record in records),
-  }  # fmt: skip
+  }
 
 
 def main() -> int:
@@ -316,7 +316,7 @@ def main() -> int:
   parser.add_argument("--light", action="store_true", help=argparse.SUPPRESS)
   parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="also write the outcome to this file")
   for name, kind in (("worker", str), ("events", int), ("coordinator", str), ("num-processes", int),
-                     ("process-id", int)):  # fmt: skip
+                     ("process-id", int)):
     parser.add_argument(f"--{name}", type=kind, help=argparse.SUPPRESS)
   arguments = parser.parse_args()
   if arguments.worker:

@@ -28,7 +28,7 @@ _COLUMNS = (
     ("agreement %", "agreement", 100, 1), ("perplexity", "perplexity", 1, 1),
     ("skipped there %", "perplexity_achieved", 100, 1), ("achieved %", "achieved", 100, 1),
     ("FLOPs saved %", "flops_saved", 100, 1), ("KV bytes", "cache_ratio", 1, 2),
-)  # fmt: skip
+)
 _COMPANION = re.compile("_(spread|interval|seeds|to_ftp)$")  # what an entry says of the figure so named
 # Figures of items, and what of a row they are means of: those of a method and of `ftp` are compared item by item.
 _PAIRED = {"average": "correct", "same_choice": "same_choice", "choice_kl": "choice_kl"}
@@ -36,7 +36,7 @@ _PAIRED = {"average": "correct", "same_choice": "same_choice", "choice_kl": "cho
 _INTERVALS = {
     "average": (100, "+.1f"), "retained_above_chance": (100, ".1f"), "same_choice": (100, ".1f"),
     "choice_kl": (1, ".3f"),
-}  # fmt: skip
+}
 
 
 def choices(records: list[dict[str, Any]], dense: list[dict[str, Any]]) -> tuple[dict[str, float], dict[str, float]]:
@@ -105,7 +105,7 @@ def summarise(rows: list[dict[str, Any]], guess: dict[str, float], contexts: lis
       "skipped": lambda row: row["skipped"],
       "retrieval": lambda row: row["retrieval"],
       **{f"speedup_{context}": lambda row, context=context: row["speedup"].get(context) for context in contexts},
-  }  # fmt: skip
+  }
   table = []
   for method, asked in dict.fromkeys((row["method"], row["asked"]) for row in rows):
     own = [row for row in rows if (row["method"], row["asked"]) == (method, asked)]
@@ -204,7 +204,7 @@ def markdown(table: list[dict[str, Any]], contexts: list[int], files: Sequence[s
   long_columns = lambda file: (
       (f"KL, {file}", of_file(file), 1, 3), (f"agreement %, {file}", f"agreement, {file}", 100, 1),
       ("skipped there %", f"achieved, {file}", 100, 1),
-  )  # fmt: skip
+  )
   columns = _COLUMNS + tuple(column for file in files for column in long_columns(file))
   columns += tuple((f"speedup at {context}", f"speedup_{context}", 1, 2) for context in contexts)
   columns = [how for how in columns if any(entry.get(how[1]) is not None for entry in table)]
@@ -286,7 +286,7 @@ def equal_latency(table: list[dict[str, Any]], context: int, figure: str) -> str
 
 def plot(
     table: list[dict[str, Any]], context: int, path: pathlib.Path, methods: Sequence[str], files: Sequence[str] = ()
-) -> None:  # fmt: skip
+) -> None:
   """What is there of both KL, that on files of --long and retained accuracy, against a prefill's measured time.
 
   Args:

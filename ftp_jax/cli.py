@@ -71,7 +71,7 @@ def outcome(error: BaseException, saves: bool = True) -> tuple[int, str] | None:
     return 2, f"{reason}; free space or choose another place."
   if out_of_memory(error):
     return 2, ("the device is out of memory; lower train.batch, search.batch or evaluation.batch, or set "
-               "model.remat=full.")  # fmt: skip
+               "model.remat=full.")
   if isinstance(error, KeyboardInterrupt):
     return 130, f"stopped{saved}."
   if isinstance(error, distributed.Stopped):
@@ -83,14 +83,14 @@ def _parser() -> argparse.ArgumentParser:
   parser = argparse.ArgumentParser(
       "ftp-jax", description="Token-wise pruning (FTP) of frozen LLMs: each token skips the blocks it does not need.",
       allow_abbrev=False,
-  )  # fmt: skip
+  )
   commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
   def add(name: str, summary: str, command, epilog: str | None = None) -> argparse.ArgumentParser:
     added = commands.add_parser(
         name, help=summary, description=summary[0].upper() + summary[1:] + ".", epilog=epilog, allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    )
     added.set_defaults(command=command, name=name)
     return added
 
@@ -109,7 +109,7 @@ def _parser() -> argparse.ArgumentParser:
     stage.add_argument(
         "--config", metavar="NAME|FILE", help=f"run config, a file or one of {', '.join(launch.config_names())} "
         "(default: the config of the run directory, or else quickstart)",
-    )  # fmt: skip
+    )
     stage.add_argument("--workdir", metavar="DIR", help="run directory (default: runs/<name of the config>)")
     if name != "report":
       launch.add_process_flags(stage)
@@ -126,7 +126,7 @@ def _parser() -> argparse.ArgumentParser:
   generate.add_argument("--prompt", metavar="TEXT", help="one prompt, printed as it is continued (default: stdin)")
   generate.add_argument(
       "--prompts", metavar="FILE", help='one prompt a line, or one JSON object with "prompt" a line',
-  )  # fmt: skip
+  )
   generate.add_argument("--chat", action="store_true", help="put prompts into the model's chat template")
   for name, kind, default, summary in (
       ("max-new-tokens", int, 64, "most new tokens of a prompt"),
@@ -142,7 +142,7 @@ def _parser() -> argparse.ArgumentParser:
     metavar = {int: "N", float: "X", str: "NAME"}[kind]
     generate.add_argument(
         f"--{name}", type=kind, default=default, metavar=metavar, help=f"{summary} (default: {default})",
-    )  # fmt: skip
+    )
   generate.add_argument("--stop", metavar="TEXT", action="append", default=[], help="ends the text; may be repeated")
   for name, summary in (
       ("decode-sparsity", "asked of new tokens; 0 computes them all"),
@@ -173,7 +173,7 @@ def _parser() -> argparse.ArgumentParser:
   bench.add_argument(
       "--torch", action=argparse.BooleanOptionalAction, default=True,
       help="also measure the dense model in transformers, where torch can be imported",
-  )  # fmt: skip
+  )
   evaluate = add("eval", "run benchmarks: lm-eval's tasks, your own files, long-context retrieval", _eval, _TASKS)
   evaluate.add_argument("--tasks", metavar="NAME[,NAME]", help="what to run, see below")
   evaluate.add_argument("--model", default="smollm2-135m", help="any model source (default: smollm2-135m)")
@@ -194,11 +194,11 @@ def _parser() -> argparse.ArgumentParser:
       ("decode-sparsity", "X", float, None, "asked of continuations and whole texts (default: the artifact's)"),
       ("decode-threshold", "X", float, None, "continuation tokens skip above it (default: the artifact's)"),
       ("json", "FILE", str, None, "keep results and a record an item; tasks that it holds are not run again"),
-  ):  # fmt: skip
+  ):
     evaluate.add_argument(f"--{name}", type=kind, default=default, metavar=metavar, help=summary)
   check = add(
       "compile-check", "compile a program for a TPU topology, without a TPU, and say whether it fits", _check, _CHECK,
-  )  # fmt: skip
+  )
   for name, metavar, kind, default, summary in (
       ("model", "NAME|DIR", str, "llama2-7b", "architecture or directory with a config.json (default: llama2-7b)"),
       ("topology", "NAME", str, "v5e:4x4", "for instance v5e:4x4, v5p:2x2x1, v6e:2x4 (default: v5e:4x4)"),
@@ -214,7 +214,7 @@ def _parser() -> argparse.ArgumentParser:
       ("attention", "NAME", str, None, "splash or full (default: splash, where it can be had)"),
       ("stand-in", "R", int, 0, "rank of maps that stand in for skipped blocks (default: 0, none)"),
       ("json", "FILE", str, None, "write the record to this file"),
-  ):  # fmt: skip
+  ):
     check.add_argument(f"--{name}", type=kind, default=default, metavar=metavar, help=summary)
   add("lm-eval", "print the file that, named in --tasks, makes the command lm_eval know the model ftp_jax", _lm_eval)
   return parser

@@ -25,7 +25,7 @@ from ftp_jax.errors import UserError, brief
 from ftp_jax.peers import LOST, Watch, deadline
 
 __all__ = ["LOST", "STOPPED", "Launch", "Stopped", "barrier", "from_first", "is_first", "num_processes", "of_first",
-           "on_first", "process_id", "stoppable", "together", "unique_name"]  # fmt: skip
+           "on_first", "process_id", "stoppable", "together", "unique_name"]
 
 STOPPED = 143  # exit status after SIGTERM, as the shell would say it: saved, but not finished
 _PIECE = 1 << 20  # bytes of one value in the store; a message of gRPC holds four times as much
@@ -174,7 +174,7 @@ def _initialise(launch: Launch) -> None:
     explicit = {
         "coordinator_address": launch.coordinator, "num_processes": launch.num_processes,
         "process_id": launch.process_id, "cluster_detection_method": "deactivate",
-    }  # fmt: skip
+    }
   elif launch.mode == "auto" and _found_processes() < 2:
     return
   jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM from us

@@ -31,7 +31,7 @@ def add_process_flags(parser: argparse.ArgumentParser) -> None:
   group.add_argument(
       "--distributed", default="auto", metavar="MODE", help="without these: auto (SLURM, Open MPI or TPU pod, if there "
       "are several processes), on (whatever jax can find) or off (default: auto)",
-  )  # fmt: skip
+  )
   for name, default, what in (
       ("peer-timeout", Launch.peer_timeout, "of silence after which another process counts as lost and the run ends"),
       ("start-timeout", Launch.start_timeout, "to wait for all processes at the start"),

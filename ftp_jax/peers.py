@@ -88,7 +88,7 @@ class Watch:
     except Exception as error:  # calls fail when the service goes: at the end of the run, or with process 0
       if not self._over.is_set() and self._process_id == 0:
         self._end(LOST, f"jax's coordination service failed ({brief(error)}); start the same command again on all "
-                  "hosts, it goes on from the last saved state.")  # fmt: skip
+                  "hosts, it goes on from the last saved state.")
 
   def _probe_first(self) -> None:
     refused, answered = 0, time.monotonic()
@@ -108,7 +108,7 @@ class Watch:
     self._end(
         LOST, f"process {names} of {self._num_processes} was lost (killed, or its host or network failed), so the run "
         "ends; start the same command again on all hosts, it goes on from the last saved state.",
-    )  # fmt: skip
+    )
 
   def _end(self, code: int, message: str | None) -> None:
     if message and (self._over.is_set() or self._leaving):

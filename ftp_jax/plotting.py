@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 
 BLACK, ORANGE, SKY, GREEN, BLUE, VERMILION, PURPLE, GREY = (
     "#000000", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7", "#8A8A8A"
-)  # fmt: skip
+)
 _LOOK = {
     "font.size": 10,
     "axes.titlesize": 11,

@@ -206,7 +206,7 @@ def map_candidates(function: Any, candidates: Any, *operands: Any) -> Any:
   split = jax.shard_map(
       several, in_specs=(PartitionSpec("data"),) + (PartitionSpec(),) * len(operands), out_specs=PartitionSpec("data"),
       axis_names={"data"}, check_vma=False,
-  )  # fmt: skip
+  )
   return jax.tree.map(lambda a: a[:count], split(padded, *operands))
 
 
@@ -219,7 +219,7 @@ def look_up(table_VxD: Any, index_BxT: jax.Array) -> jax.Array:
   mesh = context()
   table, index = (RULES.spec(names, a.shape, mesh) for names, a in (
       (("vocab", "embed"), table_VxD), (("replica", None), index_BxT)
-  ))  # fmt: skip
+  ))
   axis = table[0]
   if axis is None:
     x = table_VxD[constrain(index_BxT, "replica", None)]
@@ -233,7 +233,7 @@ def look_up(table_VxD: Any, index_BxT: jax.Array) -> jax.Array:
   return jax.shard_map(
       own, in_specs=(table, index), out_specs=PartitionSpec(index[0], None, table[1]), axis_names=set(mesh),
       check_vma=False,
-  )(table_VxD, index_BxT)  # fmt: skip
+  )(table_VxD, index_BxT)
 
 
 def map_devices(function: Any, arrays: Sequence[Any], logical: Sequence[Sequence[str | None]], out: Any) -> Any:
@@ -251,7 +251,7 @@ def map_devices(function: Any, arrays: Sequence[Any], logical: Sequence[Sequence
   out_spec = RULES.spec(out, arrays[0].shape, mesh)
   return jax.shard_map(
       function, in_specs=specs, out_specs=out_spec, axis_names=set(mesh), check_vma=False
-  )(*arrays)  # fmt: skip
+  )(*arrays)
 
 
 def replicated_bytes(abstract: Any, shardings: Any) -> list[tuple[str, int]]:
@@ -260,7 +260,7 @@ def replicated_bytes(abstract: Any, shardings: Any) -> list[tuple[str, int]]:
   found = [
       (jax.tree_util.keystr(path, simple=True, separator="/"), math.prod(leaf.shape) * leaf.dtype.itemsize)
       for (path, leaf), placed in zip(leaves, jax.tree.leaves(shardings)) if placed.is_fully_replicated
-  ]  # fmt: skip
+  ]
   return sorted(found, key=lambda pair: -pair[1])
 
 

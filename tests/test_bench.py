@@ -39,7 +39,7 @@ from tests.test_data import byte_tokenizer
 KEYS = {
     "bench", "method", "context", "batch", "sparsity", "seconds_median", "seconds_min", "seconds_max", "runs",
     "speedup", "ideal_speedup", "efficiency", "shape", "kv", "router", "dtype",
-}  # fmt: skip
+}
 SCHEDULE = (0.0, 0.0, 0.75, 0.75)
 # One size for all tests, so that programs are compiled once. Late: the last two of four blocks skip all they can.
 SIZE = ["--context=16", "--batch=2", "--runs=1"]
@@ -61,7 +61,7 @@ def model_directory(tmp_path_factory):
       intermediate_size=c.intermediate_size, num_hidden_layers=c.num_blocks, num_attention_heads=c.num_heads,
       num_key_value_heads=c.num_kv_heads, head_dim=c.head_dim, rms_norm_eps=c.norm_eps, tie_word_embeddings=True,
       max_position_embeddings=64,
-  )  # fmt: skip
+  )
   save_params(jax.jit(tiny.params, static_argnums=0)(c), c, directory, hf)
   tokenizer.save_pretrained(directory)
   return directory
@@ -74,7 +74,7 @@ def artifact_directory(model_directory, tmp_path):
   made = Artifact(
       str(model_directory), fingerprint(model_directory), "llama", SCHEDULE, RoutingConfig(kv_mode="evict"), config,
       params, {},
-  )  # fmt: skip
+  )
   artifacts.save(made, tmp_path / "artifact")
   return tmp_path / "artifact"
 
@@ -161,7 +161,7 @@ def test_prefill(model_directory, tmp_path, capsys):
   dense, torch, evict = found["records"]
   assert [(r["method"], r["kv"]) for r in found["records"]] == [
       ("dense", None), ("torch_dense", None), ("ftp", "evict"),
-  ]  # fmt: skip
+  ]
   for record in found["records"]:
     assert (record["context"], record["batch"], record["runs"], record["dtype"]) == (16, 2, 2, "float32")
     assert record["speedup"] == dense["seconds_median"] / record["seconds_median"]
@@ -211,7 +211,7 @@ def test_artifacts_are_timed_side_by_side(model_directory, artifact_directory, t
   found = bench(tmp_path, model_directory, "prefill", *SIZE, f"--artifact={artifact_directory},{second}", "--no-torch")
   assert [(r["shape"], r["kv"], r["sparsity"]) for r in found["records"]] == [
       (None, None, 0), ("artifact 1", "evict", np.mean(SCHEDULE)), ("artifact 2", "project", 0.1875),
-  ]  # fmt: skip
+  ]
 
 
 def test_baselines_stand_beside_dense(model_directory, tmp_path, monkeypatch):
@@ -294,7 +294,7 @@ def test_overhead(model_directory, tmp_path, flags, router):
   seconds = lambda record: record["seconds_median"]
   for record, extra, whole in (
       (s0, seconds(s0) - seconds(dense), s0), (deciding, seconds(deciding), ftp), (moving, seconds(moving), ftp),
-  ):  # fmt: skip
+  ):
     assert record["extra_seconds"] == pytest.approx(extra)
     assert record["share"] == pytest.approx(extra / seconds(whole))
     assert record["share_of_dense"] == pytest.approx(extra / seconds(dense))
@@ -341,7 +341,7 @@ def test_decisions_alone_are_made_anew_in_every_block(model_directory):
 
 @pytest.mark.parametrize("one_pass, schedule, decided", [
     (-1, (0.0, 0.5, 0.5, 0.0), (1, 2)), (2, (0.0, 0.0, 0.5, 0.0), (2, 3)), (-1, (0.0, 0.0, 0.0, 0.0), ()),
-])  # fmt: skip
+])
 def test_decisions_alone_read_scores_of_the_block_before(model_directory, one_pass, schedule, decided):
   model = load_model(str(model_directory))
   config = RouterConfig("global", ("score", "rank"))
@@ -369,7 +369,7 @@ def test_decisions_alone_read_scores_of_the_block_before(model_directory, one_pa
 
 @pytest.mark.parametrize("router, config", [
     ("dynamic", RouterConfig("per_block", hidden_states=True)), ("factors", RouterConfig("global")),
-])  # fmt: skip
+])
 def test_every_shape_kv_mode_and_sparsity_is_a_case(model_directory, router, config):
   asked = types.SimpleNamespace(
       sparsity=(0.3, 0.5), shape=("late", "middle"), kv=("evict", "project"), router=router, dtype="float32"
@@ -393,7 +393,7 @@ def test_plans_to_compile(model_directory):
       (None, 0, 0), ("late", 0.3, 2), ("late", 0.5, 2), ("middle", 0.3, 1), ("middle", 0.5, 1),
       ("ramp", 0.3, 1), ("ramp", 0.3, 2), ("ramp", 0.3, 3),  # its first block skips nothing
       ("ramp", 0.5, 1), ("ramp", 0.5, 2), ("ramp", 0.5, 3), ("ramp", 0.5, 4),  # what its last cannot hold, it does
-  ]  # fmt: skip
+  ]
 
 
 def test_crossover_is_written_into_the_artifact_and_obeyed(model_directory, artifact_directory, tmp_path, capsys):
@@ -499,7 +499,7 @@ def test_compile(model_directory, tmp_path, monkeypatch):
   names = (
       "jax_enable_compilation_cache", "jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs",
       "jax_persistent_cache_min_entry_size_bytes",
-  )  # fmt: skip
+  )
   before = {name: getattr(jax.config, name) for name in names}
   try:
     for name, value in zip(names, (True, str(cache), 0, -1)):
@@ -512,7 +512,7 @@ def test_compile(model_directory, tmp_path, monkeypatch):
       jax.config.update(name, value)
   assert [(r["method"], r["shape"], r["buckets"], r["bodies"]) for r in lines] == [
       ("dense", None, 0, 1), ("ftp", "late", 1, 2),
-  ]  # fmt: skip
+  ]
   for record in lines:
     assert record["compile_ratio"] == pytest.approx(record["seconds_median"] / lines[0]["seconds_median"])
     assert record["peak_bytes"] == record["temp_bytes"] + record["output_bytes"] > 0 and record["speedup"] is None

@@ -268,7 +268,7 @@ LONG = (
 
 @pytest.mark.parametrize("name", [
     "random_evict", "global_evict", "per_block_evict_from_3", "per_block_late_plan_maps",
-])  # fmt: skip
+])
 def test_long_prompts_are_computed_as_short_ones(name, monkeypatch):
   case = CASE[name]
   for module, sizes in LONG:
@@ -493,7 +493,7 @@ def test_a_prefill_needs_no_second_cache(kv_mode, monkeypatch):
     found = fresh.lower(
         config, routing, plan, decoder.abstract_params(config), routers.STATIC, shape(batch, 64), shape(batch),
         np.asarray(schedule, np.float32),
-    ).compile(LAID_OUT).memory_analysis()  # fmt: skip
+    ).compile(LAID_OUT).memory_analysis()
     return found.temp_size_in_bytes + found.output_size_in_bytes
 
   states = batch * 64 * config.hidden_size * 4

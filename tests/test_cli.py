@@ -126,7 +126,7 @@ def test_mistakes_found_by_the_pipeline_are_one_sentence(monkeypatch, capsys):
 @pytest.mark.parametrize("error, message", [
     (OSError(28, "No space left on device", "runs/x/config.json"), "runs/x/config.json: No space left on device"),
     (RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes"), "lower train.batch"),
-])  # fmt: skip
+])
 def test_a_full_disk_and_a_full_device_are_one_sentence(monkeypatch, capsys, error, message):
   def fail(*_):
     raise error
@@ -157,7 +157,7 @@ def test_evaluate_prints_the_table_and_writes_json(calls, capsys, tmp_path):
       "method": "truncation", "schedule": None, "asked": 0.3, "seed": None, "kl": 0.5, "kl_stderr": 0.1, "nll": 2.0,
       "agreement": 0.75,
       "perplexity": None, "achieved": 0.3, "flops_saved": 0.25, "prompts": 8,
-  }  # fmt: skip
+  }
   (tmp_path / "w" / "evaluate").mkdir(parents=True)
   (tmp_path / "w" / "evaluate" / "records.json").write_text(json.dumps([record]))
   assert cli.main(["evaluate", "--workdir=w", "--json=figures.json", "--config.seeds=(3,)"]) == 0
@@ -206,7 +206,7 @@ def test_the_script_of_experiments_is_the_same_command():
   done = subprocess.run(
       [sys.executable, "experiments/run.py", "--config=experiments/configs/quickstart.py", "--config.train.step=1"],
       capture_output=True, text=True, cwd=ROOT, env={"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
-  )  # fmt: skip
+  )
   assert done.returncode == 2
   assert done.stderr == "ftp-jax: the config has no key 'train.step'; did you mean 'train.steps'?\n"
 

@@ -27,7 +27,7 @@ CONFIGS = (
     "llama2_13b", "llama2_7b", "llama3_8b", "paper_smollm2_135m", "quickstart", "qwen1_5_7b", "smollm2_135m",
     "smollm2_135m_late", "smollm2_135m_late_more", "smollm2_135m_long", "smollm2_135m_long_stand_in",
     "smollm2_135m_mixed", "smollm2_135m_stand_in",
-)  # fmt: skip
+)
 LARGE = {"llama2-7b": 6.74e9, "llama2-13b": 13.02e9, "llama3-8b": 8.03e9, "qwen1.5-7b": 7.72e9}
 KEYS = sorted(launch.keys(get_config()))
 
@@ -145,7 +145,7 @@ def test_every_large_config_names_a_known_architecture():
   assert sources == {
       "smollm2-135m", "meta-llama/Llama-2-7b-hf", "meta-llama/Llama-2-13b-hf", "meta-llama/Meta-Llama-3-8B",
       "Qwen/Qwen1.5-7B",
-  }  # fmt: skip
+  }
   assert set(ARCHITECTURES) == {"smollm2-135m", *LARGE}
 
 
@@ -175,7 +175,7 @@ def test_full_size_model_by_abstract_evaluation(name):
   fisher = lambda params, tokens, context, length: gate_fisher(
       config, routing, params, tokens, context, length, jax.random.key(0), num_scored=run.data.continuation,
       draws=run.train.fisher_draws, dtype=dtype,
-  )  # fmt: skip
+  )
   assert jax.eval_shape(fisher, params, tokens, lengths, lengths).shape == scores.shape
 
   router_config = RouterConfig(

@@ -114,7 +114,7 @@ def test_batches_of_similar_length_hold_whole_prompts_once_and_results_return_to
   made = list(batches(LENGTHS, 2, (4, 6)))
   assert [(b.prompts.tokens.shape, b.rows.tolist(), b.weight.tolist()) for b in made] == [
       ((2, 4), [3, 0], [1, 1]), ((2, 4), [2, 6], [1, 1]), ((2, 9), [4, 5], [1, 1]), ((2, 9), [1, 1], [1, 0]),
-  ]  # fmt: skip
+  ]
   for b in made:
     assert (b.prompts.length == (b.prompts.tokens > 0).sum(1)).all()
   twice, lengths = np.zeros((2, 7, 9), int), np.zeros(7, int)
@@ -281,7 +281,7 @@ def test_the_training_set_alone_takes_shorter_prompts_last_and_none_of_a_held_do
   refused(
       data_config(path=path, min_context=9, train_min_context=3, num_train=25), tokenizer,
       r"31 prompts are needed .* 36 distinct ones .*; 12 of these prompts are long enough for the held sets",
-  )  # fmt: skip
+  )
 
 
 def test_exactly_enough_prompts_are_enough_and_a_set_may_be_empty(tmp_path, tokenizer):

@@ -36,7 +36,7 @@ _SPEC.loader.exec_module(survival)
     (dict(coordinator="a:1", num_processes=2, process_id=0, mode="off"), "contradicts"),
     (dict(mode="yes"), "none of auto, on and off"),
     (dict(peer_timeout=0), "--peer-timeout must be at least"),
-])  # fmt: skip
+])
 def test_contradicting_flags_are_one_sentence(arguments, message):
   with pytest.raises(UserError, match=message) as caught:
     Launch(**arguments)
@@ -67,7 +67,7 @@ def test_flags_reach_the_launch_and_mistakes_the_user(monkeypatch, capsys, tmp_p
 SLURM = {
     "SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "node[01-04]", "SLURM_NTASKS": "4", "SLURM_PROCID": "2",
     "SLURM_LOCALID": "0",
-}  # fmt: skip
+}
 TPU = {"TPU_WORKER_HOSTNAMES": "10.0.0.1,10.0.0.2", "TPU_WORKER_ID": "1", "TPU_SKIP_MDS_QUERY": "1"}
 TPU["MEGASCALE_NUM_SLICES"] = "1"  # or jax asks the cloud
 
@@ -76,7 +76,7 @@ TPU["MEGASCALE_NUM_SLICES"] = "1"  # or jax asks the cloud
     ({}, False, 1), (SLURM, False, 4), (SLURM | {"SLURM_STEP_NUM_TASKS": "1"}, False, 1), (TPU, True, 2),
     (TPU | {"TPU_WORKER_HOSTNAMES": "localhost"}, True, 1), (TPU, False, 1),
     ({"OMPI_MCA_orte_hnp_uri": "1.0;tcp://10.0.0.1:9", "OMPI_COMM_WORLD_SIZE": "3"}, False, 3),
-])  # fmt: skip
+])
 def test_the_environment_says_how_many_processes_there_are(monkeypatch, environment, tpu, count):
   from jax._src.clusters import cloud_tpu_cluster
 
@@ -169,7 +169,7 @@ if i == 1:
 time.sleep(0.3 * i)
 assert votes.cast()()
 assert d.num_processes() == 2 and d.is_first() == (i == 0)
-""".strip()))  # fmt: skip
+""".strip()))
   assert [status for status, _, _ in found] == [0, 0], found
   assert found[0][1] == "printed by 0\nleft in order" and found[1][1] == "left in order"
   assert "bar of 0" in found[0][2] and "bar of" not in found[1][2]
@@ -194,7 +194,7 @@ d.barrier()
   assert len(sentence) == 1 and re.fullmatch(
       rf"ftp-jax: process {victim} of 2 was lost \(.*\), so the run ends; start the same command again on all hosts, "
       r"it goes on from the last saved state\.", sentence[0]
-  )  # fmt: skip
+  )
 
 
 def test_an_error_in_one_process_ends_all_with_its_reason():
@@ -216,7 +216,7 @@ d.barrier()
     (ValueError("a defect"), 1, "ValueError, see its traceback.", "ValueError: a defect\n"),
     (jax.errors.JaxRuntimeError("a peer is gone"), 1, "JaxRuntimeError, see its traceback.",
      "JaxRuntimeError: a peer is gone\n"),
-])  # fmt: skip
+])
 def test_each_kind_of_error_has_its_status_and_its_reason_for_the_others(
     monkeypatch, capsys, error, status, reason, said
 ):
@@ -252,7 +252,7 @@ sys.exit(cli.main(["run", "--start-timeout=1", *{flags}]))
   done = subprocess.run(
       [sys.executable, "-c", program], env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
       timeout=120,
-  )  # fmt: skip
+  )
   assert done.returncode == 2, done
   assert "did not come together within 1 s" in done.stderr and "on every host" in done.stderr
 

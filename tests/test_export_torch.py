@@ -80,14 +80,14 @@ CASES = {
         "llama-mha", RoutingConfig("evict", decode_sparsity=0.3, decode_threshold=0.4),
         RouterConfig(factors=("score", "rank")), (0.6, 0.0, 0.7),
     ),
-}  # fmt: skip
+}
 WITH_MAPS = {  # ranks of the maps that stand in for skipped blocks
     "maps_project": ("llama-mqa", RoutingConfig("project"), RouterConfig(hidden_states=True), SCHEDULE, 5),
     "maps_evict_skipping": (
         "qwen3", RoutingConfig("evict", decode_sparsity=0.4, decode_threshold=0.3), RouterConfig("per_block"),
         (0.3, 0.0, 0.7), 3,
     ),
-}  # fmt: skip
+}
 CASES |= WITH_MAPS
 WITH_ENGINE = ("maps_project", "rope_llama3_argmax", "late_plan_quantile", "window_evict_quantile")
 
@@ -151,7 +151,7 @@ def generate(model, prompts, new=NEW, **options):
   return model.generate(
       **padded(prompts, "left"), max_new_tokens=new, pad_token_id=0, return_dict_in_generate=True, output_logits=True,
       **({"do_sample": False} | options),
-  )  # fmt: skip
+  )
 
 
 # --- parity ----------------------------------------------------------------------------------------
@@ -508,7 +508,7 @@ def test_copying_weights_takes_no_memory(tmp_path):
   config = ModelConfig.from_hf(HF := dict(
       model_type="llama", vocab_size=400_000, hidden_size=128, intermediate_size=16, num_hidden_layers=1,
       num_attention_heads=2, tie_word_embeddings=True,
-  ))  # fmt: skip
+  ))
   zeros = jax.tree.map(lambda p: np.zeros(p.shape, p.dtype), decoder.abstract_params(config))
   save_params(zeros, config, tmp_path / "source", HF)
   router = RouterConfig()
@@ -525,7 +525,7 @@ def test_copying_weights_takes_no_memory(tmp_path):
   done = subprocess.run(
       [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path,
       env=os.environ | {"PYTHONPATH": str(ROOT)},
-  )  # fmt: skip
+  )
   before, after = map(int, done.stdout.split())
   assert (tmp_path / "whole" / "model.safetensors").stat().st_size > 200_000_000
   assert after - before < 30_000  # KiB
@@ -542,7 +542,7 @@ def test_the_runtime_runs_from_the_directory_without_this_package(tmp_path):
   done = subprocess.run(
       [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path,
       env=os.environ | {"PYTHONPATH": str(out)},
-  )  # fmt: skip
+  )
   tokens = load_pruned(out).generate(torch.tensor([prompts_of()[0]]), max_new_tokens=5, do_sample=False)
   assert done.stdout.splitlines() == [str(tokens.tolist()), "[]"]
 

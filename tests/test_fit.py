@@ -110,7 +110,7 @@ def test_full_attention_computes_all_pairs():
 @pytest.mark.parametrize("program, passes", [
     ("train", 3),  # the student's, recomputed, and the gradient of its states
     ("search", 1), ("prefill", None), ("decode", None),
-])  # fmt: skip
+])
 def test_maps_for_skipped_blocks_are_compiled_with_the_rest(program, passes):
   _, mesh, plain = traced("llama2-7b", program)
   case, _, found = traced("llama2-7b", program, stand_in=64)
@@ -173,7 +173,7 @@ def test_routed_blocks_with_splash_are_those_with_all_scores(causal):
     out = masked.forward(
         SMALL, RoutingConfig(), params, routers.Router("dynamic", config, router), *rows, schedule,
         straight_through=True, remat_policy="full", attention=attention,
-    )  # fmt: skip
+    )
     states = out.hidden_BxTxD * valid[:, :, None]
     return jnp.sum(jnp.sin(states)), states
 
@@ -333,7 +333,7 @@ def model(tmp_path):
   config = dict(
       model_type="llama", vocab_size=512, hidden_size=256, intermediate_size=512, num_hidden_layers=2,
       num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=False,
-  )  # fmt: skip
+  )
   (tmp_path / "config.json").write_text(json.dumps(config))
   return str(tmp_path)
 
@@ -411,7 +411,7 @@ def test_a_kernel_without_room_is_no_lack_of_memory(monkeypatch):
     ("RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (400.00G) exceeds "
      "available HBM (95.74G).", (400, 95.74)),
     ("RESOURCE_EXHAUSTED: something else", (None, None)),
-])  # fmt: skip
+])
 def test_what_a_compiler_says_of_memory(message, want):
   assert compiling.exhausted(message) == tuple(w and int(w * 2**30) for w in want)
 
@@ -438,7 +438,7 @@ def test_what_a_compiler_says_of_memory(message, want):
     (["--dtype=int8"], "--dtype=int8 is unknown"),
     (["--json=nowhere/x.json"], "lies in no existing directory"),
     (["--speed=9"], "'--speed=9' is not understood"),
-])  # fmt: skip
+])
 def test_mistakes_are_one_sentence(model, options, words, capsys):
   assert check(model, *options) == 2
   out, err = capsys.readouterr()
@@ -462,7 +462,7 @@ def test_the_environment_is_prepared_but_not_overruled():
 
 CHIP = topologies.Chip(hbm=2**30, peak=1e12, hbm_rate=1e9, ici_rate=2e8)
 TOY = tiny.config(vocab_size=100, hidden_size=10, intermediate_size=20, num_blocks=3, num_heads=2, num_kv_heads=1,
-                  head_dim=5, tie_embeddings=False)  # fmt: skip
+                  head_dim=5, tie_embeddings=False)
 
 
 def test_flops_by_hand():

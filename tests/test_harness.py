@@ -33,7 +33,7 @@ from tests.test_inference import directories, fingerprints, served  # noqa: F401
 BOS = PLAIN.bos_token_id
 SKIPPING = dict(  # continuation tokens skip blocks too
     model_config=config(), routing=RoutingConfig("project", "argmax", decode_sparsity=0.4, decode_threshold=0.15)
-)  # fmt: skip
+)
 ROOT = pathlib.Path(__file__).parent.parent
 LM_EVAL = pathlib.Path(lm_eval.__file__).parent / "tasks"
 
@@ -74,7 +74,7 @@ def test_likelihoods_equal_the_masked_reference(engine, lm):
   asked = [
       ("The tiny model", " talks"), ("The tiny model", greedy.text), ("A bird", " sings at dawn"), ("A bird ", "flies"),
       ("", "No context"), ("<|bos|>Begun", " once"), ("x", "y"),
-  ]  # fmt: skip
+  ]
   split = [
       (encode("The tiny model"), encode(" talks")),
       (encode("The tiny model"), list(greedy.tokens)),
@@ -193,7 +193,7 @@ def test_texts_whose_tokens_would_not_skip_below_a_crossover_are_refused():
       ask(lm, "loglikelihood_rolling", "A text")
     assert len(ask(lm, "loglikelihood", ("A context", " goes on"))) == 1
   ask(EngineLM(build(**SKIPPING, crossover=measured(10), fallback="never"), progress=False),
-      "loglikelihood_rolling", "A text")  # fmt: skip
+      "loglikelihood_rolling", "A text")
 
 
 def test_rolling_likelihood_with_all_new_tokens_computed_is_that_of_the_dense_model(lm):
@@ -279,7 +279,7 @@ def test_options_of_generation():
         (lambda e: ask(EngineLM(e, max_length=9, progress=False), "generate_until", ("a", {"max_gen_toks": 9})),
          "leaves no room for a context within 9 positions"),
     ],
-)  # fmt: skip
+)
 def test_mistakes_are_one_sentence(engine, call, message):
   with pytest.raises(UserError) as error:
     call(engine)
@@ -315,7 +315,7 @@ ITEMS = {
     ],
     "target": [{"context": "One plus one is", "target": "two"}, {"context": "A, B, C,\n", "target": "D"}],
     "text": [{"text": "A short text of words."}, {"text": "Another one\nof two lines, longer than the first."}],
-}  # fmt: skip
+}
 
 
 def write_items(path, items):
@@ -354,18 +354,18 @@ def theirs(name, rows, **splits):
 def as_arc(item):
   labels = list("ABCDE")[: len(item["choices"])]
   return {"question": item["context"], "choices": {"text": item["choices"], "label": labels},
-          "answerKey": labels[item["label"]]}  # fmt: skip
+          "answerKey": labels[item["label"]]}
 
 
 def as_hellaswag(item):
   first, _, second = item["ctx"].rpartition(". ")
   return {"activity_label": item["activity_label"], "ctx_a": f"{first}.", "ctx_b": second.lower(),
-          "endings": item["endings"], "label": str(item["label"])}  # fmt: skip
+          "endings": item["endings"], "label": str(item["label"])}
 
 
 def as_winogrande(item):
   return {"sentence": item["sentence"], "option1": item["option1"], "option2": item["option2"],
-          "answer": str(item["label"] + 1)}  # fmt: skip
+          "answer": str(item["label"] + 1)}
 
 
 def as_mmlu(item):
@@ -415,7 +415,7 @@ def test_prompts_by_hand(tmp_path):
   assert make("mmlu")[1][2] == (
       "The following are multiple choice questions (with answers) about anatomy.\n\n"
       "Where is it?\nA. in\nB. on\nC. by\nD. at\nAnswer:", " C",
-  )  # fmt: skip
+  )
   assert make("target") == [[("One plus one is", " two")], [("A, B, C,\n", "D")]]
   assert make("text") == [[("A short text of words.",)], [(ITEMS["text"][1]["text"],)]]
 
@@ -558,7 +558,7 @@ def test_records_and_figures_of_every_kind(data):
   assert all(task["items"] == 2 == len(task["records"]) for task in done.values())
   first = done["arc_easy"]["records"][0]
   assert first == {"id": "1", "label": 1, "choice": 0, "greedy": False, "acc": 0.0, "acc_norm": 0.0,
-                   "loglikelihoods": first["loglikelihoods"]}  # fmt: skip
+                   "loglikelihoods": first["loglikelihoods"]}
   assert len(first["loglikelihoods"]) == 3 and done["arc_easy"]["records"][1]["acc"] == 1.0
   assert done["arc_easy"]["figures"]["acc"]["value"] == 0.5
   assert [done["mmlu"]["groups"][name]["items"] for name in ("world_religions", "anatomy")] == [1, 1]
@@ -619,7 +619,7 @@ def test_metrics_over_all_items_are_kept_as_numbers(tmp_path):
       "output_type": "multiple_choice", "doc_to_text": "{{question}}", "doc_to_choice": "choices",
       "doc_to_target": "gold",
       "metric_list": [{"metric": m, "higher_is_better": True} for m in ("acc", "f1", "mcc")],
-  })  # fmt: skip
+  })
   path = tmp_path / "results.json"
   done = suite.run(Fake(), [suite.Job("own", suite.FOREIGN, {}, task=task)], {}, {}, path)
   assert json.loads(path.read_text())["tasks"]["own"] == json.loads(json.dumps(done["own"]))
@@ -660,7 +660,7 @@ def test_lm_evals_own_command_runs_the_model(directories, tmp_path):
        f"model={directories[0]},artifact={directories[1]},decode_sparsity=0.0", "--tasks",
        f"{command.PLUGIN},{tmp_path}/ends.yaml", "--batch_size", "2", "--output_path", str(tmp_path / "out")],
       capture_output=True, text=True, cwd=tmp_path,
-  )  # fmt: skip
+  )
   assert done.returncode == 0, done.stderr[-2000:]
   rows = [line for line in done.stdout.splitlines() if line.startswith("|")]
   assert len(rows) == 3 and rows[2].startswith("|ends |")
@@ -673,7 +673,7 @@ def test_lm_evals_hugging_face_class_on_the_export_agrees_item_by_item(directori
       [sys.executable, ROOT / "experiments" / "lm_eval_torch.py", f"--model={directories[0]}",
        f"--artifact={directories[1]}", f"--task={data / 'arc_easy.jsonl'}", f"--json={out}"],
       capture_output=True, text=True, cwd=tmp_path,
-  )  # fmt: skip
+  )
   assert done.returncode == 0, done.stderr[-2000:]
   found = json.loads(out.read_text())
   assert found["items"] == len(ITEMS["choice"]) and found["items_that_differ"] == []
@@ -729,7 +729,7 @@ def test_tasks_that_run_code_or_show_images_are_refused_before_anything_runs(mon
       all_tasks=["coded", "shown"],
       load=lambda names: {"tasks": {names[0]: types.SimpleNamespace(**{dict(coded="UNSAFE_CODE", shown="MULTIMODAL")[
           names[0]]: True})}},
-  )  # fmt: skip
+  )
   monkeypatch.setattr(tasks, "_manager", lambda: manager)
   for name in manager.all_tasks:
     with pytest.raises(UserError, match=f"{name}' runs code of the model or shows images; leave it out"):

@@ -153,7 +153,7 @@ CASES = {
         model_config=config(qkv_bias=True, qk_norm=True), router=RouterConfig("recurrent", hidden_states=True),
         routing=RoutingConfig("project"),
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -207,7 +207,7 @@ def test_bfloat16_and_options_of_the_artifact_that_are_replaced(engine):
   np.testing.assert_allclose(
       jax.nn.softmax(prefix.groups[0].prefilled.logits_BxV),
       jax.nn.softmax(engine.prefill(PROMPTS).groups[0].prefilled.logits_BxV), atol=0.1,
-  )  # fmt: skip
+  )
 
 
 def test_one_decode_program_serves_every_number_of_steps_and_the_stream(engine):
@@ -667,7 +667,7 @@ def test_the_command_streams_the_continuation_of_one_prompt(directories, served,
   assert re.fullmatch(
       r"ftp-jax: 18 prompt tokens, 18 new tokens, first token after \d+\.\d\d s, \d+\.\d tokens/s, cache [\d,]+ bytes, "
       r"pruned: not below the crossover of 10 tokens\n", err,
-  )  # fmt: skip
+  )
   monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"Do tiny ones talk?\n")))
   assert generate(directories, "--max-new-tokens=18") == 0
   assert capsys.readouterr().out == out
@@ -702,7 +702,7 @@ def test_prompts_of_other_systems_and_with_rare_line_ends(tmp_path):
     (lambda a: {"schedule": (*a.schedule, 0.5)}, "one number from 0 to 1 for each of"),
     (lambda a: {"schedule": ("0.5", *a.schedule[1:])}, "one number from 0 to 1 for each of"),
     (lambda a: {"routing": RoutingConfig(one_pass_block=99)}, "routing.one_pass_block=99 does not exist"),
-])  # fmt: skip
+])
 def test_an_artifact_of_mixed_files_is_refused(directories, change, message):
   good = artifacts.load(directories[1])
   with pytest.raises(UserError, match=message):

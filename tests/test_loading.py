@@ -77,7 +77,7 @@ def run(script: str | pathlib.Path, *arguments, **environment) -> subprocess.Pop
   return subprocess.Popen(
       [sys.executable, str(script), *map(str, arguments)], env=inherited | {"PYTHONPATH": str(ROOT)} | environment,
       stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-  )  # fmt: skip
+  )
 
 
 def finish(process: subprocess.Popen) -> str:

@@ -123,7 +123,7 @@ def test_a_later_call_keeps_the_times_of_earlier_cells_and_measures_in_the_runs_
   table.calibration = lambda method, where: None
   table.settings = lambda method, sparsity, seed: {
       "method": method, "sparsity": sparsity, "seed": seed, "version": version * (method == "late"),
-  }  # fmt: skip
+  }
 
   def latency(*methods):
     table.cells = [("dense", 0.0, 0), *((method, 0.3, 0) for method in methods)]
@@ -223,7 +223,7 @@ def test_what_tasks_skip_counts_contexts_and_continuations(script):
   baseline = types.SimpleNamespace(
       engine=engine, routes=lambda cache: cache, skipped_after=0.1,
       costs=lambda keep, length: types.SimpleNamespace(skipped=0.5),
-  )  # fmt: skip
+  )
   counted = script.Counted(baseline)
   prefix = counted.prefill([[1, 2, 3, 4], [5, 6], [1, 2, 3, 4]])
   assert (counted.pairs, counted.skipped) == (6, 3)

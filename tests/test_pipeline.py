@@ -381,7 +381,7 @@ def test_routers_a_block_learn_the_scores_of_their_blocks_whichever_block_evicts
     (lambda c: c.data.update(max_context=200, min_context=200), "positions"),
     (lambda c: c.routing.update(kv_mode="evict", evict_from=99), "evict_from=99 does not exist"),
     (lambda c: c.routing.update(one_pass_block=99), "one_pass_block=99 does not exist"),
-])  # fmt: skip
+])
 def test_impossible_settings_are_one_sentence(model_directory, tmp_path, change, named):
   config = tiny_run(model_directory)
   change(config)

@@ -41,7 +41,7 @@ def test_a_plan_by_hand():
     ("0000000", {}, [(0, 7)]),
     ("0001111", dict(one_pass_block=3), [(0, 3), (3, 7)]),
     ("0001111", dict(one_pass_block=2, kv_mode="evict", evict_from=5), [(0, 2), (2, 3), (3, 5), (5, 7)]),
-])  # fmt: skip
+])
 def test_phases_by_hand(routed, routing, want):
   routing = RoutingConfig(**routing)
   assert make_plan([0.5 * int(r) for r in routed], 10, routing).phases(routing) == want

@@ -29,7 +29,7 @@ def run_in_two(config, directory):
   command = [
       sys.executable, "-m", "ftp_jax.cli", "run", f"--workdir={directory}", f"--coordinator=localhost:{port}",
       "--num-processes=2",
-  ]  # fmt: skip
+  ]
   started = [
       subprocess.Popen([*command, f"--process-id={i}"], env=environment, stderr=subprocess.PIPE, text=True)
       for i in range(2)

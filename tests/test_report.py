@@ -21,14 +21,14 @@ TOKENS = "<|im_start|> user Ċ What Ġis Ġ$ 2 ^ 3 $ ? 日 Ġunbelievably-long �
 KL = {
     "truncation": 1.5, "random": 8.0, "static_uniform": 6.0, "static_ga": 0.45, "dynamic_ga": 0.4,
     "dynamic_finetuned": 0.37,
-}  # fmt: skip
+}
 
 
 def record(method, asked, seed, kl, **changes):
   values = dict(
       method=method, asked=asked, seed=seed, kl=kl, kl_stderr=0.1 * kl, nll=1.4 + kl, agreement=0.9, perplexity=20.0,
       achieved=asked, flops_saved=0.9 * asked, prompts=64, schedule=None,
-  )  # fmt: skip
+  )
   return {**values, **changes}
 
 
@@ -59,7 +59,7 @@ def make_run(workdir, config):
             {"generation": g, "best_fitness": 0.1 + 0.2 / (g + 1), "mean_fitness": 0.2 + 3 / (g + 1),
              "best_validation": 0.12 + 0.2 / (g + 1) + 0.01 * seed}
             for g in range(generations)
-        ]  # fmt: skip
+        ]
         write(cell / stage / ("round0" if stage == "finetune" else "") / "metrics.jsonl", history, lines=True)
       training = []
       for step in range(60):
@@ -67,7 +67,7 @@ def make_run(workdir, config):
             "step": step, "loss": 1.0, "distill": 0.2 + 0.3 / (step + 1) + rng.uniform(0, 0.05),
             "sparsity": 0.02 / (step + 1), "guide": 0.6 * 0.97**step, "grad_norm": 1.0, "guide_weight": 1.0,
             "asked": [s] * BLOCKS, "achieved": [s] * BLOCKS,
-        })  # fmt: skip
+        })
         if step % 10 == 9:
           training.append({"step": step, "validation_kl": 0.2 + 0.2 / step})
       write(cell / "train" / "metrics.jsonl", training, lines=True)
@@ -97,7 +97,7 @@ def test_a_schedule_that_no_search_found_is_named():
   names = [tables.method_label(row) for row in tables.aggregate([
       record("static_ga", 0.3, 0, 0.1, schedule="late"), record("dynamic_ga", 0.3, 0, 0.1, schedule="ga"),
       record("truncation", 0.3, None, 0.1),
-  ])]  # fmt: skip
+  ])]
   assert names == ["truncation", "static + late", "dynamic + GA"]
 
 
@@ -105,7 +105,7 @@ def test_mean_and_spread_over_seeds():
   rows = tables.aggregate([
       record("dynamic_ga", 0.3, 0, 0.2, perplexity=10.0), record("dynamic_ga", 0.3, 1, 0.4, perplexity=12.0),
       record("truncation", 0.3, None, 0.5, perplexity=None), record("dense", 0.0, None, 0.0),
-  ])  # fmt: skip
+  ])
   assert [row["method"] for row in rows] == ["dense", "truncation", "dynamic_ga"]
   truncation, dynamic = rows[1:]
   assert dynamic["seeds"] == 2 and dynamic["kl"] == pytest.approx(0.3) and dynamic["perplexity"] == 11.0
@@ -124,7 +124,7 @@ def test_rows_as_text():
   rows = tables.aggregate([
       record("dynamic_ga", 0.3, 0, 0.2, achieved=0.29), record("dynamic_ga", 0.3, 1, 0.4, achieved=0.31),
       record("truncation", 0.3, None, 0.5, perplexity=None),
-  ])  # fmt: skip
+  ])
   assert tables.cells(rows[0]) == ("truncation", "0.30", "30.0 %", "27.0 %", "0.5000", "1.9000", "90.0 %", "-", "1")
   assert tables.cells(rows[1])[2] == "30.0 ± 1.4 %"
   assert tables.cells(rows[1])[4] == "0.3000 ± 0.1414"
@@ -206,7 +206,7 @@ def test_rounds_of_finetuning_stand_side_by_side(tmp_path):
   figure, _ = plots.plot_search(read_run(str(tmp_path), config))
   assert [axes.get_title().partition(", ")[2] for axes in figure.axes] == [
       "search (static router)", "fine-tuning (trained router), round 1", "fine-tuning (trained router), round 2",
-  ]  # fmt: skip
+  ]
 
 
 def test_html_is_self_contained(run):

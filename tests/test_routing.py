@@ -101,7 +101,7 @@ def test_selection_is_that_of_a_sort_by_margin_then_position():
     keep = select(
         jnp.array(margin), jnp.array(slots), forced_tokens(jnp.array(context), 17),
         jnp.arange(17)[None] < context[:, None], "topk",
-    )  # fmt: skip
+    )
     least = least_kept_margin(jnp.array(margin), jnp.float32(0.4), jnp.array(context))
     for b, m in enumerate(context):
       order = sorted(range(m), key=lambda t: (t in (0, m - 1), margin[b, t], t), reverse=True)
@@ -275,7 +275,7 @@ def test_what_enters_each_block_is_that_of_the_dense_execution(dense_prefixes):
 @pytest.mark.parametrize("kind, one_pass, kv", [
     ("global", -1, {}), ("per_block", -1, {}), ("global", 2, {}), ("per_block", 1, {}),
     ("global", 2, dict(kv_mode="evict", evict_from=3)), ("global", -1, dict(kv_mode="evict", evict_from=2)),
-])  # fmt: skip
+])
 def test_starting_after_a_dense_prefix_is_exact(kind, one_pass, kv, dense_prefixes):
   c, p, batch, entries, _ = dense_prefixes
   routing, router = RoutingConfig(one_pass_block=one_pass, **kv), dynamic(c, kind=kind)
@@ -293,7 +293,7 @@ def test_starting_after_a_dense_prefix_is_exact(kind, one_pass, kv, dense_prefix
 @pytest.mark.parametrize("routing, kind, expected", [
     ({}, "global", 3), ({}, "per_block", 3), ({}, "recurrent", 0), (dict(decode_sparsity=0.5), "global", 0),
     (dict(one_pass_block=2), "global", 2), (dict(one_pass_block=3), "global", 3), (dict(one_pass_block=0), "global", 0),
-])  # fmt: skip
+])
 def test_where_a_pass_can_start(routing, kind, expected):
   router = routers.Router("dynamic", RouterConfig(kind), None)
   assert masked.late_start(RoutingConfig(**routing), router, 3) == expected
@@ -330,7 +330,7 @@ def test_sink_and_last_context_token_are_always_computed():
 @pytest.mark.parametrize("kv_mode, kind, hidden", [
     ("evict", "global", False), ("project", "global", False), ("project", "per_block", False),
     ("evict", "recurrent", True),
-])  # fmt: skip
+])
 def test_padding_and_neighbours_change_nothing(kv_mode, kind, hidden):
   c = tiny.config()
   p = tiny.params(c)
@@ -351,7 +351,7 @@ def test_padding_and_neighbours_change_nothing(kv_mode, kind, hidden):
 @pytest.mark.parametrize("kv_mode, kind, selection", [
     ("evict", "global", "topk"), ("project", "global", "argmax"), ("evict", "per_block", "argmax"),
     ("project", "per_block", "topk"), ("evict", "recurrent", "topk"), ("project", "recurrent", "argmax"),
-])  # fmt: skip
+])
 def test_no_gate_sees_the_future(kv_mode, kind, selection):
   """Replacing every later token leaves the gates of a continuation token as they were; replacing
   the continuation leaves the gates of the context."""

@@ -190,7 +190,7 @@ def test_scores_inputs_and_texts():
     warm = guide.warm_up(
         PER_BLOCK, routing(), guide.WarmupSettings(4, 8, 1e-2), router_params(PER_BLOCK),
         guide.GuideData(rows.context, *inputs, scores), SCHEDULE, 0, frozen=parameters, remat_policy="full",
-    )  # fmt: skip
+    )
     assert all(jax.tree.leaves(jax.tree.map(lambda leaf: leaf.is_fully_replicated, warm[0])))
     maps = fitting.fit(MODEL, parameters, rows, 8, rank=MODEL.hidden_size, ridge=0.1, dtype=np.float32)
     moved = maps["bias"], maps["down"] @ maps["up"]  # the axes of a part of the rank may turn with rounding
@@ -198,7 +198,7 @@ def test_scores_inputs_and_texts():
         moved, warm, scores, inputs[0], redundancy.token_similarity(frozen, rows, 8),
         perplexity.routed_perplexity(frozen, routing(), router, SCHEDULE, rows, 8),
         perplexity.truncated_perplexity(frozen, 0.5, rows, 8),
-    )  # fmt: skip
+    )
 
   hidden, want = all_of(params())
   for sizes in ((8, 1, 1), (2, 2, 2)):
@@ -222,7 +222,7 @@ def test_a_bucketed_prefill(kv_mode, meshes):
     return (
         out.logits_BxV, cache.keep_LxBxT, cache.position_BxS, jnp.where(held[:, None, None], cache.k_BxGxNxS, 0),
         jnp.where(held[:, None, :, None], cache.v_BxGxSxN, 0),
-    )  # fmt: skip
+    )
 
   want = prefilled(params())
   for sizes in meshes:
@@ -241,7 +241,7 @@ def test_no_weight_is_gathered_whole(sizes):
     placed = sharding.place(parameters, rows, "batch")
     compiled = step.compiled_step(spec, sharding.mesh_of(parameters)).lower(
         parameters, state, step.Batch(*placed, None), SCHEDULE
-    ).compile()  # fmt: skip
+    ).compile()
   text, parts = compiled.as_text(), math.prod(sizes[1:])
   whole = f"f32[{MODEL.num_blocks},{MODEL.hidden_size},{MODEL.intermediate_size}]"
   assert (whole in text) == (parts == 1)

@@ -99,7 +99,7 @@ def test_gate_scores_are_of_the_difference_to_what_a_skipping_token_becomes():
     silent["blocks"][layer]["kernel"][1] = 0
   assert (score(silent)[1] == 0).all() and score(silent)[2].max() > 0
   zero = {"bias": np.zeros((4, size), np.float32), "down": np.zeros((4, size, 1), np.float32),
-          "up": np.zeros((4, 1, size), np.float32)}  # fmt: skip
+          "up": np.zeros((4, 1, size), np.float32)}
   np.testing.assert_array_equal(score(stand_in.attach(silent, zero)), score(silent))
   zero["bias"] = np.ones_like(zero["bias"])
   assert score(stand_in.attach(silent, zero))[1].max() > 0
@@ -116,7 +116,7 @@ def test_maps_are_counted_where_a_block_skips_but_for_the_last():
 
 @pytest.mark.parametrize("change", [
     {"bias": np.zeros((4, 31))}, {"up": np.zeros((4, 2, 32))}, {"more": np.zeros(3)}, {"down": np.zeros((3, 32, 3))},
-])  # fmt: skip
+])
 def test_maps_of_another_model_are_known(change):
   assert stand_in.fits(None, 4, 32) and stand_in.fits(maps(3), 4, 32)
   assert not stand_in.fits(maps(3) | change, 4, 32)

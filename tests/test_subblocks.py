@@ -35,7 +35,7 @@ CASES = {  # model, removed, schedule
         WINDOW, ((False, False), (False, True), (True, False), (False, False), (True, False)),
         [(0.5, 0.25), (0.75, 0), (0, 0.5), (0.5, 0.5), (0, 0)],
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -20,7 +20,7 @@ def cell(method, asked, seed, easy, hard, kl, speedup):
       "method": method, "asked": asked, "seed": seed, "quality": quality | {"cache_ratio": 1.0}, "skipped": None,
       "long": {}, "retrieval": None, "speedup": {512: speedup},
       "correct": {"arc_easy": correct(easy), "winogrande": correct(hard)}, "same_choice": {}, "choice_kl": {},
-  }  # fmt: skip
+  }
 
 
 GUESS = {"arc_easy": 0.25, "winogrande": 0.5}
@@ -222,7 +222,7 @@ def test_differences_of_an_earlier_table_are_to_its_own_ftp(figures):
     ({"long": {"chat": {"nll": 1.9}}}, "prompts in chat"),
     ({"correct": {"arc_easy": {str(i): 1.0 for i in range(100)}}}, r"tasks \(arc_easy\)"),
     ({"retrieval_items": {"256-0.5": 10, "512-0.5": 10}}, r"retrieval items \(256-0.5, 512-0.5\)"),
-])  # fmt: skip
+])
 def test_an_earlier_table_of_other_items_is_refused(figures, part, what):
   dense = cell("dense", 0.0, 0, 0.85, 0.80, 0.0, 1.0) | {"quality": {"nll": 1.8}, "long": {"chat": {"nll": 1.8}}}
   dense["retrieval_items"] = {"256-0.5": 10}
@@ -242,7 +242,7 @@ def test_the_plot_has_a_panel_of_what_is_there(figures, tmp_path, monkeypatch):
   path = tmp_path / "plot.png"
   plot = lambda rows, guess: figures.plot(
       figures.summarise(rows, guess, [512]), 512, path, ["late"], figures.long_names(rows)
-  )  # fmt: skip
+  )
   plot(rows, {})
   assert path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 5000
   plot(rows, GUESS)

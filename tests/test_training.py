@@ -139,7 +139,7 @@ def test_guide_weight_decays_to_zero():
     "change, name",
     [(dict(distill="l1"), "distill"), (dict(guide="none"), "guide"), (dict(guide_decay="exp"), "guide_decay"),
      (dict(steps=0), "steps"), (dict(learning_rate=0.0), "learning_rate")],
-)  # fmt: skip
+)
 def test_wrong_settings_are_refused(change, name):
   with pytest.raises(UserError, match=f"train.{name}"):
     dataclasses.replace(SETTINGS, **change)
@@ -268,7 +268,7 @@ def test_metrics_are_complete_and_training_reduces_the_guide_loss(undisturbed):
   for line in steps:
     assert set(line) == {
         "step", "loss", "distill", "sparsity", "guide", "guide_weight", "grad_norm", "asked", "achieved",
-    }  # fmt: skip
+    }
     np.testing.assert_allclose(
         line["loss"], line["distill"] + line["sparsity"] + line["guide_weight"] * line["guide"], rtol=1e-5
     )
@@ -475,7 +475,7 @@ def test_a_validation_that_is_not_finite_stops_the_training(tmp_path):
         (dict(spec=dataclasses.replace(SPEC, router=RouterConfig(hidden_size=4)), router_params=new_router(
             RouterConfig(hidden_size=4))), "router.hidden_size was 8"),
     ],
-)  # fmt: skip
+)
 def test_another_training_is_refused_naming_what_changed(change, name, undisturbed):
   directory, _ = undisturbed
   before = (directory / "metrics.jsonl").read_bytes()
@@ -699,7 +699,7 @@ def test_inputs_of_length_buckets_are_those_of_padded_batches():
   collect = lambda *buckets: guide.collect_inputs(
       CONFIG, RoutingConfig(), frozen_params(CONFIG), rows, 4, with_hidden=True, dtype=jnp.float32,
       length_buckets=buckets,
-  )  # fmt: skip
+  )
   (score, hidden), (expected_score, expected_hidden) = collect(13), collect()
   valid = np.arange(16)[None] < rows.length[:, None]
   np.testing.assert_allclose(score, expected_score, atol=1e-6)
@@ -709,7 +709,7 @@ def test_inputs_of_length_buckets_are_those_of_padded_batches():
 
 @pytest.mark.parametrize("kind, factors", [
     ("global", FACTORS), ("global", ("position", "score", "rank")), ("per_block", FACTORS), ("recurrent", ("rank",)),
-])  # fmt: skip
+])
 def test_a_warm_up_under_one_pass_routing_reads_what_enters_the_block_that_decides(kind, factors):
   """As if every later block had that block's inputs, which is what the data of two blocks stand for."""
   rows, rng = prompts(10), np.random.default_rng(0)
@@ -720,7 +720,7 @@ def test_a_warm_up_under_one_pass_routing_reads_what_enters_the_block_that_decid
   fit = lambda *inputs: guide.warm_up(
       router_config, RoutingConfig(one_pass_block=1), settings, new_router(router_config),
       guide.GuideData(rows.context, *inputs, scores), schedule, seed=0,
-  )  # fmt: skip
+  )
   for schedule in np.array([[0, 0.5, 0.25, 0.75], [0.25, 0.5, 0.25, 0.75]]):
     (router, history), (spelled_out, expected) = fit(score, hidden), fit(score[[0, 1, 1, 1]], hidden[[0, 1, 1, 1]])
     np.testing.assert_allclose(history, expected, rtol=1e-4)

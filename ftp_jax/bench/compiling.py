@@ -43,7 +43,7 @@ class _Compile:
     return {
         "method": self.case.method, **self.case.labels, "buckets": buckets(self.plan), "bodies": len(self.plan.bodies),
         "temp_bytes": temp, "output_bytes": output, "peak_bytes": temp + output if found else None,
-    }  # fmt: skip
+    }
 
 
 def buckets(plan: Plan) -> int:
@@ -69,7 +69,7 @@ def bench(model: Model, cases: Sequence[Case], settings: Settings, torch: None =
         found.append(records.make(
             "compile", context=context, batch=batch, seconds=own, dtype=settings.dtype, compile_ratio=ratio,
             **method.describe(),
-        ))  # fmt: skip
+        ))
   return found
 
 
@@ -81,7 +81,7 @@ def _plans(model: Model, cases: Sequence[Case], settings: Settings, context: int
     varied = [  # one ramp for each kv mode and sparsity
         case.replace("ftp", builtin("ramp", model.config.num_blocks, case.labels["sparsity"]), shape="ramp")
         for case in cases if case.labels["shape"] == settings.shape[0]
-    ]  # fmt: skip
+    ]
   for case in varied:
     plans = dict.fromkeys(case.plan(context, most) for most in range(1, _MOST_BUCKETS + 1))  # distinct ones
     found += [(case, plan) for plan in plans]

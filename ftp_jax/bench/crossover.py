@@ -28,7 +28,7 @@ def write(records: Sequence[dict[str, Any]], settings: Settings, machine: dict[s
   found = crossover(measured)
   described = {
       "context": found, "batch": settings.batch[0], "dtype": settings.dtype, "machine": machine, "measured": measured,
-  }  # fmt: skip
+  }
   directory, = settings.artifact
   artifact = dataclasses.replace(artifacts.load(directory), crossover=described)
   artifacts.save(artifact, directory, artifacts.read_config(directory)["layout"])

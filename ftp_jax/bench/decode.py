@@ -73,6 +73,6 @@ def bench(model: Model, cases: Sequence[Case], settings: Settings, torch: TorchD
           "decode", context=context, batch=batch, seconds=own, dense=seconds[0], dtype=settings.dtype,
           steps=settings.steps, cache_bytes=method.cache_bytes,
           cache_ratio=method.cache_bytes / methods[0].cache_bytes, **method.describe(),
-      )  # fmt: skip
+      )
       found.append(record | {"tokens_per_second": batch / record["seconds_median"]})
   return found

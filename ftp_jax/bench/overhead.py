@@ -165,5 +165,5 @@ def _measure(model: Model, cases: Sequence[Case], settings: Settings, tokens_BxT
     found.append(records.make(
         "overhead", context=context, batch=batch, seconds=own, dense=reference, dtype=settings.dtype,
         extra_seconds=extra, **shares, **method.describe(),
-    ))  # fmt: skip
+    ))
   return found

@@ -36,5 +36,5 @@ def bench(model: Model, cases: Sequence[Case], settings: Settings, torch: TorchD
       found.append(records.make(
           settings.kind, context=context, batch=batch, seconds=own, dense=seconds[0], dtype=settings.dtype,
           **method.describe(),
-      ))  # fmt: skip
+      ))
   return found

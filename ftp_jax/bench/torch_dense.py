@@ -113,7 +113,7 @@ class _Worker:
     self.torch, self.device = torch, device
     self.model = transformers.AutoModelForCausalLM.from_pretrained(
         directory, dtype=getattr(torch, dtype), attn_implementation="sdpa", use_safetensors=True
-    ).to(device).eval()  # fmt: skip
+    ).to(device).eval()
     self.info = {"torch": torch.__version__, "torch_threads": torch.get_num_threads(), "device": device}
 
   def _ready(self) -> float:

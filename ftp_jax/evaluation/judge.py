@@ -101,7 +101,7 @@ class Judge:
         entries, teacher = sharding.park(model.params, _prepare(
             model.config, routing, model.params, *sharding.place(model.params, rows, "batch"),
             num_scored=num_scored, depths=self.depths, dtype=model.dtype,
-        ))  # fmt: skip
+        ))
         self._teacher.append(teacher)
         self._entries.append(entries)
 

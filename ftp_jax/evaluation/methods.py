@@ -78,7 +78,7 @@ class Bench:
     saved = flops.saved_share(
         judge.model.config, quality.keep_LxNxT, context, judge.routing, router.config,
         stand_in.rank(judge.model.params),
-    )  # fmt: skip
+    )
     achieved = flops.skipped_share(quality.keep_LxNxT, context)
     return self._record(method, sparsity, seed, quality, perplexity, achieved, saved, perplexity_achieved)
 

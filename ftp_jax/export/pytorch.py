@@ -21,7 +21,7 @@ RUNTIME = pathlib.Path(__file__).with_name("torch_runtime.py")
 _BESIDE = (
     "config.json", "generation_config.json", "tokenizer*.json", "tokenizer.model", "vocab.json", "merges.txt",
     "special_tokens_map.json", "added_tokens.json", "*.jinja",
-)  # fmt: skip
+)
 _FIGURES = """\
 On prompts that no stage had seen; `kl` (to the dense model) and `nll` in nats a token of their continuations,
 `agreement` with the dense next token, `perplexity` over all positions of a text; `asked`, `achieved` and `flops_saved`

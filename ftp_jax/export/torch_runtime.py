@@ -44,11 +44,11 @@ _WHOLE = 0.3  # from this share of queries on, causal attention of all tokens is
 _CHOICES = {
     "kv_mode": ("evict", "project"), "selection": ("topk", "argmax"), "decode_rule": ("threshold", "quantile"),
     "kind": ("global", "per_block", "recurrent"),
-}  # fmt: skip
+}
 _VALUES = (
     "bucket_multiple", "score_window", "decode_sparsity", "decode_threshold", "one_pass_block", "evict_from", "factors",
     "hidden_states", "hidden_size",
-)  # fmt: skip
+)
 _MAPS = "stand_in."  # how the names of the maps for skipped blocks begin in the file of weights
 _FACTORS = ("position", "score", "rank", "sparsity")
 
@@ -494,7 +494,7 @@ class PrunedModel:
   def forward(
       self, input_ids=None, attention_mask=None, position_ids=None, cache=None, inputs_embeds=None, labels=None,
       use_cache=None, logits_to_keep=0, context_length=None, return_dict=None, past_key_values=None, **kwargs,
-  ):  # fmt: skip
+  ):
     """As the forward of the base model.
 
     With an empty cache the tokens are a context, which is pruned, or a context and its continuation; with a filled

@@ -45,7 +45,7 @@ def describe(arguments: argparse.Namespace, case: Any, mesh: Any) -> dict[str, A
       "mesh": dict(mesh.shape), "batch": case.batch, "context": case.context, "scored": case.scored,
       "dtype": arguments.dtype, "remat": case.remat, "kv": case.kv_mode, "attention": case.attention,
       "stand_in": case.stand_in,
-  } | ({"candidates": case.candidates} if case.program == "search" else {})  # fmt: skip
+  } | ({"candidates": case.candidates} if case.program == "search" else {})
 
 
 def _model(name: str) -> Any:
@@ -87,7 +87,7 @@ def _case(arguments: argparse.Namespace, model: Any, mesh: Any) -> Any:
   from ftp_jax.routing.masked import ATTENTIONS, choose_attention
 
   for name, known in (("dtype", DTYPES), ("remat", REMAT), ("kv", ("evict", "project")),
-                      ("attention", (None, *ATTENTIONS[1:]))):  # fmt: skip
+                      ("attention", (None, *ATTENTIONS[1:]))):
     if getattr(arguments, name) not in known:
       names = ", ".join(filter(None, known))
       raise UserError(f"--{name}={getattr(arguments, name)} is unknown; choose one of {names}.")
@@ -99,7 +99,7 @@ def _case(arguments: argparse.Namespace, model: Any, mesh: Any) -> Any:
       model, arguments.program, arguments.batch, arguments.context, dtype=DTYPES[arguments.dtype],
       remat=arguments.remat, kv_mode=arguments.kv, scored=arguments.scored, candidates=arguments.candidates,
       attention=attention, stand_in=arguments.stand_in,
-  )  # fmt: skip
+  )
 
 
 def report(record: dict[str, Any]) -> str:

@@ -104,7 +104,7 @@ def memory(stats: Any, limit: int, beside: int = 0) -> Memory:
   sizes = dict(
       arguments=stats.argument_size_in_bytes, outputs=stats.output_size_in_bytes, aliased=stats.alias_size_in_bytes,
       temporaries=stats.temp_size_in_bytes, code=stats.generated_code_size_in_bytes,
-  )  # fmt: skip
+  )
   peak = sum(sizes.values()) - 2 * sizes["aliased"] + beside
   return Memory(**sizes, beside=beside, peak=peak, limit=limit)
 

@@ -165,7 +165,7 @@ def of_config(config: Any) -> Run:
       children=children,
       validated=sum(len(s.seed_schedules) + max(1, s.elite) * (generations + 1) for generations in rounds),
       steps=t.steps, validations=1 + -(-t.steps // t.validate_every),
-  )  # fmt: skip
+  )
 
 
 def run_terms(run: Run, model: ModelConfig, slice_: Slice) -> dict[str, Terms]:

@@ -174,7 +174,7 @@ class Program:
   def largest(self, count: int) -> list[dict]:
     """The largest arrays that instructions outside of fusions make, one of each shape: shape, bytes, origin."""
     fused = {c for body in self.computations.values() for i in body.values() if i.operation == "fusion"
-             for _, c in i.called}  # fmt: skip
+             for _, c in i.called}
     found = {}
     for name, body in self.computations.items():
       if name in fused:

@@ -244,12 +244,12 @@ def _decode(case: Case, mesh: Mesh) -> Traced:
       like(k, "batch", "kv_heads"), like(v, "batch", "kv_heads"), like(position, *rows),
       _like(mesh, (blocks, batch, context), bool, None, *rows), _like(mesh, (batch,), jnp.int32, *rows),
       _like(mesh, (batch,), jnp.int32, *rows), _like(mesh, (blocks, batch), jnp.float32, None, *rows),
-  )  # fmt: skip
+  )
   recent = jax.eval_shape(lambda: cache.empty_recent(case.model, batch, _ROOM, case.dtype))
   recent = cache.Recent(
       like(recent.k_LxBxGxMxN, None, "batch", "kv_heads"), like(recent.v_LxBxGxMxN, None, "batch", "kv_heads"),
       like(recent.computed_LxBxM, None, *rows), like(recent.count),
-  )  # fmt: skip
+  )
   integers = _like(mesh, (batch,), jnp.int32, *rows)
   stream = programs.Stream(integers, _like(mesh, (batch,), bool, *rows), recent, _like(mesh, (), jnp.int32))
   abstract = weights._replace(schedule_L=_like(mesh, weights.schedule_L.shape, jnp.float32))

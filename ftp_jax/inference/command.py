@@ -38,7 +38,7 @@ def run(arguments: argparse.Namespace) -> None:
       arguments.model, arguments.artifact, dtype=arguments.dtype, fallback=arguments.fallback,
       attention=arguments.attention, decode_sparsity=arguments.decode_sparsity,
       decode_threshold=arguments.decode_threshold, tensor=arguments.tensor,
-  )  # fmt: skip
+  )
   prompts = [engine.encode(text, arguments.chat) for text in texts]
   engine.check(prompts, arguments.max_new_tokens)  # all of them, before the first is run
   try:
@@ -99,7 +99,7 @@ def _read_file(path: str) -> list[str]:
 def _generate(
     engine: Engine, texts: Sequence[str], prompts: Sequence[list[int]], sampling: Sampling,
     arguments: argparse.Namespace, file: TextIO | None,
-) -> str:  # fmt: skip
+) -> str:
   """Runs batch by batch, prints and writes every result; returns the line of figures."""
   screen = Screen(engine.decode, arguments.stop) if len(prompts) == 1 else None
   clock, new_tokens, cache_bytes = Clock(), 0, 0
@@ -116,7 +116,7 @@ def _generate(
     done = engine.generate(
         prefix, arguments.max_new_tokens, sampling, stop_strings=arguments.stop, seed=arguments.seed + start,
         stream=stream,
-    )  # fmt: skip
+    )
     clock.pause()
     new_tokens += sum(len(generation.tokens) for generation in done)
     for n, (text, prompt, generation) in enumerate(zip(texts[start:], batch, done), start + 1):
@@ -138,7 +138,7 @@ def _record(prompt: str, generation: Generation, pruned: bool) -> str:
   return json.dumps({
       "prompt": prompt, "text": generation.text, "tokens": generation.tokens, "stopped": generation.stopped,
       "pruned": pruned,
-  }, ensure_ascii=False)  # fmt: skip
+  }, ensure_ascii=False)
 
 
 def _brief(text: str) -> str:

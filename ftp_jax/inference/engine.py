@@ -186,7 +186,7 @@ class Engine:
   @classmethod
   def load(
       cls, source: str, artifact: str | None = None, *, dtype: str = "float32", tensor: int = 1, **options
-  ) -> "Engine":  # fmt: skip
+  ) -> "Engine":
     """Loads a model from any source (`models.sources`) and an artifact from its directory; options as above.
 
     Args:
@@ -407,7 +407,7 @@ class Engine:
         logprob, greedy = jax.device_get(programs.score(
             *group.spec.continuing(group.plan, group.weights), group.prefilled.cache, group.prefilled.logits_BxV,
             of_group, tokens, length,
-        ))  # fmt: skip
+        ))
       for n, i in enumerate(chosen):
         size = len(continuations[i])
         results[i] = Score(tuple(logprob[n, :size].tolist()), bool(greedy[n, :size].all()))
@@ -517,7 +517,7 @@ def _device(machine: dict[str, Any]) -> tuple[str, str | None]:
 def _check_options(dtype: str, fallback: str, attention: str) -> None:
   for name, value, known in (
       ("dtype", dtype, DTYPES), ("fallback", fallback, FALLBACKS), ("attention", attention, kernels.IMPLEMENTATIONS),
-  ):  # fmt: skip
+  ):
     if value not in known:
       raise UserError(f"{name}={value!r} is unknown; choose one of {', '.join(known)}.")
   kernels.check_runs(attention, kernels.backend_name())

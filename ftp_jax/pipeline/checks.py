@@ -27,7 +27,7 @@ _AT_LEAST = {
         "train.warmup", "train.warmup_guide_steps", "search.generations", "finetune.rounds", "finetune.generations",
         "data.seed",
     ),
-}  # fmt: skip
+}
 
 
 def check_config(config) -> None:

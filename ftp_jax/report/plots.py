@@ -93,7 +93,7 @@ def plot_methods(rows):
     axes.errorbar(
         x, [row["kl"] for row in own], yerr=[bars(row) for row in own], color=colour, marker=marker, markersize=6,
         capsize=3, label=method_label(own[0]),
-    )  # fmt: skip
+    )
   axes.set_yscale("log")
   _plain_log(axes.yaxis)
   axes.set_xticks([100 * s for s in sparsities])
@@ -180,7 +180,7 @@ def plot_training(run: Run):
       label = lambda text: None if i else text
       for key, name, colour in (
           ("distill", "distillation", BLUE), ("sparsity", "sparsity", ORANGE), ("guide", "guide", PURPLE),
-      ):  # fmt: skip
+      ):
         row[0].plot(x, [line[key] for line in steps], color=colour, linewidth=1.2, alpha=0.8, label=label(name))
       validated = [line for line in cell.training if "validation_kl" in line]
       y = [line["validation_kl"] for line in validated]
@@ -251,7 +251,7 @@ def plot_redundancy(run: Run):
   top = panels[0, 0]
   top.bar(blocks, 100 * np.asarray(found["share_above_0.8"]), color=SKY, label="tokens with cosine above 0.8 (%)")
   top.plot(blocks, 100 * np.asarray(found["similarity_mean"]), color=VERMILION, marker="o", markersize=4,
-           label="mean cosine × 100")  # fmt: skip
+           label="mean cosine × 100")
   top.set_ylim(0, 118)
   top.set_yticks(range(0, 101, 25))
   top.set_ylabel("cosine (× 100),\nshare of tokens (%)")

@@ -22,7 +22,7 @@ FIGURES = ("achieved", "flops_saved", "kl", "nll", "agreement", "perplexity")
 
 HEADINGS = (
     "method", "S asked", "achieved", "FLOPs saved", "KL (nats)", "NLL (nats)", "agreement", "perplexity", "seeds"
-)  # fmt: skip
+)
 NOTE = (
     "mean ± sample standard deviation over seeds; KL to the dense model, NLL and next-token agreement on the "
     "continuation, perplexity over all positions with the causal view; time saved is not measured here"

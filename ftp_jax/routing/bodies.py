@@ -51,7 +51,7 @@ class ScoreTable:
 
   def after(
       self, apply, x, k_BxSxGxN, key, keep_BxT, score, inputs, to_positions: Callable[[jax.Array], jax.Array]
-  ) -> jax.Array:  # fmt: skip
+  ) -> jax.Array:
     """The table (B,T) after a block with these keys; the old one where no router reads it.
 
     Args:
@@ -105,7 +105,7 @@ class Body:
   def __init__(
       self, contexts: Contexts, num_slots: int, routed: bool, evict: bool, table: ScoreTable | None = None,
       last: bool = False,
-  ):  # fmt: skip
+  ):
     self._contexts, self.num_slots, self.routed, self.evict = contexts, num_slots, routed, evict
     self.table, self.last = table, last
     self.gathers = routed and (num_slots < contexts.num_positions or evict)

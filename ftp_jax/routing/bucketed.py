@@ -47,7 +47,7 @@ def block_inputs(routing: RoutingConfig, router: Router, schedule_L: jax.Array) 
 def decide_context(
     routing: RoutingConfig, router: Router, inputs: dict[str, Any], x_BxTxD, score_BxT, state_BxTxR, position_BxT,
     context_B, row_B,
-) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
+) -> tuple[jax.Array, jax.Array, jax.Array]:
   """One block's gates (B,T) of the context tokens, the margin (B) that the decode rule `quantile` reads, and the state.
 
   Args:
@@ -61,7 +61,7 @@ def decide_context(
   margin_BxT, state_BxTxR = routers.margin(
       router, inputs["router"] if router.per_block else router.params, features, x_BxTxD, state_BxTxR, position_BxT,
       row_B, inputs["index"],
-  )  # fmt: skip
+  )
   least_B = jnp.zeros(len(context_B))
   if routing.decode_sparsity and routing.decode_rule == "quantile":
     least_B = least_kept_margin(margin_BxT, inputs["decode_sparsity"], context_B)

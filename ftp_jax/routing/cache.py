@@ -44,7 +44,7 @@ class Cache(NamedTuple):
     return Cache(
         *map(take, self[:3]), of_blocks(self.keep_LxBxT), take(self.context_B), take(self.row_B),
         of_blocks(self.least_LxB),
-    )  # fmt: skip
+    )
 
 
 class Recent(NamedTuple):
@@ -116,7 +116,7 @@ def as_tiles(k_BxKxGxN, v_BxKxGxN, key_BxK, size: int) -> tuple[jax.Array, jax.A
   )
   return (
       pad(k_BxKxGxN.transpose(0, 2, 3, 1), 3, 0), pad(v_BxKxGxN.transpose(0, 2, 1, 3), 2, 0), pad(key_BxK, 1, EMPTY)
-  )  # fmt: skip
+  )
 
 
 def from_tiles(k_BxGxNxS: jax.Array, v_BxGxSxN: jax.Array) -> tuple[jax.Array, jax.Array]:

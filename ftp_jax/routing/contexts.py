@@ -28,7 +28,7 @@ class Contexts:
 
   def __init__(
       self, config: ModelConfig, params: Any, tokens_BxT: jax.Array, context_B: jax.Array, attention: str
-  ):  # fmt: skip
+  ):
     self.config, self.context_B = config, context_B
     self.batch, self.num_positions = tokens_BxT.shape
     self._t = jnp.arange(self.num_positions)[None]
@@ -57,7 +57,7 @@ class Contexts:
     return kernels.attend(
         q_BxKxHxN, k_BxSxGxN, v_BxSxGxN, query_BxK, key_BxS, self.config.sliding_window, aligned=aligned,
         implementation=self._attention,
-    )  # fmt: skip
+    )
 
   def rope(self, position_BxK: jax.Array) -> tuple[jax.Array, jax.Array]:
     """sin and cos (B,K,N/2) of some positions of each row."""

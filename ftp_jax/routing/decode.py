@@ -49,7 +49,7 @@ class Continuation:
   def __init__(
       self, config: ModelConfig, routing: RoutingConfig, plan: Plan, params: Any, router: Router, cache: Cache,
       recent: Recent, num_new: int,
-  ):  # fmt: skip
+  ):
     self._config, self._routing, self._params, self._router, self._cache = config, routing, params, router, cache
     self._block, self._count = decoder.Block(config), recent.count
     self.batch, self.num_new = len(cache.context_B), num_new
@@ -75,11 +75,11 @@ class Continuation:
       features = factor_lib.newest_factors(
           router.factors, seen_BxCxP, self.num_context + self._steps_C, self._before_BxCxP, self.position_BxC,
           inputs["sparsity"],
-      )  # fmt: skip
+      )
     margin, state = routers.margin(
         router, inputs["router"] if router.per_block else router.params, features, x_BxCxD, state, self.position_BxC,
         self._cache.row_B, inputs["index"],
-    )  # fmt: skip
+    )
     return keep_continuation(router.kind, margin, inputs["sparsity"], inputs["least"], self._routing), state
 
   def apply(self, index: jax.Array, method: Any, *args: Any) -> Any:
@@ -105,7 +105,7 @@ class Continuation:
         inputs["size"], [functools.partial(self._attend, slots) for slots in self.sizes], q, inputs["offset"],
         append(inputs["k"], k_BxGxCxN), append(inputs["v"], v_BxGxCxN),
         mask & computed_BxM[:, None, :] if evict else mask,
-    )  # fmt: skip
+    )
     return self.apply(index, decoder.Block.mlp, self.apply(index, decoder.Block.attention_out, x_BxCxD, attended)), paid
 
   def _attend(self, slots: int, q_BxCxHxN, offset, k_BxGxMxN, v_BxGxMxN, seen_BxCxM):
@@ -197,5 +197,5 @@ def extend(
   appended = Recent(
       put(recent.k_LxBxGxMxN, k, 3), put(recent.v_LxBxGxMxN, v, 3), put(recent.computed_LxBxM, keep, 2),
       recent.count + num_new,
-  )  # fmt: skip
+  )
   return Extended(x, keep, appended)

@@ -107,7 +107,7 @@ def choose_attention(
       (not kernels.divides(config.num_heads, config.num_kv_heads),
        f"needs whole heads on every device, but the mesh divides {config.num_heads} heads and {config.num_kv_heads} "
        "of keys and values in neither way", "another mesh.tensor"),
-  )  # fmt: skip
+  )
   found = [words for obstacle, *words in obstacles if obstacle]
   if attention == "splash" and found:
     raise UserError(f"attention=splash {found[0][0]}; choose {found[0][1]} or attention=full.")

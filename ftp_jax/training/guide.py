@@ -107,7 +107,7 @@ def collect_fisher(
       scores = gate_fisher(
           config, routing, params, *sharding.place(params, rows, "batch"), key,
           num_scored=num_scored, draws=draws, dtype=dtype, remat_policy=remat_policy,
-      )  # fmt: skip
+      )
     return np.asarray(scores)
 
   result = np.zeros((config.num_blocks, *prompts.tokens.shape), np.float32)
@@ -273,7 +273,7 @@ def warm_up(
             pick(data.fisher_LxNxT, reading.blocks),
         ),
         None, "batch",
-    )  # fmt: skip
+    )
     with sharding.over(frozen):
       context = sharding.place(frozen, data.context_N[rows], "batch")
       params, state, loss = step(params, state, context, *arrays, schedule)

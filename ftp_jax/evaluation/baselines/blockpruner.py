@@ -54,7 +54,7 @@ def calibrate(model: Frozen, sparsity: float, calibration: Calibration, seed: in
   zeros = np.zeros((blocks, 2)).tolist()
   return {
       "removed": removed.tolist(), "schedule": zeros, "threshold": zeros, "order": order, "perplexity": perplexity,
-  }, {}  # fmt: skip
+  }, {}
 
 
 class _Tables:

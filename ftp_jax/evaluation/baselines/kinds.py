@@ -260,6 +260,6 @@ def from_artifact(model: Model, artifact: Artifact, **options) -> Routed:
   facts = {
       "routing": dataclasses.asdict(artifact.routing), "router": dataclasses.asdict(artifact.router),
       "schedule": list(artifact.schedule),
-  }  # fmt: skip
+  }
   sparsity = round(float(np.mean(artifact.schedule)), 6)
   return Routed("ftp", sparsity, 0, model, facts, stand_in.join(artifact.params, artifact.stand_in), options)

@@ -39,7 +39,7 @@ def settings(steps: int) -> TrainSettings:
       steps=steps, learning_rate=RATE, warmup=min(4, steps // 4), clip=1.0, distill="kl", distill_weight=1.0,
       sparsity_weight=0.0, sparsity_two_sided=False, guide="static", guide_weight=0.0, guide_decay="none",
       stand_in_learning_rate=RATE,
-  )  # fmt: skip
+  )
 
 
 def calibrate(model: Frozen, sparsity: float, calibration: Calibration, seed: int) -> tuple[dict[str, Any], Any]:
@@ -72,7 +72,7 @@ def calibrate(model: Frozen, sparsity: float, calibration: Calibration, seed: in
         prompts=calibration.prompts, fisher_LxNxT=None, schedule_L=schedule_L, batch_size=calibration.batch, seed=seed,
         validate=lambda weights: validate(jax.tree.map(jnp.asarray, weights)),
         validate_every=every, checkpoint_every=every,
-    )  # fmt: skip
+    )
   return {
       "router": "static",
       "routing": dataclasses.asdict(ROUTING),

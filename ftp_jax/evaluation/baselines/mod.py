@@ -31,7 +31,7 @@ def settings(steps: int) -> TrainSettings:
   return TrainSettings(
       steps=steps, learning_rate=1e-3, warmup=min(10, steps // 4), clip=1.0, distill="kl", distill_weight=1.0,
       sparsity_weight=0.1, sparsity_two_sided=True, guide="static", guide_weight=0.0, guide_decay="none",
-  )  # fmt: skip
+  )
 
 
 def every_other(num_blocks: int, sparsity: float) -> np.ndarray:
@@ -63,7 +63,7 @@ def calibrate(model: Frozen, sparsity: float, calibration: Calibration, seed: in
         prompts=calibration.prompts, fisher_LxNxT=None, schedule_L=schedule_L, batch_size=calibration.batch, seed=seed,
         validate=lambda params: float(judge.kl(routers.Router("dynamic", ROUTER, params), schedule_L[None])[0]),
         validate_every=every, checkpoint_every=every,
-    )  # fmt: skip
+    )
   return {
       "router": dataclasses.asdict(ROUTER),
       "routing": dataclasses.asdict(ROUTING),

@@ -142,7 +142,7 @@ def load(directory: str | os.PathLike, model: Model, **options) -> Baseline:
 def baseline_at(
     directory: pathlib.Path, name: str, model: Model, sparsity: float, calibration: Calibration | None, seed: int = 0,
     **options,
-) -> Baseline:  # fmt: skip
+) -> Baseline:
   """The baseline saved in `directory`, or else built and saved there; options are those of the engine.
 
   Whatever it was made with is what it stays: give every setting its own directory.

@@ -85,7 +85,7 @@ def calibrate(model: Frozen, sparsity: float, calibration: Calibration, seed: in
   return {
       "removed": removed, "schedule": schedule.tolist(), "threshold": threshold.tolist(),
       "validation_kl": at.best_validation, "step": at.best_step,
-  }, at.best_router  # fmt: skip
+  }, at.best_router
 
 
 def _identity(model: Frozen, sparsity: float, calibration: Calibration, seed: int) -> dict[str, Any]:
@@ -95,7 +95,7 @@ def _identity(model: Frozen, sparsity: float, calibration: Calibration, seed: in
       "the seed": seed, "the number of steps": calibration.steps, "the batch": calibration.batch,
       "the fingerprint of model and prompts": fingerprint(model, *calibration.prompts, *calibration.validation),
       "the learning rate": LEARNING_RATE,
-  }  # fmt: skip
+  }
 
 
 def _step(config, optimizer, num_scored, dtype, params, router, state, rows: Prompts, sparsity, key):

@@ -84,7 +84,7 @@ def forward(
 def routed_forward(
     config: ModelConfig, removed: np.ndarray, params: Any, router: Any, tokens_BxT, context_B, length_B, schedule_Lx2,
     *, dtype: Any = jnp.float32,
-) -> tuple[jax.Array, jax.Array]:  # fmt: skip
+) -> tuple[jax.Array, jax.Array]:
   """The reference of a routed prefill with a teacher-forced continuation: (hidden (B,T,D), keep (L,2,B,T)).
 
   Args:
@@ -109,7 +109,7 @@ def routed_forward(
 def causal_forward(
     config: ModelConfig, removed: np.ndarray, params: Any, router: Any, tokens_BxT, length_B, threshold_Lx2,
     *, dtype: Any = jnp.float32,
-) -> tuple[jax.Array, jax.Array]:  # fmt: skip
+) -> tuple[jax.Array, jax.Array]:
   """As `routed_forward` when every token decides for itself, by a threshold of its margin; the first is computed."""
   first = forced_tokens(jnp.ones_like(length_B), tokens_BxT.shape[1])
   valid = jnp.arange(tokens_BxT.shape[1])[None] < length_B[:, None]

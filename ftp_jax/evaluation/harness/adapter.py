@@ -27,7 +27,7 @@ _POSITIONS = 2048  # continuation positions whose logits exist at once, unless o
 _ARGUMENTS = {
     "model": str, "artifact": str, "dtype": str, "fallback": str, "attention": str, "decode_sparsity": float,
     "decode_threshold": float, "tensor": int, "max_length": int, "batch_size": int, "seed": int,
-}  # fmt: skip
+}
 
 Pair = tuple[list[int], list[int]]  # token ids of a context and of what follows it
 
@@ -45,7 +45,7 @@ class EngineLM(TemplateLM):
   def __init__(
       self, engine: Engine, *, batch_size: int = DEFAULT_BATCH, max_length: int | None = None, seed: int = 0,
       progress: bool = True,
-  ):  # fmt: skip
+  ):
     """
     Args:
       max_length: None: the positions of the model.
@@ -99,7 +99,7 @@ class EngineLM(TemplateLM):
       if token is not None:
         return token
     raise UserError("The tokenizer has no begin-of-text and no end-of-text token, so that nothing can stand before an "
-                    "empty context; use a task with a context.")  # fmt: skip
+                    "empty context; use a task with a context.")
 
   def tok_encode(self, string: str, add_special_tokens: bool | None = None, **unused) -> list[int]:
     """Token ids; None: special tokens as the tokenizer adds them, but no second prefix token."""
@@ -118,7 +118,7 @@ class EngineLM(TemplateLM):
     return self.tokenizer.apply_chat_template(
         chat_history, tokenize=False, add_generation_prompt=add_generation_prompt,
         continue_final_message=not add_generation_prompt,
-    )  # fmt: skip
+    )
 
   # --- likelihoods ---------------------------------------------------------------------------------
 
@@ -224,7 +224,7 @@ class EngineLM(TemplateLM):
           done = self.engine.generate(
               self.engine.prefill([contexts[i] for i in chunk], padding), options.max_new_tokens, options.sampling,
               stop_strings=options.until, seed=self.seed + at,
-          )  # fmt: skip
+          )
           for i, generation in zip(chunk, done):
             texts[i] = generation.text
             self.cache_hook.add_partial("generate_until", requests[i].args, generation.text)

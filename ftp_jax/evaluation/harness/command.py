@@ -42,12 +42,12 @@ def run(arguments: argparse.Namespace) -> None:
       tuple(filter(None, (arguments.tasks or "").split(","))), arguments.data, arguments.limit, arguments.seed,
       arguments.shots, _numbers("lengths", arguments.lengths, int) or retrieval.LENGTHS,
       _numbers("depths", arguments.depths, float) or retrieval.DEPTHS,
-  ))  # fmt: skip
+  ))
   engine = Engine.load(
       arguments.model, arguments.artifact, dtype=arguments.dtype, fallback=arguments.fallback,
       attention=arguments.attention, decode_sparsity=arguments.decode_sparsity,
       decode_threshold=arguments.decode_threshold, tensor=arguments.tensor,
-  )  # fmt: skip
+  )
   lm = EngineLM(engine, batch_size=arguments.batch, max_length=arguments.max_length, seed=arguments.seed)
   with short_of_memory("lower --batch or --max-length, or set --dtype=bfloat16"):
     tasks = suite.run(lm, jobs, model_settings(lm, arguments), describe_machine(), target)

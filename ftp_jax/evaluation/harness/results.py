@@ -60,7 +60,7 @@ def _text(sample: dict, lm: Any) -> Record:
   return {
       "id": sample["doc"]["id"], "loglikelihood": total, "tokens": len(lm.tok_encode(text)),
       "words": len(re.split(r"\s+", text)), "bytes": len(text.encode("utf-8")),
-  }  # fmt: skip
+  }
 
 
 def summarise(kind: str, records: Sequence[Record]) -> dict[str, Any]:
@@ -113,7 +113,7 @@ def record_foreign(samples: Sequence[dict]) -> list[Record]:
           **{name: _plain(sample[name]) for name in sample["metrics"]},
       }
       for sample in samples
-  ]  # fmt: skip
+  ]
 
 
 def _plain(value: Any) -> Any:

@@ -19,29 +19,29 @@ _THINGS = ("lamp", "boat", "door", "kettle", "wagon", "chair", "tower", "basket"
 _WHEN = (
     "In the morning", "After lunch", "Late in the autumn", "On quiet days", "Before the rain", "When the market closed",
     "At the end of the week", "During the long winter", "As the sun went down", "Once the snow had melted",
-)  # fmt: skip
+)
 _WHO = (
     "the baker", "an old fisherman", "the teacher", "a young carpenter", "the miller's daughter", "the postman",
     "a travelling musician", "the gardener", "one of the neighbours", "the ferryman",
-)  # fmt: skip
+)
 _WHAT = (
     "walked slowly to the harbour", "talked about the weather", "mended a fence near the orchard",
     "looked for mushrooms in the forest", "carried water up the hill", "told a story to the children",
     "waited for a letter from the city", "listened to the wind in the trees", "swept the leaves from the path",
     "bought apples and fresh bread",
-)  # fmt: skip
+)
 _AND = (
     "and nobody was in a hurry", "while the dogs slept by the gate", "and the street was almost empty",
     "because the work was done", "and later there was soup for everyone", "although the roads were muddy",
     "and the bells rang from the church", "while the river ran high", "and friends came by in the evening",
     "but the shop stayed open",
-)  # fmt: skip
+)
 
 
 def documents(
     encode: Callable[[str], Sequence[int]], lengths: Sequence[int] = LENGTHS, depths: Sequence[float] = DEPTHS,
     count: int = COUNT, seed: int = 0,
-) -> list[Item]:  # fmt: skip
+) -> list[Item]:
   """Documents of the task, `count` for each length and depth.
 
   Args:
@@ -92,10 +92,10 @@ def _document(encode, length: int, depth: float, n: int, seed: int) -> Item:
   inserted = sorted(
       (next((i for i in range(len(sizes)) if sum(sizes[:i]) >= place * total), len(sizes)), s)
       for s, place in enumerate(places)
-  )  # fmt: skip
+  )
   for at, statement in reversed(inserted):
     filler.insert(at, statements[statement])
   return {
       "id": f"{length}-{depth}-{n}", "text": "Here is a story." + "".join(filler) + question,
       "choices": choices, "label": label, "group": f"{length} tokens, depth {depth}",
-  }  # fmt: skip
+  }

@@ -149,7 +149,7 @@ def read_results(path: str | pathlib.Path, settings: dict[str, Any], jobs: Seque
 def run(
     lm: EngineLM, jobs: Sequence[Job], settings: dict[str, Any], machine: dict[str, Any],
     path: str | pathlib.Path | None = None,
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
   """Runs the jobs that are not in the results file yet, and writes it after each.
 
   Args:
@@ -188,7 +188,7 @@ def _run_own(lm: EngineLM, job: Job) -> dict[str, Any]:
   return {
       "items": len(records), "figures": results.summarise(job.kind, records),
       "groups": results.summarise_groups(job.kind, records), "records": records,
-  }  # fmt: skip
+  }
 
 
 def _run_foreign(lm: EngineLM, job: Job) -> dict[str, Any]:
@@ -198,4 +198,4 @@ def _run_foreign(lm: EngineLM, job: Job) -> dict[str, Any]:
   return {
       "items": items, "figures": results.summarise_foreign(figures[job.name], records), "groups": {},
       "records": records,
-  }  # fmt: skip
+  }

@@ -19,12 +19,12 @@ from ftp_jax.evaluation.harness.files import Item, ItemFile
 BENCHMARKS = {  # name of the task and of its file: kind of its items
     "arc_easy": "choice", "arc_challenge": "choice", "hellaswag": "hellaswag", "winogrande": "winogrande",
     "mmlu": "mmlu",
-}  # fmt: skip
+}
 _LETTERS = "ABCD"
 _METRICS = {  # of each kind
     "choice": ("acc", "acc_norm"), "hellaswag": ("acc", "acc_norm"), "winogrande": ("acc",), "mmlu": ("acc",),
     "retrieval": ("acc",), "target": ("perplexity", "acc"), "text": ("word_perplexity", "byte_perplexity"),
-}  # fmt: skip
+}
 _CHOOSE = dict(output_type="multiple_choice", doc_to_text="text", doc_to_choice="choices", doc_to_target="label")
 _FIELDS = {
     # The options differ in what stands before the rest of the sentence, and the rest is scored: partial scoring.
@@ -43,7 +43,7 @@ def build_task(name: str, kind: str, documents: Sequence[Item]) -> ConfigurableT
       "num_fewshot": 0,
       "metric_list": [{"metric": metric} for metric in _METRICS[kind]],
       **_FIELDS.get(kind, _CHOOSE),
-  })  # fmt: skip
+  })
 
 
 def prepare(file: ItemFile, indices: Sequence[int], examples: ItemFile | None = None, shots: int = 0) -> list[Item]:
@@ -115,7 +115,7 @@ def _text(item: Item) -> Item:
 _PREPARE: dict[str, Callable[[Item], Item]] = {
     "choice": _choice, "hellaswag": _hellaswag, "winogrande": _winogrande, "mmlu": lambda item: _mmlu(item, ()),
     "target": _target, "text": _text,
-}  # fmt: skip
+}
 
 
 @functools.cache
