@@ -267,8 +267,8 @@ def _stages(arguments: argparse.Namespace, overrides: list[str]) -> int:
   config, workdir = launch.load_config(arguments.config, arguments.workdir, overrides)
   target = pathlib.Path(arguments.json) if "json" in arguments and arguments.json else None
   with distributed.together(launch.processes(arguments), outcome):
-    if target:  # known now, not after an hour; the first process alone will write it
-      distributed.on_first(lambda: check_target(target))
+    # Known now, not after an hour. The first process alone will write it, and all meet here, with the flag or without.
+    distributed.on_first(lambda: check_target(target) if target else None)
     _run_stages(arguments.name, config, workdir, target)
   return 0
 

@@ -26,10 +26,7 @@ def writing(path: str | os.PathLike) -> Iterator[None]:
   except Exception as error:
     if not out_of_space(error):
       raise
-    raise UserError(
-        f"There is no space left to write to {path}; free some and run again, the same command goes on from the last "
-        "saved state."
-    ) from error
+    raise UserError(f"There is no space left to write to {path}; free some and run again.") from error
 
 
 @contextlib.contextmanager

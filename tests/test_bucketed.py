@@ -108,7 +108,7 @@ ROUTED = (
         "hidden_evict_from_the_plan", GQA, RouterConfig(factors=(), hidden_states=True),
         RoutingConfig("evict", one_pass_block=2, evict_from=2), (DENSE, 9, 6, 3), at_once=False,
     ),
-    Case("static_maps", GQA, "static", RoutingConfig("project"), (DENSE, 6, 9, 6), at_once=False, rank=3),
+    Case("static_maps", GQA, "static", RoutingConfig("evict"), (DENSE, 6, 9, 6), at_once=False, rank=3),
     Case(
         "global_evict_maps", WINDOW, RouterConfig(hidden_states=True), RoutingConfig("evict", decode_sparsity=0.4),
         (8, 10, 5, 3), 2, rank=32,

@@ -288,10 +288,13 @@ def test_sigterm_waits_for_work_that_saves():
 
 
 def test_a_run_of_two_that_is_killed_and_then_stopped_ends_as_if_nothing_had_been(tmp_path):
-  """One process killed within a save, then the other one told to stop; tests/test_training.py kills a run of one."""
+  """One process killed in its search, then within a save, then the other one told to stop; tests/test_training.py kills a run of one."""
   whole, killed = tmp_path / "whole", tmp_path / "killed"
   undisturbed = survival.run(whole, 2, light=True)
   assert undisturbed.statuses == [0, 0], undisturbed.stderr
+
+  ended = survival.run(killed, 2, survival.Kill("search", 6, 0.001, 0), light=True)
+  assert ended.statuses == [-signal.SIGKILL, distributed.LOST], ended.stderr
 
   ended = survival.run(killed, 2, survival.Kill("save train", 4, 0.01, 0), light=True)
   assert ended.statuses == [-signal.SIGKILL, distributed.LOST], ended.stderr

@@ -146,7 +146,8 @@ def read_jsonl(path: str) -> list[tuple[str, dict[str, Any]]]:
     try:
       record = json.loads(line)
     except (ValueError, RecursionError) as error:  # the second: nested too deep
-      raise UserError(f"Line {number} of {path} is not JSON ({error}); write one JSON object a line.") from None
+      reason = getattr(error, "msg", error)
+      raise UserError(f"Line {number} of {path} is not JSON ({reason}); write one JSON object a line.") from None
     if not isinstance(record, dict):
       raise UserError(f"Line {number} of {path} is not a JSON object; write one JSON object a line.")
     try:

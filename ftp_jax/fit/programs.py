@@ -103,6 +103,8 @@ def check(case: Case, mesh: Mesh) -> None:
         f"--batch={case.batch} is not a multiple of the {parts} parts of a batch (data x fsdp); choose "
         f"{-(-max(case.batch, 1) // parts) * parts}."
     )
+  if case.context < 1:
+    raise UserError(f"--context={case.context} must be at least 1.")
   if case.program in ("train", "search") and case.context <= case.scored + 1:
     raise UserError(f"--context={case.context} leaves nothing before the {case.scored} scored positions; raise it.")
   with jax.set_mesh(mesh):

@@ -159,7 +159,7 @@ def from_file(path, num_blocks: int) -> np.ndarray:
       values = json.load(f)
   except OSError as e:
     raise UserError(f"Schedule file {path} cannot be read ({e.strerror}); check search.schedule_path.") from e
-  except ValueError as e:  # not JSON, or not text at all
+  except (ValueError, RecursionError) as e:  # not JSON, nested too deep, or not text at all
     raise UserError(f"Schedule file {path} is not JSON; it must hold a list of {num_blocks} sparsities.") from e
   if not isinstance(values, list) or len(values) != num_blocks:
     found = f"{len(values)} entries" if isinstance(values, list) else f"a {type(values).__name__}"
