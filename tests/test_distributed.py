@@ -288,7 +288,10 @@ def test_sigterm_waits_for_work_that_saves():
 
 
 def test_a_run_of_two_that_is_killed_and_then_stopped_ends_as_if_nothing_had_been(tmp_path):
-  """One process killed in its search, then within a save, then the other one told to stop; tests/test_training.py kills a run of one."""
+  """One process killed in its search and within a save, then the other one told to stop.
+
+  tests/test_training.py kills a run of one.
+  """
   whole, killed = tmp_path / "whole", tmp_path / "killed"
   undisturbed = survival.run(whole, 2, light=True)
   assert undisturbed.statuses == [0, 0], undisturbed.stderr
