@@ -192,3 +192,21 @@ def late_preset(config: config_dict.ConfigDict) -> config_dict.ConfigDict:
   config.train.checkpoint_every = 16
   config.finetune.rounds = 0  # from the Fisher schedule it found nothing better
   return config
+
+
+def long_chats_preset(config: config_dict.ConfigDict) -> config_dict.ConfigDict:
+  """Prompts of `experiments/long_chats.py` and sizes for them, after `small_preset`; returns the config."""
+  config.data.path = "long_train.jsonl"
+  config.data.min_context = 256
+  config.data.max_context = 520
+  config.data.min_continuation = 4
+  config.data.num_search = 8
+  config.data.num_train = 216
+  config.data.num_validation = 32
+  config.data.num_test = 48
+  config.search.batch = config.train.batch = config.evaluation.batch = 4
+  config.train.warmup_guide_prompts = 216
+  config.train.steps = 16
+  config.train.warmup = 2
+  config.evaluation.redundancy_prompts = 16
+  return config

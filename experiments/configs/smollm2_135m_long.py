@@ -13,34 +13,21 @@ Result: KL to dense 0.067 +- 0.004 nats a token with the dynamic router, 0.272 w
 """
 
 from ftp_jax.config import get_config as get_default_config
-from ftp_jax.config import small_preset
+from ftp_jax.config import long_chats_preset, small_preset
 
 
 def get_config():
-  config = small_preset(get_default_config())
+  config = long_chats_preset(small_preset(get_default_config()))
   config.seeds = (0, 1, 2)
-  config.data.path = "long_train.jsonl"
-  config.data.min_context = 256
-  config.data.max_context = 520
-  config.data.min_continuation = 4
-  config.data.num_search = 8
-  config.data.num_train = 216
-  config.data.num_validation = 32
-  config.data.num_test = 48
   config.routing.kv_mode = "evict"
   config.routing.evict_from = 23  # blocks 17 to 22 still see what they skip, later ones do not
   config.routing.one_pass_block = 17  # one ranking of the tokens for all blocks from there on; those before are dense
   config.router.kind = "global"
   config.router.factors = ("position", "score", "rank")  # none that differs from block to block
   config.search.schedule = "fisher"
-  config.search.batch = config.train.batch = config.evaluation.batch = 4
-  config.train.warmup_guide_prompts = 216
   config.train.warmup_guide_steps = 1500
   config.train.input_gradient = False
-  config.train.steps = 16
-  config.train.warmup = 2
   config.train.validate_every = 4
   config.train.checkpoint_every = 4
   config.finetune.rounds = 0  # generations take minutes here, and the Fisher schedule is made for what routers learn
-  config.evaluation.redundancy_prompts = 16
   return config

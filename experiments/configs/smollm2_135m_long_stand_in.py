@@ -14,27 +14,14 @@ smollm2_135m_long.py has 0.062 +- 0.019 with that seed.
 """
 
 from ftp_jax.config import get_config as get_default_config
-from ftp_jax.config import late_preset, small_preset
+from ftp_jax.config import late_preset, long_chats_preset, small_preset
 
 
 def get_config():
-  config = late_preset(small_preset(get_default_config()))
+  config = long_chats_preset(late_preset(small_preset(get_default_config())))
   config.sparsities = (0.30,)
-  config.data.path = "long_train.jsonl"
-  config.data.min_context = 256
-  config.data.max_context = 520
-  config.data.min_continuation = 4
-  config.data.num_search = 8
-  config.data.num_train = 216
-  config.data.num_validation = 32
-  config.data.num_test = 48
   config.stand_in.rank = 64
-  config.search.batch = config.train.batch = config.evaluation.batch = 4
   config.train.stand_in_learning_rate = 3e-4
-  config.train.warmup_guide_prompts = 216
-  config.train.steps = 16  # KL on the validation chats still falls there
-  config.train.warmup = 2
   config.train.validate_every = 8
   config.train.checkpoint_every = 8
-  config.evaluation.redundancy_prompts = 16
   return config
