@@ -32,7 +32,8 @@ from ftp_jax.evaluation import flops
 from ftp_jax.evaluation.judge import Judge
 from ftp_jax.machine import describe_machine
 from ftp_jax.pipeline.checks import digest
-from ftp_jax.pipeline.run import Pipeline, run
+from ftp_jax.pipeline.directory import RunDirectory
+from ftp_jax.pipeline.run import run
 from ftp_jax.routing import routers, stand_in
 from ftp_jax.routing.config import FACTORS
 from ftp_jax.stages import DONE, check_stage, describe_changes, flatten, load_arrays, read_json, write_json
@@ -103,23 +104,23 @@ def _tuples(value: Any) -> Any:
   return tuple(value) if isinstance(value, list) else value
 
 
-def development_prompts(pipeline: Pipeline, source: pathlib.Path, count: int) -> Prompts:
+def development_prompts(variant: RunDirectory, source: pathlib.Path, count: int) -> Prompts:
   """`count` prompts of the source of a run, of documents of which none of its sets has a prompt.
 
   Raises:
-    UserError: there are fewer, the source is not the one that the run was made from, or the pipeline's own sets have
+    UserError: there are fewer, the source is not the one that the run was made from, or the variant's own sets have
       prompts that the run's have not.
   """
-  data = pipeline.config.data
-  found, documents, _ = load_prompts(data, pipeline.model.tokenizer, data.train_min_context or data.min_context)
+  data = variant.config.data
+  found, documents, _ = load_prompts(data, variant.model.tokenizer, data.train_min_context or data.min_context)
   sets = [load_arrays(source / "data" / f"{split}.npz") for split in SPLITS]
   used = {row.tobytes() for arrays in sets for row in arrays["tokens"]}
   known = [row.tobytes() in used for row in found.tokens]
   if sum(known) != len(used):
     raise UserError(f"data.path is not what {source} was made from; run it anew, or give the data that it had.")
-  if any(row.tobytes() not in used for split in SPLITS for row in pipeline.prompts(split).tokens):
+  if any(row.tobytes() not in used for split in SPLITS for row in variant.prompts(split).tokens):
     raise UserError(
-        f"{pipeline.workdir} has prompts that {source} has not, and development prompts may be among them; give a "
+        f"{variant.workdir} has prompts that {source} has not, and development prompts may be among them; give a "
         "--run with the largest data.num_* settings of all variants."
     )
   taken = set(documents[known].tolist())
@@ -132,33 +133,33 @@ def development_prompts(pipeline: Pipeline, source: pathlib.Path, count: int) ->
   return take(found, free[shuffled(len(free), data.seed)[:count]])
 
 
-def share_stages(pipeline: Pipeline, source: pathlib.Path) -> None:
-  """Copies from a run what it has finished with the very settings that the pipeline's stages have."""
-  stages = [(pathlib.Path(stage), pipeline.settings(stage)) for stage in STAGES[:2]]
-  for sparsity, seed in pipeline.cells:
-    cell = pipeline.cell(sparsity, seed).relative_to(pipeline.workdir)
+def share_stages(variant: RunDirectory, source: pathlib.Path) -> None:
+  """Copies from a run what it has finished with the very settings that the variant's stages have."""
+  stages = [(pathlib.Path(stage), variant.settings(stage)) for stage in STAGES[:2]]
+  for sparsity, seed in variant.cells:
+    cell = variant.cell(sparsity, seed).relative_to(variant.workdir)
     own = {"sparsity": sparsity, "seed": seed}
-    stages += [(cell / stage, pipeline.settings(stage) | own) for stage in STAGES[2:]]
+    stages += [(cell / stage, variant.settings(stage) | own) for stage in STAGES[2:]]
   for stage, settings in stages:
-    if (pipeline.workdir / stage).exists() or not (source / stage / DONE).exists():
+    if (variant.workdir / stage).exists() or not (source / stage / DONE).exists():
       continue
     try:
-      check_stage(source / stage, settings, pipeline.defaults)
+      check_stage(source / stage, settings, variant.defaults)
     except UserError:  # made with other settings
       continue
-    copy = pipeline.workdir / stage.with_name(stage.name + ".copying")  # a killed copy must not look finished
+    copy = variant.workdir / stage.with_name(stage.name + ".copying")  # a killed copy must not look finished
     shutil.rmtree(copy, ignore_errors=True)
     shutil.copytree(source / stage, copy)
-    copy.rename(pipeline.workdir / stage)
+    copy.rename(variant.workdir / stage)
 
 
-def measure(pipeline: Pipeline, judge: Judge, cell: pathlib.Path) -> list[dict[str, Any]]:
+def measure(variant: RunDirectory, judge: Judge, cell: pathlib.Path) -> list[dict[str, Any]]:
   """Figures of the static router, of the router as trained, both under the searched schedule, and fine-tuned."""
-  searched, found = pipeline.schedule(cell / "search"), []
+  searched, found = variant.schedule(cell / "search"), []
   for stage, router, model, schedule in (
-      ("static", routers.STATIC, pipeline.frozen, searched),
-      ("trained", *pipeline.load_trained(cell / "train"), searched),
-      ("fine-tuned", *pipeline.load_trained(cell / "finetune"), pipeline.schedule(cell / "finetune")),
+      ("static", routers.STATIC, variant.frozen, searched),
+      ("trained", *variant.load_trained(cell / "train"), searched),
+      ("fine-tuned", *variant.load_trained(cell / "finetune"), variant.schedule(cell / "finetune")),
   ):
     quality, context = judge.of(model).quality(router, schedule), judge.prompts.context
     rank = stand_in.rank(model.params)
@@ -223,10 +224,10 @@ def run_variants(
   place = {name: out / name.replace(" ", "_") for name in VARIANTS}
   figures = lambda name: sorted((place[name] / f"S{sparsity:.2f}").glob(f"seed*/{FIGURES}"))
   # One that a router without one of its inputs cannot have is refused only where it is asked for.
-  make = lambda name: Pipeline(config_of(base, sparsity, seeds, VARIANTS[name][1]), place[name])
+  make = lambda name: RunDirectory(config_of(base, sparsity, seeds, VARIANTS[name][1]), place[name])
   sets = [digest(str(source / "data" / f"{split}.npz")) for split in SPLITS]
-  settings = lambda pipeline: flatten(
-      pipeline.settings("finetune") | {"sparsity": sparsity, "development prompts": prompts, "sets of --run": sets}
+  settings = lambda variant: flatten(
+      variant.settings("finetune") | {"sparsity": sparsity, "development prompts": prompts, "sets of --run": sets}
   )
   as_it_is = settings(make("as it is"))
   for name in VARIANTS:
@@ -235,23 +236,23 @@ def run_variants(
       if changes:
         raise UserError(f"{path} was made with {changes}; name another directory with --out, or delete that folder.")
   for name in dict.fromkeys(names):
-    pipeline = make(name)
-    missing = [cell for cell in pipeline.cells if not (pipeline.cell(*cell) / FIGURES).exists()]
-    same = VARIANTS[name][0] and settings(pipeline) == as_it_is
+    variant = make(name)
+    missing = [cell for cell in variant.cells if not (variant.cell(*cell) / FIGURES).exists()]
+    same = VARIANTS[name][0] and settings(variant) == as_it_is
     print(f"variant: {name}" + (" is how it is" if same else ""), file=sys.stderr, flush=True)
     if same or not missing:
       continue
-    share_stages(pipeline, source)
-    run(pipeline.config, str(place[name]), STAGES)
+    share_stages(variant, source)
+    run(variant.config, str(place[name]), STAGES)
     judge = Judge(
-        pipeline.frozen, pipeline.routing, development_prompts(pipeline, source, prompts),
-        pipeline.config.evaluation.batch, pipeline.num_scored,
+        variant.frozen, variant.routing, development_prompts(variant, source, prompts),
+        variant.config.evaluation.batch, variant.num_scored,
     )
     for cell in missing:
-      own = {"part": VARIANTS[name][0], "variant": name, "seed": cell[1], "settings": settings(pipeline)}
-      directory = pipeline.cell(*cell)
-      write_json(directory / FIGURES, own | {"figures": measure(pipeline, judge, directory)})
-    del pipeline, judge  # and with them a model, its states and its programs
+      own = {"part": VARIANTS[name][0], "variant": name, "seed": cell[1], "settings": settings(variant)}
+      directory = variant.cell(*cell)
+      write_json(directory / FIGURES, own | {"figures": measure(variant, judge, directory)})
+    del variant, judge  # and with them a model, its states and its programs
     gc.collect()
     jax.clear_caches()
   records = [read_json(path) for name in VARIANTS for path in figures(name)]

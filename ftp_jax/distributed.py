@@ -14,6 +14,7 @@ import contextlib
 import dataclasses
 import itertools
 import os
+import pathlib
 import re
 import signal
 import sys
@@ -24,8 +25,8 @@ from typing import Any
 from ftp_jax.errors import UserError, brief
 from ftp_jax.peers import LOST, Watch, deadline
 
-__all__ = ["LOST", "STOPPED", "Launch", "Stopped", "barrier", "from_first", "is_first", "num_processes", "of_first",
-           "on_first", "process_id", "stoppable", "together", "unique_name"]
+__all__ = ["LOST", "STOPPED", "Launch", "Stopped", "barrier", "exists", "from_first", "is_first", "num_processes",
+           "of_first", "on_first", "process_id", "stoppable", "together", "unique_name"]
 
 STOPPED = 143  # exit status after SIGTERM, as the shell would say it: saved, but not finished
 _PIECE = 1 << 20  # bytes of one value in the store; a message of gRPC holds four times as much
@@ -254,6 +255,11 @@ def on_first(function: Callable[[], Any]) -> None:
     return b""
 
   from_first(make)
+
+
+def exists(path: pathlib.Path) -> bool:
+  """Whether the first process sees a file: what all of them act upon."""
+  return from_first(lambda: b"yes" if path.exists() else b"") == b"yes"
 
 
 def of_first(array: Any) -> Any:

@@ -17,8 +17,8 @@ from ftp_jax.evaluation.baselines import Yardstick, from_artifact
 from ftp_jax.export import artifact
 from ftp_jax.models.huggingface import fingerprint, save_params
 from ftp_jax.models.sources import load_model
-from ftp_jax.pipeline import checks
-from ftp_jax.pipeline.run import Pipeline
+from ftp_jax.pipeline import cells, checks
+from ftp_jax.pipeline.directory import RunDirectory
 from ftp_jax.routing import masked, routers, stand_in
 from ftp_jax.stages import alone_in, load_arrays
 from ftp_jax.training import guide
@@ -106,15 +106,14 @@ def test_a_run_with_maps_that_stand_in_for_skipped_blocks(finished, model_direct
   config = tiny_run(model_directory)
   config.stand_in.rank = 6
   config.train.stand_in_learning_rate = 1e-4
-  run_lib = importlib.import_module("ftp_jax.pipeline.run")  # the package's own `run` is the function
-  train_router = run_lib.train_router
+  train_router = cells.train_router
 
   def moved(**arguments):
     """A training whose best maps are far from those it began with."""
     found = train_router(**arguments)
     return found._replace(router=jax.tree.map(lambda a: a * 1.5, found.router))
 
-  monkeypatch.setattr(run_lib, "train_router", moved)
+  monkeypatch.setattr(cells, "train_router", moved)
   config.data.length_buckets = (20,)
   pipeline.run(config, str(tmp_path), pipeline.STAGES[:-1])
   made = artifact.load(tmp_path / "S0.25" / "seed0" / "artifact")
@@ -137,9 +136,9 @@ def test_a_run_with_maps_that_stand_in_for_skipped_blocks(finished, model_direct
 def test_maps_of_too_high_a_rank_are_refused_before_weights_are_read(model_directory, tmp_path, monkeypatch):
   config = tiny_run(model_directory)
   config.stand_in.rank = 33
-  monkeypatch.setattr(Pipeline, "mesh", property(lambda self: pytest.fail("weights are asked for")))
+  monkeypatch.setattr(RunDirectory, "mesh", property(lambda self: pytest.fail("weights are asked for")))
   with pytest.raises(UserError, match="stand_in.rank=33 is more than the model's hidden size; use at most 32"):
-    Pipeline(config, tmp_path).model
+    RunDirectory(config, tmp_path).model
 
 
 def test_interrupted_gate_scores_go_on_with_the_next_batch(finished, model_directory, tmp_path, monkeypatch):
@@ -333,7 +332,8 @@ def test_one_pass_of_a_global_router_is_trained_for_nested_routes(model_director
   pipeline.run(config, str(tmp_path), pipeline.STAGES[:4])
   asked = json.loads((tmp_path / "S0.25" / "seed0" / "search" / "schedule.json").read_text())
   assert asked[0] == 0 and np.mean(asked) == pytest.approx(0.25)
-  run, trained = Pipeline(config, tmp_path), artifact.load_weights(tmp_path / "S0.25/seed0/train/router.safetensors")
+  run = RunDirectory(config, tmp_path)
+  trained = artifact.load_weights(tmp_path / "S0.25/seed0/train/router.safetensors")
   own, scores = run.fisher, run.guide_data.fisher_LxNxT
   np.testing.assert_allclose(scores[0], own.sum(axis=0), rtol=1e-5)
   np.testing.assert_allclose(scores[3], own[1:].sum(axis=0), rtol=1e-5)
@@ -352,7 +352,7 @@ def test_routers_a_block_learn_the_scores_of_their_blocks_whichever_block_evicts
     config.routing.update(kv_mode="evict", one_pass_block=1, evict_from=first)
     config.router.kind = "per_block"
     pipeline.run(config, str(tmp_path / str(first)), pipeline.STAGES[:2])
-    runs.append(Pipeline(config, tmp_path / str(first)))
+    runs.append(RunDirectory(config, tmp_path / str(first)))
   np.testing.assert_array_equal(runs[0].guide_scores, runs[0].fisher)
   np.testing.assert_array_equal(runs[1].guide_scores, runs[0].fisher)
 
@@ -479,8 +479,8 @@ def test_ablations_share_what_a_variant_leaves_alone(finished, tmp_path):
   assert table.count("\n") == 4 and "| schedule | uniform |" in table
   # Unchanged, the stages are those of the run, and so are the figures where the prompts are the same.
   cell = tmp_path / "as_it_is" / "S0.25" / "seed0"
-  own = ablations.Pipeline(ablations.config_of(json.loads((finished / "config.json").read_text()), 0.25, [0], {}),
-                           tmp_path / "as_it_is")
+  config = ablations.config_of(json.loads((finished / "config.json").read_text()), 0.25, [0], {})
+  own = RunDirectory(config, tmp_path / "as_it_is")
   of_run = {r["method"]: r for r in json.loads((finished / "results.json").read_text())["records"]}
   on_test = ablations.measure(own, own.judge("test", 4), cell)
   for method, figures in zip(("static_ga", "dynamic_ga", "dynamic_finetuned"), on_test):
@@ -503,7 +503,7 @@ def test_ablations_share_what_a_variant_leaves_alone(finished, tmp_path):
   arrays = dict(np.load(more / "data" / "train.npz"))
   np.savez(more / "data" / "train.npz", **arrays | {"tokens": arrays["tokens"] + 1})
   with pytest.raises(UserError, match="has prompts that .* has not, and development prompts may be among them"):
-    ablations.development_prompts(ablations.Pipeline(own.config, more), finished, 6)
+    ablations.development_prompts(RunDirectory(own.config, more), finished, 6)
   # A variant of the router keeps the run's prompts and searched schedule, one of the schedule only the prompts.
   search = "S0.25/seed0/search/schedule.json"
   assert (tmp_path / "without_score" / search).read_text() == (finished / search).read_text()

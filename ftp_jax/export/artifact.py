@@ -86,6 +86,11 @@ def save(artifact: Artifact, directory: str | os.PathLike, layout: str = "flax")
     file.write((json.dumps(described, indent=1) + "\n").encode())
 
 
+def withdraw(directory: pathlib.Path) -> None:
+  """Makes an artifact, if there is one, unloadable."""
+  (directory / CONFIG_FILE).unlink(missing_ok=True)
+
+
 def read_config(directory: str | os.PathLike) -> dict[str, Any]:
   """What the config of an artifact says, "layout" included; UserError as `load`."""
   directory = pathlib.Path(directory)
