@@ -12,6 +12,7 @@ schedule, and after schedule fine-tuning.
 """
 
 import gc
+import json
 import pathlib
 import shutil
 import sys
@@ -30,6 +31,8 @@ from ftp_jax.data.sources import SPLITS, load_prompts
 from ftp_jax.errors import UserError
 from ftp_jax.evaluation import flops
 from ftp_jax.evaluation.judge import Judge
+from ftp_jax.files import replacing
+from ftp_jax.launch import run_config
 from ftp_jax.machine import describe_machine
 from ftp_jax.pipeline.checks import digest
 from ftp_jax.pipeline.directory import RunDirectory
@@ -89,10 +92,7 @@ def config_of(
 ) -> config_dict.ConfigDict:
   """The config of a run as `config.json` has it, with one sparsity, some seeds, and the changes of a variant."""
   config = get_config()
-  try:
-    config.update(config_dict.ConfigDict(_tuples(base)))
-  except (KeyError, TypeError) as error:
-    raise UserError(f"The config.json of --run is of another version ({error}); run it anew.") from None
+  config.update(config_dict.ConfigDict(_tuples(base)))
   config.sparsities, config.seeds = (sparsity,), tuple(seeds)
   config.update_from_flattened_dict(changes)
   return config
@@ -220,7 +220,7 @@ def run_variants(
   unknown = set(names) - set(VARIANTS)
   if unknown:
     raise UserError(f"The variant {min(unknown)!r} is unknown; variants are {', '.join(VARIANTS)}.")
-  base = read_json(source / "config.json")
+  base = json.loads(run_config(source).to_json())
   place = {name: out / name.replace(" ", "_") for name in VARIANTS}
   figures = lambda name: sorted((place[name] / f"S{sparsity:.2f}").glob(f"seed*/{FIGURES}"))
   # One that a router without one of its inputs cannot have is refused only where it is asked for.
@@ -229,10 +229,12 @@ def run_variants(
   settings = lambda variant: flatten(
       variant.settings("finetune") | {"sparsity": sparsity, "development prompts": prompts, "sets of --run": sets}
   )
-  as_it_is = settings(make("as it is"))
+  as_it_is, defaults = settings(make("as it is")), make("as it is").defaults
+  # Of settings that were not there when figures were made; they do what was done before them.
+  defaults = {key: value for key, value in defaults.items() if key in as_it_is}
   for name in VARIANTS:
     for path in figures(name):
-      changes = describe_changes(read_json(path)["settings"], settings(make(name)))
+      changes = describe_changes(defaults | read_json(path)["settings"], settings(make(name)))
       if changes:
         raise UserError(f"{path} was made with {changes}; name another directory with --out, or delete that folder.")
   for name in dict.fromkeys(names):
@@ -258,7 +260,8 @@ def run_variants(
   records = [read_json(path) for name in VARIANTS for path in figures(name)]
   write_json(out / f"ablations_S{sparsity:.2f}.json", {"machine": describe_machine(), "records": records})
   text = markdown(records)
-  (out / f"ablations_S{sparsity:.2f}.md").write_text(text + "\n", encoding="utf-8")
+  with replacing(out / f"ablations_S{sparsity:.2f}.md") as file:
+    file.write((text + "\n").encode())
   return text
 
 

@@ -25,6 +25,7 @@ from ftp_jax.data.encoding import encode_windows
 from ftp_jax.data.prompts import shuffled
 from ftp_jax.data.records import embedded_documents, read_documents
 from ftp_jax.errors import UserError, check_target
+from ftp_jax.files import replacing
 from ftp_jax.inference import Engine
 
 GENERAL = (
@@ -119,7 +120,8 @@ def main(argv) -> None:
   ]
   if not lines:
     raise UserError(f"{_MODEL.value} answers nothing to any of them; name a chat model.")
-  out.write_text("\n".join(lines) + "\n", encoding="utf-8")
+  with replacing(out) as file:
+    file.write(("\n".join(lines) + "\n").encode())
   print(f"written {out}: {len(lines)} chats of {min(map(len, ids))} to {max(map(len, ids))} context tokens")
 
 

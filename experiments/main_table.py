@@ -44,8 +44,10 @@ from ftp_jax.evaluation.harness.adapter import EngineLM
 from ftp_jax.evaluation.harness.files import read_items
 from ftp_jax.export.artifact import CONFIG_FILE
 from ftp_jax.export.artifact import load as load_artifact
+from ftp_jax.files import replacing
 from ftp_jax.inference import Prefix
 from ftp_jax.inference.padding import FINE, Padding
+from ftp_jax.launch import run_config
 from ftp_jax.machine import describe_machine
 from ftp_jax.models.sources import Model, load_model
 from ftp_jax.pipeline.checks import digest
@@ -72,15 +74,17 @@ _METHODS = flags.DEFINE_list("methods", list(METHODS), "Rows.")
 _SPARSITIES = flags.DEFINE_list("sparsities", ["0.22", "0.30", "0.40"], "S of the rows.")
 _SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "Seeds of methods that have any.")
 _TASKS = flags.DEFINE_list("tasks", list(TASKS), "Tasks with choices; none: leave them out.")
-_LIMIT = flags.DEFINE_integer("limit", 100, "Items of each task, the same for all methods.")
-_RETRIEVAL = flags.DEFINE_integer("retrieval", 10, "Retrieval items of each length and depth; 0: none.")
+_LIMIT = flags.DEFINE_integer("limit", 100, "Items of each task, the same for all methods.", lower_bound=1)
+_RETRIEVAL = flags.DEFINE_integer("retrieval", 10, "Retrieval items of each length and depth; 0: none.", lower_bound=0)
 _LENGTHS = flags.DEFINE_list("lengths", ["256", "512"], "Tokens of retrieval contexts.")
 _CONTEXTS = flags.DEFINE_list("contexts", ["512", "2048"], "Prompt lengths whose latency is measured.")
 _RUNS = flags.DEFINE_integer("runs", 5, "Latency measurements of each method.", lower_bound=1)
 _LONG = flags.DEFINE_list("long", [], "Prompts files for the KL of long contexts; none: leave it out.")
-_STEPS = flags.DEFINE_integer("steps", 100, "Training steps of the methods `mod`, `skipgpt` and `late_maps`.")
-_CALIBRATION = flags.DEFINE_integer("calibration", 192, "Calibration prompts of the baselines, of those FTP trains on.")
-_REMOVAL = flags.DEFINE_integer("removal_prompts", 32, "Of those the ones of blockpruner, slow as it is.")
+_STEPS = flags.DEFINE_integer("steps", 100, "Training steps of `mod`, `skipgpt` and `late_maps`.", lower_bound=1)
+_CALIBRATION = flags.DEFINE_integer(
+    "calibration", 192, "Calibration prompts of the baselines, of those FTP trains on.", lower_bound=1
+)
+_REMOVAL = flags.DEFINE_integer("removal_prompts", 32, "Those of blockpruner, slow as it is.", lower_bound=1)
 _EARLIER = flags.DEFINE_string("earlier", None, "table.json of an earlier call, for what the report misses.")
 _STAGES = flags.DEFINE_list("stages", list(STAGES), "Which stages to run.")
 
@@ -94,7 +98,7 @@ class Table:
     self.sparsities = numbers("sparsities", _SPARSITIES.value, float)
     if any(round(s, 2) != s for s in self.sparsities):
       raise UserError("--sparsities must have two decimals: they name the directories of the cells.")
-    self.config = read_json(self.run / "config.json")
+    self.config = run_config(self.run)
     self.dtype = self.config["model"]["dtype"]
     self.model: Model = load_model(self.config["model"]["source"], self.dtype)
     prompts = lambda split: Prompts(**load_arrays(self.run / "data" / f"{split}.npz"))
@@ -143,9 +147,10 @@ class Table:
     return found
 
   def claim(self, cell: Cell) -> None:
-    """Writes a cell's settings; UserError where it was made with others."""
+    """Writes a cell's settings; UserError where it was made with others, or begun at least."""
     path, settings = self.directory(*cell) / SETTINGS, self.settings(*cell)
-    if path.exists():
+    begun = path.parent.is_dir() and any(found.name != SETTINGS for found in path.parent.iterdir())
+    if path.exists() and begun:
       changes = describe_changes(read_json(path), settings)
       if changes:
         raise UserError(f"{path.parent} was made with {changes}; name another --out, or delete that folder.")
@@ -215,13 +220,12 @@ class Table:
     return Prompts(prompts.tokens[:, :width], prompts.context, prompts.length)
 
   def tasks(self) -> None:
-    lengths = numbers("lengths", _LENGTHS.value, int)
-    jobs = jobs_of(_TASKS.value, _DATA.value, _LIMIT.value, _RETRIEVAL.value, lengths)
+    jobs = planned_jobs()
     with tqdm.tqdm(self.cells, desc="tasks") as bar:
       for cell in bar:
         bar.set_postfix_str(f"{cell[0]} S={cell[1]:.2f} seed {cell[2]}")
         where, settings = self.directory(*cell), self.settings(*cell)
-        done = suite.read_results(where / "tasks.json", settings, jobs)
+        done = suite.read_results(where / "tasks.json", settings, jobs, "name another --out")
         missing = [job for job in jobs if job.name not in done]
         if not missing:
           continue
@@ -281,7 +285,8 @@ class Table:
     equal = [table_figures.equal_latency(table, self.contexts[-1], figure) for figure in compared]
     parts = table_figures.markdown(table, self.contexts, files), table_figures.differences_to_ftp(table), *equal
     text = "\n\n".join(filter(None, parts))
-    (self.out / "table.md").write_text(text + "\n", encoding="utf-8")
+    with replacing(self.out / "table.md") as file:
+      file.write((text + "\n").encode())
     print(text)
     table_figures.plot(table, self.contexts[-1], self.out / "pareto.png", METHODS, files)
     print(f"written to {self.out}")
@@ -390,6 +395,12 @@ def numbers(flag: str, values: list[str], kind: type) -> list[Any]:
   return found
 
 
+def planned_jobs() -> list[suite.Job]:
+  """What every cell is evaluated on."""
+  lengths = numbers("lengths", _LENGTHS.value, int)
+  return jobs_of(_TASKS.value, _DATA.value, _LIMIT.value, _RETRIEVAL.value, lengths)
+
+
 def jobs_of(tasks: list[str], data: str, limit: int, retrieval: int, lengths: list[int]) -> list[suite.Job]:
   """What every cell is evaluated on; `retrieval` items of each length and depth, 0: none."""
   jobs = suite.plan(suite.Suite(tuple(tasks), data, limit)) if tasks else []
@@ -423,6 +434,8 @@ def main(argv) -> None:
   if len({pathlib.Path(file).stem for file in _LONG.value}) < len(_LONG.value):
     raise UserError(f"--long={','.join(_LONG.value)} has two files of one name; rename one.")
   logging.getLogger("lm_eval").setLevel(logging.ERROR)
+  if "tasks" in _STAGES.value:
+    planned_jobs()  # what is wrong with the files of tasks shows before hours of other stages
   table = Table()
   for stage in STAGES:
     if stage in _STAGES.value:

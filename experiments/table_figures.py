@@ -16,6 +16,7 @@ import numpy as np
 
 from ftp_jax.errors import UserError
 
+_COLORS = (*(f"C{i}" for i in range(10)), "navy")  # of methods in a plot; matplotlib itself has ten
 _RESAMPLES = 2000  # of the items, for confidence intervals
 # Columns: heading, key, factor, digits.
 _COLUMNS = (
@@ -312,7 +313,7 @@ def plot(
     there = [entry for entry in known if entry[key] is not None]
     for method in dict.fromkeys(entry["method"] for entry in there):
       own = sorted((entry for entry in there if entry["method"] == method), key=lambda entry: entry["asked"])
-      color = "black" if method == "dense" else f"C{methods.index(method)}"  # in all panels, which have one legend
+      color = "black" if method == "dense" else _COLORS[methods.index(method)]  # in all panels, which have one legend
       time, quality = [1 / entry[f"speedup_{context}"] for entry in own], [entry[key] * factor for entry in own]
       panel.plot(time, quality, "o-", label=method, color=color)
     panel.set_xlabel(f"prefill time at {context} tokens, dense = 1")

@@ -98,14 +98,22 @@ def _read_file(name: str) -> ConfigDict:
   return config
 
 
-def _read_saved(path: pathlib.Path) -> ConfigDict:
+def run_config(directory: pathlib.Path) -> ConfigDict:
+  """The config of a run; UserError where the directory holds none."""
+  path = directory / "config.json"
+  if not path.is_file():
+    raise UserError(f"{directory} holds no config.json; name the directory of a run.")
+  return _read_saved(path, "name the directory of another run")
+
+
+def _read_saved(path: pathlib.Path, advice: str = "name one with --config") -> ConfigDict:
   """The default config with the values that a run directory holds."""
   config = get_config()
   try:
     _fill(config, json.loads(path.read_text(encoding="utf-8")))
   except (ValueError, TypeError, AttributeError, KeyError) as error:
     reason = _brief(error)
-    raise UserError(f"{path} is not a config of this version ({reason}); name one with --config.") from error
+    raise UserError(f"{path} is not a config of this version ({reason}); {advice}.") from error
   return config
 
 
@@ -125,8 +133,8 @@ def _fill(config: ConfigDict, values: dict) -> None:
 def _override(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
   known = set(keys(config))
   for argument in overrides:
-    key = argument.partition("=")[0].removeprefix("--config.")
-    if argument.startswith("--config.") and key not in known:
+    key = argument.partition("=")[0].lstrip("-").removeprefix("config.")  # absl takes a single dash as well
+    if argument.lstrip("-").startswith("config.") and key not in known:
       close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
       hint = f"did you mean {close[0]!r}?" if close else "ftp_jax/config.py lists all keys."
       raise UserError(f"the config has no key {key!r}; {hint}")

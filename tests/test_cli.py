@@ -85,6 +85,7 @@ def test_a_foreign_config_json_is_refused(calls, capsys, tmp_path, text):
     "argument, message",
     [
         ("--config.train.step=3", "no key 'train.step'; did you mean 'train.steps'?"),
+        ("-config.train.step=3", "no key 'train.step'; did you mean 'train.steps'?"),
         ("--config.zzz=3", "no key 'zzz'; ftp_jax/config.py lists all keys."),
         ("--config.train=3", "no key 'train'"),
         ("--config.train.steps=many", "--config.train.steps=many"),

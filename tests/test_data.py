@@ -331,6 +331,13 @@ def test_equal_prompts_belong_to_the_document_that_is_named_first(tmp_path, toke
   assert documents.tolist() == [0, 1, 2, 3, 4, 5] * 2
 
 
+def test_documents_that_share_a_prompt_are_one(tmp_path, tokenizer):
+  asked = [("q0", "a"), ("q1", "b"), ("q0", "b"), ("q2", "c"), ("q1", None), ("q3", "c"), ("q4", "a")]
+  records = [{"context": x, "continuation": f"{n}", "document": name} for n, (x, name) in enumerate(asked)]
+  _, documents, _ = load_prompts(data_config(path=write_jsonl(tmp_path / "a.jsonl", records)), tokenizer)
+  assert documents.tolist() == [0, 0, 0, 1, 0, 1, 0]
+
+
 def test_few_documents_are_still_kept_whole(tmp_path, tokenizer):
   path = write_jsonl(tmp_path / "a.jsonl", [{"text": "".join(f"{x}{n:02d}" for n in range(42))} for x in "abcd"])
   splits = load_splits(data_config(source="text", path=path), tokenizer)

@@ -94,6 +94,11 @@ def test_a_cell_is_not_reused_with_other_settings(script, tmp_path):
   table.out, steps = tmp_path, 24
   table.settings = lambda method, sparsity, seed: {"method": method, "--steps": steps}
   table.claim(("skipgpt", 0.3, 0))
+  steps = 32  # nothing was made yet, so that a command may still be mended
+  table.claim(("skipgpt", 0.3, 0))
+  steps = 24
+  table.claim(("skipgpt", 0.3, 0))
+  (tmp_path / "S0.30" / "skipgpt-seed0" / "weights.safetensors").write_text("")
   table.claim(("skipgpt", 0.3, 0))
   steps = 48
   with pytest.raises(UserError, match="S0.30/skipgpt-seed0 was made with --steps=24, now it is 48"):
@@ -102,6 +107,18 @@ def test_a_cell_is_not_reused_with_other_settings(script, tmp_path):
   (tmp_path / "S0.30" / "mod-seed0" / "quality.json").write_text("{}")
   with pytest.raises(UserError, match="mod-seed0 has figures but no settings.json"):
     table.claim(("mod", 0.3, 0))
+
+
+def test_the_run_must_be_one(script, tmp_path, monkeypatch):
+  monkeypatch.setattr(script, "_RUN", types.SimpleNamespace(value=str(tmp_path)))
+  monkeypatch.setattr(script, "_OUT", types.SimpleNamespace(value=str(tmp_path)))
+  monkeypatch.setattr(script, "_CONTEXTS", types.SimpleNamespace(value=["512"]))
+  monkeypatch.setattr(script, "_SPARSITIES", types.SimpleNamespace(value=["0.3"]))
+  with pytest.raises(UserError, match="holds no config.json; name the directory of a run"):
+    script.Table()
+  (tmp_path / "config.json").write_text('{"architectures": ["LlamaForCausalLM"]}')
+  with pytest.raises(UserError, match="is not a config of this version .*; name the directory of another run"):
+    script.Table()
 
 
 def test_a_later_call_keeps_the_times_of_earlier_cells_and_measures_in_the_runs_dtype(script, tmp_path, monkeypatch):

@@ -293,6 +293,9 @@ def test_a_schedule_file_must_have_the_mean_that_is_asked(finished, model_direct
   file.write_text("[0.0, 0.5, 0.5, 0.5]")
   with pytest.raises(UserError, match="mean sparsity of 0.3750"):
     pipeline.run(config, str(copy), ("search",))
+  file.write_text("[0.0, 0.0, 0.01, 0.99]")  # what is cut off would go to the dense blocks
+  with pytest.raises(UserError, match="asks 0.99 of block 3, where search.max_sparsity=.* allows 0.875"):
+    pipeline.run(config, str(copy), ("search",))
   file.write_text("[0.0, 0.25, 0.5, 0.25]")
   shutil.rmtree(copy / "S0.25")
   pipeline.run(config, str(copy), ("search",))

@@ -255,3 +255,4 @@ def test_the_plot_has_a_panel_of_what_is_there(figures, tmp_path, monkeypatch):
     row["same_choice"] = row["choice_kl"]
   plot(rows, GUESS)
   assert panels == [1, 2, 3, 1, 3]
+  assert len(set(figures._COLORS)) >= len(scripts.load("main_table").METHODS)

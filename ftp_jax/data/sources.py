@@ -85,10 +85,13 @@ def load_prompts(data, tokenizer, shortest: int | None = None) -> tuple[Prompts,
 
 def _pair_rows(pairs, encoded, data, shortest):
   """Rows (document key, ids, context length) of the pairs whose lengths fit, and a count in words."""
-  rows, outside, short, documents = [], 0, 0, {}
+  rows, outside, short = [], 0, 0
+  # Answers to one prompt go together, however their documents are named, and so do all prompts of these documents.
+  joined = {}
+  for pair, (context, _) in zip(pairs, encoded):
+    joined[_first(joined, pair.document or tuple(context))] = _first(joined, tuple(context))
   for pair, (context, answer) in zip(pairs, encoded):
-    answer, asked = answer[: data.continuation], tuple(context)
-    document = documents.setdefault(asked, pair.document or asked)  # answers to one prompt go together, however named
+    answer, document = answer[: data.continuation], _first(joined, tuple(context))
     if not shortest <= len(context) <= data.max_context:
       outside += 1
     elif len(answer) < data.min_continuation:
@@ -100,6 +103,13 @@ def _pair_rows(pairs, encoded, data, shortest):
       f"tokens and {short} an answer below {data.min_continuation}"
   )
   return rows, found
+
+
+def _first(joined: dict, key):
+  """The key that stands for all that are joined with it."""
+  while joined.setdefault(key, key) != key:
+    key = joined[key]
+  return key
 
 
 def _by_document(

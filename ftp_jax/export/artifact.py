@@ -149,7 +149,8 @@ def load_weights(path: str | os.PathLike) -> Any:
   try:
     return _nested(safetensors.numpy.load_file(path))
   except (OSError, SafetensorError) as error:
-    raise UserError(f"{path} cannot be read ({error}); copy it again, or run its stage again.") from None
+    advice = "copy it again, or delete its folder, so that its stage runs again"
+    raise UserError(f"{path} cannot be read ({error}); {advice}.") from None
 
 
 def _weights(artifact: Artifact) -> Any:

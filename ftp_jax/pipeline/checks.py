@@ -163,9 +163,15 @@ def digest(path: str) -> str:
     return hashlib.file_digest(file, "sha256").hexdigest()[:12]
 
 
-def schedule_file(path: str, num_blocks: int, sparsity: float, grid: int) -> np.ndarray:
-  """Reads `search.schedule_path`, (L,); UserError unless its mean is the sparsity asked for."""
+def schedule_file(path: str, num_blocks: int, sparsity: float, grid: int, max_sparsity: float) -> np.ndarray:
+  """Reads `search.schedule_path`, (L,); UserError unless its mean is the sparsity asked for and no entry too large."""
   found = schedules.from_file(path, num_blocks)
+  largest = schedules.max_units(grid, max_sparsity) / grid
+  if found.max() > largest + 0.5 / grid:
+    raise UserError(
+        f"Schedule file {path} asks {found.max():g} of block {found.argmax()}, where search.max_sparsity="
+        f"{max_sparsity:g} with search.grid={grid} allows {largest:g}; lower it, or set these two."
+    )
   if abs(found.mean() - sparsity) > 0.5 / (grid * num_blocks):
     raise UserError(
         f"Schedule file {path} has a mean sparsity of {found.mean():.4f}, but {sparsity} is asked; set "

@@ -14,6 +14,7 @@ from ftp_jax import distributed, sharding
 from ftp_jax import stages as stages_lib
 from ftp_jax.config import get_config
 from ftp_jax.data.prompts import Prompts, take
+from ftp_jax.errors import UserError
 from ftp_jax.evaluation.judge import Frozen, Judge
 from ftp_jax.export import artifact as artifact_lib
 from ftp_jax.models.decoder import abstract_params, param_shardings
@@ -135,6 +136,10 @@ class RunDirectory:
     self.routing.check_blocks(config.num_blocks)
     checks.check_plan(self.config, config.num_blocks)
     checks.check_rank(self.config, config.hidden_size)
+    if self.config.search.schedule == "file":
+      for cell in self.cells:
+        if not (self.cell(*cell) / "search" / stages_lib.DONE).exists():
+          self.schedule_file(cell[0], config.num_blocks)
     distributed.on_first(lambda: checks.check_weights(self.workdir / "data" / "model.json", directory))
     return found
 
@@ -228,12 +233,22 @@ class RunDirectory:
             read_json(self.workdir / "importance" / "influence.json"), sparsity, largest
         ),
         "fisher": lambda: guide.fisher_schedule(self.fisher, self.prompts("train").context, sparsity, first),
-        "file": lambda: checks.schedule_file(s.schedule_path, blocks, sparsity, s.grid),
+        "file": lambda: self.schedule_file(sparsity, blocks),
     }[name]()
     return schedules.to_units(real, sparsity, s.grid, s.max_sparsity, first)
 
+  def schedule_file(self, sparsity: float, blocks: int) -> np.ndarray:
+    s = self.config.search
+    return checks.schedule_file(s.schedule_path, blocks, sparsity, s.grid, s.max_sparsity)
+
   def schedule(self, directory: pathlib.Path) -> np.ndarray:
-    return schedules.from_file(directory / "schedule.json", self.frozen.config.num_blocks).astype(np.float32)
+    """What a stage found, (L,)."""
+    try:
+      found = schedules.from_file(directory / "schedule.json", self.frozen.config.num_blocks)
+    except UserError as error:
+      advice = "delete that folder and those of later stages, so that they run again"
+      raise UserError(f"{directory} has no schedule that can be read; {advice}.") from error
+    return found.astype(np.float32)
 
   def training_schedule(self, found: np.ndarray, sparsity: float, share: float | None = None) -> np.ndarray:
     """What training asks for, (L,): the found schedule, moved towards the Fisher schedule by a share.

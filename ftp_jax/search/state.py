@@ -105,7 +105,7 @@ def _read(file: Any) -> tuple[SearchState, dict] | None:
       state = SearchState(**{field.name: arrays[field.name] for field in dataclasses.fields(SearchState)})
     state = dataclasses.replace(state, generation=int(state.generation))
     return (state, identity) if isinstance(identity, dict) and _consistent(state) else None
-  except (OSError, EOFError, ValueError, TypeError, KeyError, zipfile.BadZipFile, zlib.error, NotImplementedError):
+  except (OSError, EOFError, ValueError, TypeError, KeyError, RuntimeError, zipfile.BadZipFile, zlib.error):
     return None
 
 

@@ -123,7 +123,10 @@ def _of_lm_eval(name: str, task: Task, wanted: Suite) -> Job:
   return Job(name, FOREIGN, settings, task=task, indices=indices)
 
 
-def read_results(path: str | pathlib.Path, settings: dict[str, Any], jobs: Sequence[Job]) -> dict[str, Any]:
+def read_results(
+    path: str | pathlib.Path, settings: dict[str, Any], jobs: Sequence[Job],
+    advice: str = "name another file with --json",
+) -> dict[str, Any]:
   """Finished tasks of a results file, by name; empty where there is none.
 
   Raises:
@@ -135,14 +138,14 @@ def read_results(path: str | pathlib.Path, settings: dict[str, Any], jobs: Seque
   except FileNotFoundError:
     return {}
   except (OSError, ValueError, KeyError, TypeError):
-    raise UserError(f"{path} exists but holds no results; name another file with --json.") from None
+    raise UserError(f"{path} exists but holds no results; {advice}.") from None
   changes = describe_changes(flatten(before), flatten(settings))
   for job in jobs:
     if job.name in tasks and not changes:
       changes = describe_changes(flatten(tasks[job.name]["settings"]), flatten({"kind": job.kind, **job.settings}))
       changes = changes and f"{job.name}: {changes}"
   if changes:
-    raise UserError(f"{path} was made with {changes}; name another file with --json, or delete it.")
+    raise UserError(f"{path} was made with {changes}; {advice}, or delete it.")
   return tasks
 
 
