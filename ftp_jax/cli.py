@@ -70,7 +70,7 @@ def outcome(error: BaseException, saves: bool = True) -> tuple[int, str] | None:
     reason = f"{error.filename or 'a file'}: {error.strerror or error}"
     return 2, f"{reason}; free space or choose another place."
   if out_of_memory(error):
-    return 2, ("the device is out of memory; lower train.batch, search.batch or evaluation.batch, or set "
+    return 2, ("there is not enough memory; lower train.batch, search.batch or evaluation.batch, or set "
                "model.remat=full.")
   if isinstance(error, KeyboardInterrupt):
     return 130, f"stopped{saved}."

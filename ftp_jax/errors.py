@@ -26,16 +26,16 @@ def brief(error: BaseException, most: int | None = 160) -> str:
 
 
 def out_of_memory(error: BaseException) -> bool:
-  """Whether a device had no memory left, which jax tells by the text of its error alone."""
-  return isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
+  """Whether the host or a device had no memory left, which jax tells by the text of its error alone."""
+  return isinstance(error, MemoryError) or isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
 
 
 @contextlib.contextmanager
 def short_of_memory(advice: str) -> Iterator[None]:
-  """Turns a device without memory into a UserError with this advice."""
+  """Turns a lack of memory into a UserError with this advice."""
   try:
     yield
-  except RuntimeError as error:
+  except (RuntimeError, MemoryError) as error:
     if not out_of_memory(error):
       raise
-    raise UserError(f"The device is out of memory; {advice}.") from None
+    raise UserError(f"There is not enough memory; {advice}.") from None

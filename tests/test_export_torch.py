@@ -370,6 +370,8 @@ def test_bfloat16_routes_in_fp32(tmp_path):
   assert torch.equal(half.model.rotary_emb.inv_freq, model.model.rotary_emb.inv_freq)  # bf16 would turn late positions
   assert torch.equal(a.past_key_values.keep_LxBxT.sum(2), b.past_key_values.keep_LxBxT.sum(2))
   torch.testing.assert_close(a.logits.softmax(-1)[:, -1], b.logits.float().softmax(-1)[:, -1], rtol=0, atol=0.1)
+  with torch.autocast("cpu", dtype=torch.bfloat16):  # its blocks alone: routers and scores stay in fp32
+    assert torch.equal(a.past_key_values.keep_LxBxT.sum(2), model(**inputs).past_key_values.keep_LxBxT.sum(2))
   with pytest.raises(ValueError, match="by its directory to have it cast"):
     load_pruned(transformers.AutoModelForCausalLM.from_pretrained(directory_of("llama-gqa")), out, dtype=torch.bfloat16)
   with pytest.raises(ValueError, match="by its directory if you cast"):

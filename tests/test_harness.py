@@ -1,5 +1,6 @@
 """The lm-eval adapter against the masked reference; local tasks against lm-eval's own; retrieval; `ftp-jax eval`."""
 
+import argparse
 import json
 import pathlib
 import re
@@ -192,6 +193,8 @@ def test_texts_whose_tokens_would_not_skip_below_a_crossover_are_refused():
     with pytest.raises(UserError, match="below the artifact's crossover.* set --fallback=never"):
       ask(lm, "loglikelihood_rolling", "A text")
     assert len(ask(lm, "loglikelihood", ("A context", " goes on"))) == 1
+    ask(EngineLM(build(**SKIPPING, crossover=measured(context), fallback="always"), progress=False),
+        "loglikelihood_rolling", "A text")
   ask(EngineLM(build(**SKIPPING, crossover=measured(10), fallback="never"), progress=False),
       "loglikelihood_rolling", "A text")
 
@@ -284,6 +287,21 @@ def test_mistakes_are_one_sentence(engine, call, message):
   with pytest.raises(UserError) as error:
     call(engine)
   assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_template_without_system_turns_leaves_them_out():
+  refusing = "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no') }}{% endif %}" + (
+      "[{{ m.role }}] {{ m.content }}{% endfor %}"
+  )
+  lm = EngineLM(build(tokenizer=byte_tokenizer(refusing)))
+  turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello"}]
+  assert lm.apply_chat_template(turns) == lm.apply_chat_template(turns[1:]) == "[user] Hello"
+
+
+def test_an_lm_eval_of_another_version_is_one_sentence(monkeypatch):
+  monkeypatch.setitem(sys.modules, "ftp_jax.evaluation.harness.adapter", None)
+  with pytest.raises(UserError, match=r"lm-eval 0\.4\.13 does not fit .*; run pip install '\.\[eval\]'"):
+    command.run(argparse.Namespace(json=None, artifact=None, decode_sparsity=None, decode_threshold=None))
 
 
 def test_lm_eval_knows_the_model():

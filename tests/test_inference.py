@@ -300,6 +300,16 @@ def test_stop_strings_cut_the_text(engine, begin, end):
   assert done[0].stopped and len(done[0].tokens) <= end
 
 
+def test_a_prompt_that_fits_the_largest_bucket_is_run_whatever_its_padding(engine):
+  prompt = [[1 + n % 90 for n in range(33)]]
+  assert engine.prefill(prompt).groups[0].plan.num_positions > 34
+  own = build(buckets=(17, 34)).prefill(prompt)
+  assert own.groups[0].plan.num_positions == 34
+  np.testing.assert_allclose(
+      own.groups[0].prefilled.logits_BxV, engine.prefill(prompt).groups[0].prefilled.logits_BxV, atol=1e-5
+  )
+
+
 def test_the_tokenizer_names_the_default_stops(engine):
   free = engine.generate(PROMPTS, 18)
   letter = free[0].text[6]
@@ -318,6 +328,11 @@ def test_the_tokenizer_names_the_default_stops(engine):
   )
   # A string that is a token of its own stops as one: its text is not in the decoded text.
   assert own.generate(PROMPTS, 18, stop_tokens=(), stop_strings=[letter])[0] == done
+  # As it does where other tokens spell it.
+  tokenizer = byte_tokenizer()
+  tokenizer.add_tokens([free[0].text[5:8]])
+  spelled = build(tokenizer=tokenizer).generate(PROMPTS, 18, stop_tokens=(), stop_strings=free[0].text[5:8])
+  assert spelled[0].text == free[0].text[: free[0].text.index(free[0].text[5:8])]
   chat = build(tokenizer=byte_tokenizer(CHAT))
   assert chat.stop_tokens == (chat.model.tokenizer.convert_tokens_to_ids("<|end|>"),)
 
@@ -756,8 +771,8 @@ def test_the_screen_holds_back_what_may_still_change(capsys):
   assert shown == ["", "n", "é"] + ["", "", "€", " "] + ["", "", "EN!", "x"] + ["", "", ""]
   screen.finish("né€ EN!x")
   assert capsys.readouterr().out == "\n"
-  screen = command.Screen(tokenizer.decode, [])
-  screen.add(tokenizer("aé").input_ids[:2])
+  screen = command.Screen(tokenizer.decode, [], stop_tokens=tokenizer("b").input_ids)
+  screen.add(tokenizer("aé").input_ids[:2] + tokenizer("b").input_ids)
   assert capsys.readouterr().out == "a"
   screen.finish("a\ufffd")  # the limit came in the middle of a letter
   assert capsys.readouterr().out == "\ufffd\n"

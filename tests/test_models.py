@@ -209,12 +209,29 @@ def test_query_that_sees_nothing_gets_zeros():
         (dict(rope_scaling=dict(rope_type="yarn", factor=4.0)), "yarn"),
         (dict(rope_scaling=dict(type="dynamic", factor=4.0)), "dynamic"),
         (dict(rope_scaling=dict(rope_type="llama3", factor=8.0)), "low_freq_factor"),
+        (dict(rope_scaling=dict(rope_type="linear", factor=None)), "factor"),
+        (dict(rope_scaling="linear"), "rope_scaling"),
+        (dict(rope_theta="x"), "rope_theta"),
+        (dict(num_key_value_heads="2"), "num_key_value_heads"),
+        (dict(head_dim=-4), "head_dim"),
+        (dict(rms_norm_eps="small"), "rms_norm_eps"),
+        (dict(max_position_embeddings=0), "max_position_embeddings"),
     ],
 )
 def test_config_refuses_what_is_not_computed(change, named):
   with pytest.raises(UserError, match=named) as error:
     ModelConfig.from_hf(TINY | dict(model_type="llama") | change)
   assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+def test_what_a_config_leaves_out_is_as_transformers_has_it(family):
+  left_out = ("max_position_embeddings", "sliding_window", "rms_norm_eps", "rope_theta")
+  hf = {key: value for key, value in TINY.items() if key not in left_out}
+  config = ModelConfig.from_hf(hf | {"model_type": family})
+  theirs = transformers.AutoConfig.for_model(family)
+  assert (config.max_positions, config.norm_eps) == (theirs.max_position_embeddings, theirs.rms_norm_eps)
+  assert config.sliding_window == (theirs.sliding_window if family == "mistral" else 0)
 
 
 def test_config_reads_both_spellings_of_rope():

@@ -32,7 +32,8 @@ def run(arguments: argparse.Namespace) -> None:
   """
   settings = read(arguments)
   artifacts = [load_artifact(directory) for directory in settings.artifact]
-  model = load_model(settings.model, settings.dtype)
+  with short_of_memory("set --dtype=bfloat16 or name a smaller --model"):
+    model = load_model(settings.model, settings.dtype)
   settings.check_positions(model.config.max_positions)
   cases = pruned(model, settings, artifacts)
   machine = describe_machine()

@@ -294,9 +294,10 @@ def attend(queries: Packed, q_KxHxN, slots: Slots, window: int, ordered: bool, s
 def attention_rows(queries: Packed, q_KxHxN, slots: Slots, window: int) -> torch.Tensor:
   """Attention probabilities (B,K,S) of a few queries, mean over heads, in fp32."""
   q, k = queries.pad(q_KxHxN).transpose(1, 2).float(), slots.k_BxGxSxN.float()
-  scores = q.reshape(*k.shape[:2], -1, k.shape[3]) @ k.transpose(2, 3) * k.shape[3] ** -0.5
   hidden = ~slots.visible(queries.pad(queries.position_P), window)
-  return scores.reshape(*q.shape[:3], -1).masked_fill(hidden[:, None], -torch.inf).softmax(-1).mean(1)
+  with torch.autocast(q.device.type, enabled=False):
+    scores = q.reshape(*k.shape[:2], -1, k.shape[3]) @ k.transpose(2, 3) * k.shape[3] ** -0.5
+    return scores.reshape(*q.shape[:3], -1).masked_fill(hidden[:, None], -torch.inf).softmax(-1).mean(1)
 
 
 class PrunedCache(transformers.Cache):

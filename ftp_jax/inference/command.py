@@ -34,11 +34,12 @@ def run(arguments: argparse.Namespace) -> None:
   texts = read_prompts(arguments.prompt, arguments.prompts)
   if target and arguments.prompts and target.exists() and target.samefile(arguments.prompts):
     raise UserError(f"--json={target} is the file of --prompts; name another.")
-  engine = Engine.load(
-      arguments.model, arguments.artifact, dtype=arguments.dtype, fallback=arguments.fallback,
-      attention=arguments.attention, decode_sparsity=arguments.decode_sparsity,
-      decode_threshold=arguments.decode_threshold, tensor=arguments.tensor,
-  )
+  with short_of_memory("set --dtype=bfloat16, or split the weights with --tensor"):
+    engine = Engine.load(
+        arguments.model, arguments.artifact, dtype=arguments.dtype, fallback=arguments.fallback,
+        attention=arguments.attention, decode_sparsity=arguments.decode_sparsity,
+        decode_threshold=arguments.decode_threshold, tensor=arguments.tensor,
+    )
   prompts = [engine.encode(text, arguments.chat) for text in texts]
   engine.check(prompts, arguments.max_new_tokens)  # all of them, before the first is run
   try:
@@ -101,7 +102,7 @@ def _generate(
     arguments: argparse.Namespace, file: TextIO | None,
 ) -> str:
   """Runs batch by batch, prints and writes every result; returns the line of figures."""
-  screen = Screen(engine.decode, arguments.stop) if len(prompts) == 1 else None
+  screen = Screen(engine.decode, arguments.stop, engine.stop_tokens) if len(prompts) == 1 else None
   clock, new_tokens, cache_bytes = Clock(), 0, 0
   for start in range(0, len(prompts), arguments.batch):
     batch = prompts[start : start + arguments.batch]
@@ -166,15 +167,16 @@ class Screen:
   """Prints the text of a row as its tokens come.
 
   Held back is what later tokens may change: the replacement characters of an incomplete UTF-8 sequence, and
-  what may become a stop string, which is not printed.
+  what may become a stop string, which is not printed, and nor are stop tokens.
   """
 
-  def __init__(self, decode, stop_strings: Sequence[str]):
+  def __init__(self, decode, stop_strings: Sequence[str], stop_tokens: Sequence[int] = ()):
     self._decode, self._stop_strings = decode, [text for text in stop_strings if text]
+    self._stop_tokens = frozenset(stop_tokens)
     self._tokens, self._printed = [], 0
 
   def add(self, tokens: list[int]) -> None:
-    self._tokens += tokens
+    self._tokens += [token for token in tokens if token not in self._stop_tokens]
     text = self._decode(self._tokens)
     ends = [len(text.rstrip("\ufffd"))]
     for stop in self._stop_strings:

@@ -275,8 +275,11 @@ class Engine:
     return Prefix(tuple(map(len, prompts)), tuple(groups), padding)
 
   def _prefill(self, spec: Spec, weights: Weights, index, prompts, padding: Padding) -> Group:
-    length = padding.context(max(map(len, prompts)), self.model.config.max_positions)
-    plan = spec.plan(weights, length, self.max_buckets, None if spec is self._dense.spec else self.buckets)
+    longest, buckets = max(map(len, prompts)), None if spec is self._dense.spec else self.buckets
+    length = padding.context(longest, self.model.config.max_positions)
+    if buckets:  # a dense block needs as many slots as the context is wide
+      length = max(longest, min(length, max(buckets)))
+    plan = spec.plan(weights, length, self.max_buckets, buckets)
     tokens = np.zeros((len(prompts), length), np.int32)
     for row, prompt in zip(tokens, prompts):
       row[: len(prompt)] = prompt
@@ -302,7 +305,7 @@ class Engine:
       max_new_tokens: most new tokens of each.
       stop_tokens: ids that end a row, or one; None: those of the attribute `stop_tokens`.
       stop_strings: texts that end a row, or one, found on the host in the decoded new tokens; one that is itself a
-        special or added token of the tokenizer counts as a stop token.
+        special or added token of the tokenizer counts as a stop token, too.
       seed: row i draws from seed + i.
       stream: called with (prompt, new tokens) as they come, one at a time; returns True to end that row. Rows that
         are pruned come before those computed densely.
@@ -319,7 +322,7 @@ class Engine:
     stop_tokens = self.stop_tokens if stop_tokens is None else stop_tokens
     stop_tokens = {stop_tokens} if isinstance(stop_tokens, int | np.integer) else {*stop_tokens}
     stop_tokens |= {added[text] for text in stop_strings if text in added}
-    stops = _Stops(frozenset(stop_tokens), tuple(text for text in stop_strings if text and text not in added))
+    stops = _Stops(frozenset(stop_tokens), tuple(filter(None, stop_strings)))
     results: list[Generation | None] = [None] * len(prompts.lengths)
     for group in prompts.groups:
       rows = self._generate(group, max_new_tokens, sampling, stops, seed, stream)

@@ -11,7 +11,10 @@ from typing import Any
 
 from ftp_jax.errors import UserError
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+# Positions of each family where its config.json does not say, as transformers has it.
+_POSITIONS = {"llama": 2048, "mistral": 131072, "qwen2": 32768, "qwen3": 32768}
+_MISTRAL_WINDOW = 4096  # likewise; null is no window
+FAMILIES = tuple(_POSITIONS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +85,8 @@ class ModelConfig:
             f"config.json sets {name}={hf[name]!r}, which this decoder does not support; use a checkpoint without it."
         )
     layer_types = set(hf.get("layer_types") or ())
-    window = hf.get("sliding_window") if family == "mistral" else None
+    window = hf.get("sliding_window", _MISTRAL_WINDOW) if family == "mistral" else None
+    window = _number(hf, "sliding_window", window) if window else 0
     expected = {"sliding_attention"} if window else {"full_attention"}
     if layer_types - expected:
       raise UserError(
@@ -90,12 +94,12 @@ class ModelConfig:
           "supported; use another model."
       )
     heads = hf["num_attention_heads"]
-    kv_heads = hf.get("num_key_value_heads") or heads
+    kv_heads = _number(hf, "num_key_value_heads", heads)
     if heads % kv_heads:
       raise UserError(
           f"num_attention_heads={heads} is not a multiple of num_key_value_heads={kv_heads}; fix config.json."
       )
-    head_dim = hf.get("head_dim") or (128 if family == "qwen3" else hf["hidden_size"] // heads)
+    head_dim = _number(hf, "head_dim", 128 if family == "qwen3" else hf["hidden_size"] // heads)
     if head_dim % 2:
       raise UserError(f"head_dim={head_dim} is odd, but rotary embeddings need an even one; fix config.json.")
     theta, scaling = _read_rope(hf)
@@ -108,11 +112,11 @@ class ModelConfig:
         num_heads=heads,
         num_kv_heads=kv_heads,
         head_dim=head_dim,
-        norm_eps=float(hf.get("rms_norm_eps", 1e-6)),
+        norm_eps=_number(hf, "rms_norm_eps", 1e-6, float),
         rope_theta=theta,
         rope_scaling=scaling,
-        max_positions=int(hf.get("max_position_embeddings", 2048)),
-        sliding_window=int(window or 0),
+        max_positions=_number(hf, "max_position_embeddings", _POSITIONS[family]),
+        sliding_window=window,
         qkv_bias=family == "qwen2",
         qk_norm=family == "qwen3",
         tie_embeddings=bool(hf.get("tie_word_embeddings", False)),
@@ -135,11 +139,22 @@ class ModelConfig:
     return cls.from_hf(hf)
 
 
+def _number(hf: dict[str, Any], name: str, default: float | None, kind: type = int) -> Any:
+  """A positive number of the config; the default where it is missing or null. UserError for anything else."""
+  value = default if hf.get(name) is None else hf[name]
+  if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
+    raise UserError(f"config.json has no valid {name!r} (got {value!r}); restore the model's own config.json.")
+  return kind(value)
+
+
 def _read_rope(hf: dict[str, Any]) -> tuple[float, RopeScaling]:
   """Rope base and scaling from either spelling (`rope_parameters`, or `rope_theta` + `rope_scaling`)."""
-  rope = dict(hf.get("rope_scaling") or {})
-  rope.update(hf.get("rope_parameters") or {})
-  theta = float(rope.get("rope_theta") or hf.get("rope_theta") or 10_000.0)
+  rope = {}
+  for name in ("rope_scaling", "rope_parameters"):
+    if not isinstance(hf.get(name) or {}, dict):
+      raise UserError(f"config.json has no valid {name!r} (got {hf[name]!r}); restore the model's own config.json.")
+    rope |= hf.get(name) or {}
+  theta = _number(rope, "rope_theta", _number(hf, "rope_theta", 10_000.0, float), float)
   if rope.get("partial_rotary_factor") not in (None, 1):
     raise UserError(
         "config.json rotates only a part of each head (partial_rotary_factor), which is not supported; "
@@ -148,21 +163,14 @@ def _read_rope(hf: dict[str, Any]) -> tuple[float, RopeScaling]:
   kind = rope.get("rope_type") or rope.get("type") or "default"
   if kind == "default":
     return theta, RopeScaling()
-  try:
-    if kind == "linear":
-      return theta, RopeScaling("linear", float(rope["factor"]))
-    if kind == "llama3":
-      return theta, RopeScaling(
-          "llama3",
-          float(rope["factor"]),
-          float(rope["low_freq_factor"]),
-          float(rope["high_freq_factor"]),
-          int(rope["original_max_position_embeddings"]),
-      )
-  except KeyError as missing:
-    raise UserError(
-        f"config.json asks for rope scaling {kind!r} without {missing}; restore the model's own config.json."
-    ) from None
+  needed = lambda name, kind=float: _number(rope, name, None, kind)
+  if kind == "linear":
+    return theta, RopeScaling("linear", needed("factor"))
+  if kind == "llama3":
+    return theta, RopeScaling(
+        "llama3", needed("factor"), needed("low_freq_factor"), needed("high_freq_factor"),
+        needed("original_max_position_embeddings", int),
+    )
   raise UserError(
       f"config.json asks for rope scaling {kind!r}, but only default, linear and llama3 are supported; "
       "use another model."

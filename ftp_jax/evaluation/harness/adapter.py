@@ -11,6 +11,7 @@ all of it is causal. Tokens, cuts and windows are those of lm-eval's Hugging Fac
 from collections.abc import Sequence
 from typing import Any
 
+import jinja2
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
@@ -114,11 +115,21 @@ class EngineLM(TemplateLM):
     return str(self.engine.model.directory).replace("/", "__")
 
   def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-    """The text of a conversation; without generation prompt its last turn stays open."""
-    return self.tokenizer.apply_chat_template(
-        chat_history, tokenize=False, add_generation_prompt=add_generation_prompt,
+    """The text of a conversation; without generation prompt its last turn stays open.
+
+    Where the template knows no system turn it is left out, as lm-eval's own classes do.
+    """
+    rendered = lambda turns: self.tokenizer.apply_chat_template(
+        turns, tokenize=False, add_generation_prompt=add_generation_prompt,
         continue_final_message=not add_generation_prompt,
     )
+    try:
+      return rendered(chat_history)
+    except jinja2.TemplateError:
+      turns = [turn for turn in chat_history if turn["role"] != "system"]
+      if turns == chat_history:
+        raise
+      return rendered(turns)
 
   # --- likelihoods ---------------------------------------------------------------------------------
 
@@ -146,7 +157,8 @@ class EngineLM(TemplateLM):
     Raises:
       UserError: the tokens of texts should skip, but a context of one token is below the artifact's crossover.
     """
-    if self.engine.execution.spec.routing.decode_sparsity and not self.engine.prunes(1) and self.engine.crossover:
+    skips = self.engine.execution.spec.routing.decode_sparsity and getattr(self.engine, "fallback", "auto") == "auto"
+    if skips and not self.engine.prunes(1) and self.engine.crossover:
       raise UserError(
           "Texts stand behind a context of one token, which is below the artifact's crossover, so that none of their "
           "tokens would skip; set --fallback=never, or --decode-sparsity=0."

@@ -7,7 +7,7 @@ import logging
 import pathlib
 from typing import Any
 
-from ftp_jax.errors import UserError, check_target, short_of_memory
+from ftp_jax.errors import UserError, brief, check_target, short_of_memory
 from ftp_jax.inference import Engine
 from ftp_jax.machine import describe_machine
 from ftp_jax.models.huggingface import fingerprint
@@ -34,8 +34,14 @@ def run(arguments: argparse.Namespace) -> None:
   if not arguments.artifact and (arguments.decode_sparsity, arguments.decode_threshold) != (None, None):
     raise UserError("--decode-sparsity and --decode-threshold change a router; name one with --artifact=DIR.")
 
-  from ftp_jax.evaluation.harness import results, retrieval, suite
-  from ftp_jax.evaluation.harness.adapter import EngineLM
+  try:
+    from ftp_jax.evaluation.harness import results, retrieval, suite
+    from ftp_jax.evaluation.harness.adapter import EngineLM
+  except ImportError as error:
+    version = importlib.metadata.version("lm_eval")
+    raise UserError(
+        f"lm-eval {version} does not fit ({brief(error)}); run pip install '.[eval]' in the checkout for one that does."
+    ) from error
 
   logging.getLogger("lm_eval").setLevel(logging.ERROR)
   jobs = suite.plan(suite.Suite(
@@ -43,11 +49,12 @@ def run(arguments: argparse.Namespace) -> None:
       arguments.shots, _numbers("lengths", arguments.lengths, int) or retrieval.LENGTHS,
       _numbers("depths", arguments.depths, float) or retrieval.DEPTHS,
   ))
-  engine = Engine.load(
-      arguments.model, arguments.artifact, dtype=arguments.dtype, fallback=arguments.fallback,
-      attention=arguments.attention, decode_sparsity=arguments.decode_sparsity,
-      decode_threshold=arguments.decode_threshold, tensor=arguments.tensor,
-  )
+  with short_of_memory("set --dtype=bfloat16, or split the weights with --tensor"):
+    engine = Engine.load(
+        arguments.model, arguments.artifact, dtype=arguments.dtype, fallback=arguments.fallback,
+        attention=arguments.attention, decode_sparsity=arguments.decode_sparsity,
+        decode_threshold=arguments.decode_threshold, tensor=arguments.tensor,
+    )
   lm = EngineLM(engine, batch_size=arguments.batch, max_length=arguments.max_length, seed=arguments.seed)
   with short_of_memory("lower --batch or --max-length, or set --dtype=bfloat16"):
     tasks = suite.run(lm, jobs, model_settings(lm, arguments), describe_machine(), target)

@@ -160,7 +160,7 @@ def run(
     path: the file; None: nothing is kept.
 
   Returns:
-    By name what the file holds of each task: settings, items, figures, groups, records, seconds.
+    By name what the file holds of each task: settings, machine, items, figures, groups, records, seconds.
 
   Raises:
     UserError: as `read_results`, or an item cannot be run.
@@ -178,7 +178,8 @@ def run(
     seconds = round(time.perf_counter() - begin, 1)
     if path:  # another process may have added to it
       tasks = read_results(path, settings, jobs)
-    tasks[job.name] = {"settings": {"kind": job.kind, **job.settings}, **found, "seconds": seconds}
+    own = {"settings": {"kind": job.kind, **job.settings}, "machine": machine}
+    tasks[job.name] = own | found | {"seconds": seconds}
     if path:
       write_json(path, {"machine": machine, "settings": settings, "tasks": tasks})
   return tasks
