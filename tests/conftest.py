@@ -28,6 +28,18 @@ drawn = functools.partial(
 )
 
 
+# Files that take longest, which two workers should begin with.
+_LONG = (
+    "bucketed", "pipeline", "processes", "distributed", "sharding", "routing", "training", "baselines", "inference",
+    "harness", "export_torch", "fit", "bench", "loading", "evaluation", "kernels", "subblocks",
+)
+
+
+def pytest_collection_modifyitems(items):
+  place = {f"test_{name}": number for number, name in enumerate(_LONG)}
+  items.sort(key=lambda item: place.get(item.path.stem, len(place)))
+
+
 @pytest.fixture(autouse=True, scope="module")
 def compiled_programs_of_one_module():
   """A process may hold 65,530 memory maps, a compiled program holds dozens: beyond that the compiler crashes."""

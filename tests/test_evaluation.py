@@ -11,7 +11,7 @@ from ftp_jax.data.prompts import Prompts
 from ftp_jax.evaluation import flops, methods, perplexity, redundancy
 from ftp_jax.evaluation.judge import Frozen, Judge
 from ftp_jax.models import decoder
-from ftp_jax.routing import masked, routers
+from ftp_jax.routing import routers
 from ftp_jax.routing.config import RouterConfig, RoutingConfig
 from tests import tiny
 
@@ -32,9 +32,13 @@ def judge(model, prompts):
   return Judge(model, RoutingConfig("project"), prompts, 2, 4)
 
 
+dense_forward = jax.jit(decoder.forward, static_argnums=0)
+unembed = jax.jit(decoder.unembed, static_argnums=0)
+
+
 def dense_log_probs(model, prompts):
-  hidden = decoder.forward(model.config, model.params, prompts.tokens, prompts.length)
-  return np.asarray(jax.nn.log_softmax(decoder.unembed(model.config, model.params, hidden)))
+  hidden = dense_forward(model.config, model.params, prompts.tokens, prompts.length)
+  return np.asarray(jax.nn.log_softmax(unembed(model.config, model.params, hidden)))
 
 
 def test_dense_schedule_has_no_divergence_and_the_models_own_nll(model, judge, prompts):
@@ -60,8 +64,8 @@ def test_kl_of_a_population_equals_the_definition_and_one_by_one(prompts, one_pa
   together = judge.kl(router, schedules)
   dense = dense_log_probs(model, prompts)
   for s, value in zip(schedules, together):
-    out = masked.forward(model.config, judge.routing, model.params, router, *prompts, jnp.asarray(s))
-    pruned = np.asarray(jax.nn.log_softmax(decoder.unembed(model.config, model.params, out.hidden_BxTxD)))
+    out = tiny.forward(model.config, judge.routing, model.params, router, *prompts, jnp.asarray(s))
+    pruned = np.asarray(jax.nn.log_softmax(unembed(model.config, model.params, out.hidden_BxTxD)))
     divergence = (np.exp(dense) * (dense - pruned)).sum(-1)
     scored = zip(prompts.context - 1, prompts.length - 1)
     expected = np.mean([divergence[n, first:end].mean() for n, (first, end) in enumerate(scored)])

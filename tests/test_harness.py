@@ -1,6 +1,7 @@
 """The lm-eval adapter against the masked reference; local tasks against lm-eval's own; retrieval; `ftp-jax eval`."""
 
 import argparse
+import functools
 import json
 import pathlib
 import re
@@ -663,6 +664,16 @@ def test_the_command_equals_the_adapter(directories, served, data, tmp_path, cap
   assert "was made with decode_sparsity=None, now it is 0.2" in capsys.readouterr().err
 
 
+# `python -m lm_eval`, without the index of its own tasks, which takes 15 seconds.
+LM_EVALS_COMMAND = """
+import functools
+import lm_eval.tasks
+lm_eval.tasks.TaskManager = functools.partial(lm_eval.tasks.TaskManager, include_defaults=False)
+from lm_eval.__main__ import cli_evaluate
+cli_evaluate()
+"""
+
+
 def test_lm_evals_own_command_runs_the_model(directories, tmp_path):
   """In a process of its own, with a task that stands in a file; the plug-in file adds no row."""
   (tmp_path / "rows.py").write_text(
@@ -674,7 +685,7 @@ def test_lm_evals_own_command_runs_the_model(directories, tmp_path):
       'doc_to_text: "{{q}}"\ndoc_to_target: " {{a}}"\nmetric_list:\n  - metric: acc\n'
   )
   done = subprocess.run(
-      [sys.executable, "-m", "lm_eval", "--model", "ftp_jax", "--model_args",
+      [sys.executable, "-c", LM_EVALS_COMMAND, "--model", "ftp_jax", "--model_args",
        f"model={directories[0]},artifact={directories[1]},decode_sparsity=0.0", "--tasks",
        f"{command.PLUGIN},{tmp_path}/ends.yaml", "--batch_size", "2", "--output_path", str(tmp_path / "out")],
       capture_output=True, text=True, cwd=tmp_path,
@@ -735,7 +746,10 @@ def test_a_file_of_another_kind_is_not_taken_for_a_benchmark(data):
     suite.plan(choose(data, ["hellaswag"]))
 
 
-def test_names_of_lm_evals_own_tasks():
+def test_names_of_lm_evals_own_tasks(monkeypatch):
+  some = functools.partial(lm_eval.tasks.TaskManager, include_defaults=False, include_path=LM_EVAL / "lambada")
+  monkeypatch.setattr(lm_eval.tasks, "TaskManager", some)  # the index of all takes 15 seconds
+  monkeypatch.setattr(tasks, "_manager", functools.cache(tasks._manager.__wrapped__))
   with pytest.raises(UserError, match="'no_such_task' is neither a file"):
     suite.plan(suite.Suite(("no_such_task",)))
   with pytest.raises(UserError, match="lambada_openai' cannot be had .+; go online"):

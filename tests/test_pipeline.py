@@ -472,7 +472,8 @@ def test_a_run_directory_that_a_process_does_not_see_is_named(tmp_path):
     checks.check_shared(tmp_path / "config.json")
 
 
-def test_ablations_share_what_a_variant_leaves_alone(finished, tmp_path):
+def test_ablations_share_what_a_variant_leaves_alone(finished, tmp_path, monkeypatch):
+  monkeypatch.setattr(jax, "clear_caches", lambda: None)  # between variants, for the sake of memory
   ablations = importlib.import_module("experiments.ablations")
   table = ablations.run_variants(finished, tmp_path, ["as it is", "uniform", "without score"], 0.25, [0], 6)
   records = json.loads((tmp_path / "ablations_S0.25.json").read_text())["records"]

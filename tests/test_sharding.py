@@ -127,40 +127,42 @@ def test_a_batch_that_the_mesh_does_not_divide_is_refused():
 # --- the same result everywhere -----------------------------------------------------------------
 
 
-def train(parameters, kv_mode, router=ROUTER):
+def with_maps(parameters):
+  """The parameters with maps that stand in for skipped blocks."""
+  return stand_in.attach(parameters, sharding.place(parameters, random_maps(MODEL, 3, np.random.default_rng(4))))
+
+
+def training(kv_mode, router):
+  """Spec, state and batch of a training step."""
   settings = step.TrainSettings(4, 1e-2, 0, 1.0, "kl", 1.0, 1.0, False, "fisher", 1.0, "cosine")
   spec = step.StepSpec(MODEL, routing(kv_mode), router, settings, 6, remat="full")
   rows = prompts()
   scores = np.random.default_rng(1).random((MODEL.num_blocks, *rows.tokens.shape), np.float32)
-  state = step.init_state(settings, jax.tree.map(np.array, router_params(router)))
+  return spec, step.init_state(settings, jax.tree.map(np.array, router_params(router))), step.Batch(*rows, scores)
+
+
+def train(parameters, kv_mode, router):
+  spec, state, batch = training(kv_mode, router)
   for _ in range(2):
-    state, metrics = step.jitted_step(spec, parameters, state, step.Batch(*rows, scores), SCHEDULE)
+    state, metrics = step.jitted_step(spec, parameters, state, batch, SCHEDULE)
   return state, metrics
 
 
 @pytest.mark.parametrize(
-    "kv_mode, router, meshes",
-    [("project", ROUTER, MESHES), ("evict", ROUTER, MESHES[1:2]), ("project", PER_BLOCK, MESHES[1:2])],
+    "kv_mode, router, meshes, extend",
+    [("project", ROUTER, MESHES, lambda p: p), ("evict", PER_BLOCK, MESHES[1:2], with_maps)],
+    ids=["project, one router", "evict, a router a block, maps"],
 )
-def test_training_steps(kv_mode, router, meshes):
-  want = train(params(), kv_mode, router)
+def test_training_steps(kv_mode, router, meshes, extend):
+  want = train(extend(params()), kv_mode, router)
   for sizes in meshes:
-    got = train(on_mesh(sizes), kv_mode, router)
+    got = train(extend(on_mesh(sizes)), kv_mode, router)
     equal(got, want)
     assert all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(got))
 
 
-def test_training_steps_and_a_judge_with_maps_for_skipped_blocks():
-  maps = random_maps(MODEL, 3, np.random.default_rng(4))
-
-  def all_of(parameters):
-    moved = stand_in.attach(parameters, sharding.place(parameters, maps))
-    return train(moved, "project"), judged(moved)[1]
-
-  equal(all_of(on_mesh((2, 2, 2))), all_of(params()))
-
-
 def judged(parameters):
+  parameters = with_maps(parameters)
   judge = Judge(Frozen(MODEL, parameters), routing(), prompts(), 8, 6)
   rng = np.random.default_rng(2)
   candidates = np.concatenate([SCHEDULE[None], rng.choice([0.0, 0.25, 0.5], (4, 4)).astype(np.float32)])
@@ -232,16 +234,14 @@ def test_a_bucketed_prefill(kv_mode, meshes):
 @pytest.mark.parametrize("sizes", [*MESHES, (1, 8, 1)])
 def test_no_weight_is_gathered_whole(sizes):
   """The compiled step holds one block's weights at a time: no array of it is as large as a stacked matrix."""
-  parameters = on_mesh(sizes)
-  settings = step.TrainSettings(4, 1e-2, 0, 1.0, "kl", 1.0, 1.0, False, "static", 1.0, "cosine")
-  spec = step.StepSpec(MODEL, routing(), ROUTER, settings, 6, remat="full")
-  rows = prompts()
-  state = step.init_state(settings, router_params())
+  parameters, (spec, state, batch) = on_mesh(sizes), training("project", ROUTER)
+  rows = sharding.place(parameters, (batch.tokens_BxT, batch.context_B, batch.length_B), "batch")
+  placed = *rows, sharding.place(parameters, batch.fisher_LxBxT, None, "batch")
   with sharding.over(parameters):
-    placed = sharding.place(parameters, rows, "batch")
-    compiled = step.compiled_step(spec, sharding.mesh_of(parameters)).lower(
-        parameters, state, step.Batch(*placed, None), SCHEDULE
-    ).compile()
+    lowered = step.compiled_step(spec, sharding.mesh_of(parameters)).lower(
+        parameters, state, step.Batch(*placed), SCHEDULE
+    )
+  compiled = lowered.compile()
   text, parts = compiled.as_text(), math.prod(sizes[1:])
   whole = f"f32[{MODEL.num_blocks},{MODEL.hidden_size},{MODEL.intermediate_size}]"
   assert (whole in text) == (parts == 1)

@@ -29,7 +29,6 @@ CASES = {  # model, removed, schedule
     "late attention removed": (
         WINDOW, ((True, False), (False, False), (True, False), (True, True), (True, False)), None,
     ),
-    "routed": (GQA, NONE, [(0, 0.5), (0.5, 0.25), (0.25, 0), (0.5, 0.5)]),
     "routed, many buckets": (QWEN, NONE, [(0.9, 0.1), (0.2, 0.8), (0.3, 0.7), (0.6, 0.4)]),
     "routed and removed": (
         WINDOW, ((False, False), (False, True), (True, False), (False, False), (True, False)),
