@@ -16,6 +16,8 @@ the largest tensor of the checkpoint as loaded, plus 20%. A few minutes on two C
 """
 
 import contextlib
+import ctypes
+import gc
 import json
 import os
 import pathlib
@@ -149,6 +151,8 @@ def measure(directory: pathlib.Path, case: str, process: int, port: int) -> dict
   dtype = np.dtype(DTYPES[_DTYPE.value])
   abstract = decoder.abstract_params(config)
   jax.block_until_ready(jax.jit(lambda: jax.numpy.zeros(8))())  # the runtime's own memory is not the loader's
+  gc.collect()
+  ctypes.CDLL(None).malloc_trim(0)  # what is free but not given back would be filled before the process grows
   time.sleep(0.1)
   before, start, cpu = anon(), time.perf_counter(), time.process_time()
   with PeakAnon() as peak:

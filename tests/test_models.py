@@ -213,6 +213,7 @@ def test_query_that_sees_nothing_gets_zeros():
         (dict(rope_scaling="linear"), "rope_scaling"),
         (dict(rope_theta="x"), "rope_theta"),
         (dict(num_key_value_heads="2"), "num_key_value_heads"),
+        (dict(num_key_value_heads=0.5), "num_key_value_heads"),
         (dict(head_dim=-4), "head_dim"),
         (dict(rms_norm_eps="small"), "rms_norm_eps"),
         (dict(max_position_embeddings=0), "max_position_embeddings"),

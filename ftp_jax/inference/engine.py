@@ -277,8 +277,8 @@ class Engine:
   def _prefill(self, spec: Spec, weights: Weights, index, prompts, padding: Padding) -> Group:
     longest, buckets = max(map(len, prompts)), None if spec is self._dense.spec else self.buckets
     length = padding.context(longest, self.model.config.max_positions)
-    if buckets:  # a dense block needs as many slots as the context is wide
-      length = max(longest, min(length, max(buckets)))
+    if buckets and longest <= max(buckets):  # a dense block needs as many slots as the context is wide
+      length = min(length, max(buckets))
     plan = spec.plan(weights, length, self.max_buckets, buckets)
     tokens = np.zeros((len(prompts), length), np.int32)
     for row, prompt in zip(tokens, prompts):

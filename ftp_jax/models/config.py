@@ -140,9 +140,10 @@ class ModelConfig:
 
 
 def _number(hf: dict[str, Any], name: str, default: float | None, kind: type = int) -> Any:
-  """A positive number of the config; the default where it is missing or null. UserError for anything else."""
+  """A positive number of this kind; the default where it is missing or null. UserError for anything else."""
   value = default if hf.get(name) is None else hf[name]
-  if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
+  positive = not isinstance(value, bool) and isinstance(value, (int, float)) and 0 < value < float("inf")
+  if not positive or kind(value) != value:
     raise UserError(f"config.json has no valid {name!r} (got {value!r}); restore the model's own config.json.")
   return kind(value)
 
