@@ -167,7 +167,7 @@ class Screen:
   """Prints the text of a row as its tokens come.
 
   Held back is what later tokens may change: the replacement characters of an incomplete UTF-8 sequence, and
-  what may become a stop string, which is not printed, and nor are stop tokens.
+  what may become a stop string. Neither stop strings nor stop tokens are printed.
   """
 
   def __init__(self, decode, stop_strings: Sequence[str], stop_tokens: Sequence[int] = ()):
