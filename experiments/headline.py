@@ -14,7 +14,7 @@ from typing import Any
 import table_figures
 from absl import app, flags
 
-from ftp_jax.errors import UserError, brief, check_target
+from ftp_jax.errors import UserError, check_target
 from ftp_jax.plotting import BLACK, BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILION, new_figure, styled
 from ftp_jax.stages import read_json
 
@@ -90,7 +90,7 @@ def main(argv) -> None:
   try:
     found = entries(pathlib.Path(_RESULTS.value))
   except (UserError, KeyError, TypeError) as error:
-    raise UserError(f"--results={_RESULTS.value} lacks records ({brief(error)}); name docs/results.") from error
+    raise UserError(f"--results={_RESULTS.value} lacks the records that are read here; name docs/results.") from error
   order = {method: place for place, method in enumerate(NAMES)}
   found.sort(key=lambda entry: order.get(entry["method"], -1))
   plot(found, path)
