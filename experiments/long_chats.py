@@ -4,8 +4,9 @@
 
 `--documents` are text files or JSON Lines with a `text` field; without any it is the prose that Python carries.
 Documents are taken in a seeded order, each once before any a second time, excerpts of one do not overlap. Kinds of
-questions take turns: `general` ones suit any text, `about` asks about a name in it (a long word where there is none)
-and `quote` for what follows some of its words. The answers are greedy. The file is one that `data.source=prompts` reads
+questions take turns: `general` ones suit any text, `about` asks about a name in it (a long word where there is none),
+`quote` for what follows some of its words, and `fact`, which has to be named, for a fact that is put between two of its
+sentences, wherever that is. The answers are greedy. The file is one that `data.source=prompts` reads
 (with `data.chat=True`, and at most --answer tokens as `data.continuation`), so that routers can be trained on such
 chats, and that `main_table.py --long` measures all methods on; texts of the two should differ. Its lines name the
 `document`, so that no two sets of a run share one while documents suffice.
@@ -36,11 +37,35 @@ GENERAL = (
     "What is the most important point of the text?",
     "Write a title for the text and explain it.",
 )
-KINDS = ("general", "about", "quote")
+# A fact and the question for it. The retrieval task of `ftp-jax evaluate` has other words, things and numbers.
+FACTS = (
+    ("The meeting with {name} takes place in room {small}.", "In which room does the meeting with {name} take place?"),
+    ("{name} keeps the spare key under the {place}.", "Where does {name} keep the spare key?"),
+    ("The password that {name} chose is {word}.", "Which password did {name} choose?"),
+    ("{name} was born in {year}.", "In which year was {name} born?"),
+    ("The favourite fruit of {name} is the {fruit}.", "What is the favourite fruit of {name}?"),
+    ("For the {place} {name} paid {small} dollars.", "How much did {name} pay for the {place}?"),
+    ("The train to {town} leaves from platform {small}.", "From which platform does the train to {town} leave?"),
+    ("The sister of {name} lives in {town}.", "Where does the sister of {name} live?"),
+)
+WORDS = {
+    "name": (
+        "Anna Berg", "Tom Hale", "Mr. Ortega", "Lucy Park", "Dr. Novak", "Omar Said", "Ruth Klein", "Ivan Petrov",
+        "Mrs. Doyle", "Chen Wei", "Nadia Rossi", "Paul Mbeki",
+    ),
+    "place": ("doormat", "flowerpot", "piano", "bookshelf", "mailbox", "sofa", "carpet", "bench", "mirror", "cupboard"),
+    "word": ("harvest", "lantern", "compass", "feather", "thunder", "velvet", "cinnamon", "granite", "meadow"),
+    "fruit": ("pear", "cherry", "mango", "plum", "apricot", "melon", "fig", "papaya", "lemon", "grape"),
+    "town": ("Lisbon", "Oslo", "Nairobi", "Kyoto", "Quebec", "Lima", "Dublin", "Cairo", "Vienna", "Hanoi"),
+    "small": tuple(map(str, range(11, 99))),
+    "year": tuple(map(str, range(1901, 1999))),
+}
+KINDS = ("general", "about", "quote", "fact")
 _BATCH = 4
 _QUOTED = 6  # words
 _NAME = re.compile(r"(?<=[a-z,;] )[A-Z][a-z]+(?: [A-Z][a-z]+)*")  # capitalised, not at the start of a sentence
 _WORD = re.compile(r"[a-z]{8,}")
+_SENTENCE = re.compile(r"(?<=[a-z][.!?])\s+")
 
 _MODEL = flags.DEFINE_string("model", "smollm2-135m", "Model source, a chat model.")
 _DOCUMENTS = flags.DEFINE_list("documents", [], "Files of long texts; none: the prose that Python carries.")
@@ -48,7 +73,7 @@ _OUT = flags.DEFINE_string("out", None, "File to write.", required=True)
 _TOKENS = flags.DEFINE_integer("tokens", 960, "Tokens of an excerpt; question and template come on top.", lower_bound=2)
 _ANSWER = flags.DEFINE_integer("answer", 32, "Tokens of an answer at most.", lower_bound=1)
 _COUNT = flags.DEFINE_integer("count", 32, "Chats.", lower_bound=1)
-_QUESTIONS = flags.DEFINE_list("questions", list(KINDS), "Kinds of questions, which take turns.")
+_QUESTIONS = flags.DEFINE_list("questions", list(KINDS[:3]), "Kinds of questions, which take turns.")
 _SEED = flags.DEFINE_integer("seed", 0, "Which excerpts, and what is asked of them.", lower_bound=0)
 
 
@@ -76,8 +101,17 @@ def excerpts(documents: list[str], tokenizer, tokens: int, count: int, seed: int
   return list(zip(names, (text.strip("\ufffd").strip() for text in texts)))  # may be cut within a character
 
 
+def with_fact(text: str, rng: random.Random) -> tuple[str, str]:
+  """The text with one of FACTS between two of its sentences, or at an end where it has but one; the question for it."""
+  fact, ask = rng.choice(FACTS)
+  words = {kind: rng.choice(options) for kind, options in WORDS.items()}
+  ends = [found.end() for found in _SENTENCE.finditer(text)]
+  at = rng.choice([0, *ends])
+  return f"{text[:at]}{fact.format(**words)} {text[at:]}", ask.format(**words)
+
+
 def question(kind: str, text: str, number: int, rng: random.Random) -> str:
-  """A question of one of KINDS; `number` says which general one. A general one, too, where a text has no such words."""
+  """A question of a kind but `fact`; `number` says which general one, asked where a text has no such words, too."""
   if kind == "about":
     names = _NAME.findall(text) or _WORD.findall(text)
     if names:
@@ -104,11 +138,11 @@ def main(argv) -> None:
   engine = Engine.load(_MODEL.value)
   found = excerpts(documents, engine.model.tokenizer, _TOKENS.value, _COUNT.value, _SEED.value)
   kinds = len(_QUESTIONS.value)
-  asked = [
-      question(_QUESTIONS.value[i % kinds], text, i // kinds, random.Random(f"{_SEED.value} {i}"))
-      for i, (_, text) in enumerate(found)
-  ]
-  prompts = [f"{text}\n\n{ask}" for (_, text), ask in zip(found, asked)]
+  prompts = []
+  for i, (_, text) in enumerate(found):
+    kind, rng = _QUESTIONS.value[i % kinds], random.Random(f"{_SEED.value} {i}")
+    text, ask = with_fact(text, rng) if kind == "fact" else (text, question(kind, text, i // kinds, rng))
+    prompts.append(f"{text}\n\n{ask}")
   ids = [engine.encode(prompt, chat=True) for prompt in prompts]
   engine.check(ids, _ANSWER.value)
   answers = []

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ftp_jax.models import attention, decoder
+from ftp_jax.models import attention, decoder, kernels
 from ftp_jax.models.attention import EMPTY
 from ftp_jax.routing import bodies, bucketed, decode, factors, routers, stand_in
 from ftp_jax.routing.cache import empty_recent
@@ -290,6 +290,48 @@ def test_long_prompts_are_computed_as_short_ones(name, monkeypatch):
       assert_close(own, theirs)
 
   law()
+
+
+@pytest.mark.parametrize("few, name, called", [
+    (3, "global_project", {(CONTEXT, True), (1, False)}),
+    (2, "global_project", {(CONTEXT, True), (4, False), (1, False)}),
+    (3, "global_evict_from_2", {(CONTEXT, True), (4, True), (1, False)}),
+    (3, "recurrent_evict", {(CONTEXT, True), (4, True), (8, True), (1, False)}),
+    (3, "global_evict_maps", {(10, True), (5, True), (1, False)}),
+])
+def test_programs_for_a_gpu_compute_the_same(few, name, called, monkeypatch):
+  """Every block in a phase of its own or of its like, slots by a scatter, and cuDNN's calls, computed by XLA."""
+  case, calls = CASE[name], set()
+
+  def cudnn(q, *args, aligned, **options):
+    calls.add((q.shape[1], aligned))
+    return run_cudnn(q, *args, aligned=aligned, implementation="xla", **options)
+
+  run_cudnn = kernels.cudnn
+  monkeypatch.setattr(kernels, "cudnn", cudnn)
+  monkeypatch.setattr(kernels, "on_gpu", lambda: True)
+  monkeypatch.setattr(kernels, "backend_name", lambda: "cuda")
+  monkeypatch.setattr(kernels, "choose", lambda *args, **options: "cudnn")
+  monkeypatch.setattr(bodies, "_FEW_QUERIES", few)
+  for name, function in (("prefill", bucketed.prefill), ("extend", decode.extend)):
+    static = STATIC if name == "prefill" else STATIC[:-1]
+    monkeypatch.setitem(globals(), name, jax.jit(functools.partial(function), static_argnames=static))  # traced anew
+
+  @drawn(max_examples=4)
+  @given(inputs(case))
+  def law(x):
+    logits, keep = reference(case, x)
+    plan, out = run_prefill(case, x)
+    in_context = np.arange(CONTEXT)[None] < x.context[:, None]
+    np.testing.assert_array_equal(out.cache.keep_LxBxT, keep[:, :, :CONTEXT] & in_context)
+    assert_close(out.logits_BxV, logits[np.arange(ROWS), x.context - 1])
+    at = x.context[:, None] + np.arange(NEW)[None]
+    new_logits, new_keep = run_extend(case, x, plan, out.cache, x.continuation, NEW)
+    np.testing.assert_array_equal(new_keep, np.take_along_axis(keep, at[None], axis=2))
+    assert_close(new_logits, np.take_along_axis(logits, at[:, :, None], axis=1))
+
+  law()
+  assert calls == called
 
 
 @all_cases

@@ -47,6 +47,13 @@ def test_phases_by_hand(routed, routing, want):
   assert make_plan([0.5 * int(r) for r in routed], 10, routing).phases(routing) == want
 
 
+def test_phases_without_branches_by_hand():
+  plan = make_plan([0.0, 0.0, 0.5, 0.5, 0.3, 0.3, 0.5], 10, RoutingConfig())
+  assert plan.phases(RoutingConfig(), [False] * 7) == [(0, 2), (2, 4), (4, 6), (6, 7)]
+  scored = [False, False, True, True, False, True, False]
+  assert plan.phases(RoutingConfig(one_pass_block=1), scored) == [(0, 1), (1, 2), (2, 4), (4, 5), (5, 6), (6, 7)]
+
+
 def test_merged_buckets_by_hand():
   # 3 and 4 merge at the cost of one slot, 7 and 10 would cost three.
   assert make_plan([0.7, 0.6, 0.3, 0.0], 10, RoutingConfig(), 2).slots == (4, 4, 7, 10)

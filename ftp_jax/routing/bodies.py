@@ -30,6 +30,8 @@ from ftp_jax.routing.slots import Slots, gather, in_chunks
 # less memory; and an attention of small tiles for the bodies of so few slots, apart from that of all others.
 _MLP_SLOTS = 768
 _FEW_SLOTS = 64
+# With cuDNN: kept queries before all keys are few below one in this many positions; measured on an H200.
+_FEW_QUERIES = 3
 
 
 class Gate(NamedTuple):
@@ -45,8 +47,12 @@ class Gate(NamedTuple):
 class ScoreTable:
   """Attention scores of the contexts' last queries, which routers of the next block read."""
 
-  def __init__(self, contexts: Contexts, score_window: int):
-    self._contexts = contexts
+  def __init__(self, contexts: Contexts, score_window: int, always: bool):
+    """
+    Args:
+      always: every block that it is given to is scored; otherwise inputs say which.
+    """
+    self._contexts, self._always = contexts, always
     self._window_BxW = factor_lib.window_rows(contexts.context_B, score_window)
 
   def after(
@@ -65,7 +71,7 @@ class ScoreTable:
       seen = visible(at, key, self._contexts.config.sliding_window)
       return jnp.where(keep_BxT, to_positions(factor_lib.window_scores(q, k_BxSxGxN, seen, counts)), score)
 
-    return jax.lax.cond(inputs["scored"], new, lambda: score)
+    return new() if self._always else jax.lax.cond(inputs["scored"], new, lambda: score)
 
 
 def project(contexts: Contexts, table: ScoreTable | None, x, score, gate: Gate, buffers, inputs):
@@ -157,10 +163,20 @@ class Body:
 
   def whole(self, x, score, gate: Gate, held, inputs):
     """The block with its attention: (x, score, tiles)."""
-    operands, score, tiles = self.before(x, score, gate, held, inputs)
+    (q, k, v, query, key), score, tiles = self.before(x, score, gate, held, inputs)
+    contexts = self._contexts
     # The queries are the keys, slot by slot, but for the last token's alone and for kept ones before all keys.
     aligned = not self.last and (self.evict or not self.gathers)
-    return self.after(x, gate, self._contexts.attend(*operands, aligned=aligned), inputs), score, tiles
+    many = not self.last and _FEW_QUERIES * self.num_slots >= contexts.num_positions
+    if many and not aligned and contexts.in_cudnn(q, k):
+      # At their positions, beside what stands there for the others: it computes all pairs of a causal mask faster than
+      # those of any other with a third of the queries or more.
+      q = gather(q, gate.filled.slot_BxT)
+      attended = contexts.attend(q, k, v, contexts.query_positions(), key, aligned=True)
+      attended = gather(attended, gate.filled.position_BxK[:, : self.num_slots])
+    else:
+      attended = contexts.attend(q, k, v, query, key, aligned=aligned)
+    return self.after(x, gate, attended, inputs), score, tiles
 
 
 def run_body(contexts: Contexts, bodies: Sequence[Body], which, x, score, gate: Gate, held, inputs):

@@ -3,6 +3,7 @@
 The routes are those of `masked.forward`, by the same functions; only kept tokens are computed. One scan runs over the
 blocks of each of `Plan.phases` and branches to the body of the block's bucket, so that it holds as many block bodies as
 its blocks have distinct buckets; where XLA computes attention, bodies share it: the scan branches before and after.
+Where branches would make the host wait, as on a GPU, phases are as many as it takes to need none.
 The last block computes the last token's output alone, as nothing else is read.
 """
 
@@ -12,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ftp_jax.models import decoder
+from ftp_jax.models import decoder, kernels
 from ftp_jax.models.config import ModelConfig
 from ftp_jax.routing import factors as factor_lib
 from ftp_jax.routing import routers
@@ -95,7 +96,8 @@ def prefill(
   batch, num_positions = tokens_BxT.shape
   assert num_positions == plan.num_positions and router.kind != "given"
   contexts = Contexts(config, params, tokens_BxT, context_B, attention)
-  row_B, table = routers.row_seed(tokens_BxT, context_B), ScoreTable(contexts, routing.score_window)
+  row_B = routers.row_seed(tokens_BxT, context_B)
+  tables = {always: ScoreTable(contexts, routing.score_window, always) for always in (False, True)}
   scored = [router.reads_scores and some for some in routing.scored_blocks(plan.routed, router.recurrent)]
 
   def decide(x, score, state, inputs):
@@ -115,8 +117,8 @@ def prefill(
 
   def run(carry, inputs, begin, end):
     """Blocks [begin, end), with bodies for the buckets they have."""
-    used = sorted(set(plan.body_of[begin:end]))
-    own = table if any(scored[begin:end]) else None
+    used, some = sorted(set(plan.body_of[begin:end])), scored[begin:end]
+    own = tables[all(some)] if any(some) else None
     bodies = [Body(contexts, *plan.bodies[i], begin >= plan.evict_from, own) for i in used]
     inputs = inputs | {"body": jnp.asarray([used.index(i) for i in plan.body_of[begin:end]], jnp.int32)}
     return jax.lax.scan(lambda carry, inputs: one_block(bodies, carry, inputs), carry, inputs)
@@ -133,7 +135,7 @@ def prefill(
       empty_cache(config, plan, batch, dtype),
   )
   last, start, routes, planned = config.num_blocks - 1, routing.one_pass_block, [], None
-  for begin, end in plan.phases(routing):
+  for begin, end in plan.phases(routing, scored if kernels.on_gpu() else None):
     of_phase, stop = jax.tree.map(lambda a: a[begin:end], inputs), min(end, last)
     if begin == start and any(plan.routed[begin:]):
       planned = _decide_ahead(decide, carry, jax.tree.map(lambda a: a[begin:], inputs))

@@ -59,6 +59,11 @@ class Contexts:
         implementation=self._attention,
     )
 
+  def in_cudnn(self, q_BxKxHxN: jax.Array, k_BxSxGxN: jax.Array) -> bool:
+    """Whether `attend` of such queries, any number of them, is cuDNN's."""
+    window, implementation = self.config.sliding_window, self._attention
+    return kernels.chosen(q_BxKxHxN, k_BxSxGxN, window, aligned=False, implementation=implementation) == "cudnn"
+
   def rope(self, position_BxK: jax.Array) -> tuple[jax.Array, jax.Array]:
     """sin and cos (B,K,N/2) of some positions of each row."""
     of_rows = lambda a: gather(jnp.broadcast_to(a, (self.batch,) + a.shape[1:]), position_BxK)

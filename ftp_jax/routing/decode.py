@@ -5,12 +5,13 @@ newest. Teacher forcing many tokens at once therefore gives what decoding them o
 """
 
 import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from ftp_jax.models import decoder
+from ftp_jax.models import decoder, kernels
 from ftp_jax.models.attention import attend_cached, visible
 from ftp_jax.models.config import ModelConfig
 from ftp_jax.routing import factors as factor_lib
@@ -43,7 +44,6 @@ class Continuation:
     routes: tokens may skip: some gate is to be decided.
     scored: the router reads what tokens have paid to those before them.
     position_BxC: of the new tokens.
-    sizes: the distinct numbers of slots that blocks have in the cache.
   """
 
   def __init__(
@@ -66,7 +66,6 @@ class Continuation:
     earlier = jnp.arange(self.room)[None, None] < self._steps_C[None, :, None]
     over = lambda a: jnp.broadcast_to(a, (self.batch, num_new, a.shape[2]))
     self._before_BxCxP = jnp.concatenate([over(in_context), over(earlier)], axis=2)
-    self.sizes = sorted(set(plan.cache_slots))
 
   def decide(self, x_BxCxD, seen_BxCxP, state, inputs) -> tuple[jax.Array, Any]:
     """One block's gates (B,C), and the router's state."""
@@ -95,14 +94,20 @@ class Continuation:
     k, v = self.apply(index, decoder.Block.keys_values, x_BxCxD, *self._angles)
     return k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
 
-  def computed(self, x_BxCxD, k_BxGxCxN, v_BxGxCxN, computed_BxM, evict: bool, inputs) -> tuple[jax.Array, Any]:
-    """The states after a block that computes all of them, and what they paid (B,C,P) if that is read."""
+  def computed(
+      self, x_BxCxD, k_BxGxCxN, v_BxGxCxN, computed_BxM, evict: bool, sizes: Sequence[int], inputs
+  ) -> tuple[jax.Array, Any]:
+    """The states after a block that computes all of them, and what they paid (B,C,P) if that is read.
+
+    Args:
+      sizes: numbers of slots in the cache; the block has the one that `size` of its inputs says.
+    """
     index = inputs["index"]
     append = lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new, self._count, 2)
     mask = jnp.broadcast_to(self._recent_CxM[None], (self.batch, self.num_new, self.room))
     q = self.apply(index, decoder.Block.queries, x_BxCxD, *self._angles)
     attended, paid = jax.lax.switch(
-        inputs["size"], [functools.partial(self._attend, slots) for slots in self.sizes], q, inputs["offset"],
+        inputs["size"], [functools.partial(self._attend, slots) for slots in sizes], q, inputs["offset"],
         append(inputs["k"], k_BxGxCxN), append(inputs["v"], v_BxGxCxN),
         mask & computed_BxM[:, None, :] if evict else mask,
     )
@@ -143,7 +148,7 @@ def extend(
   batch, num_new = tokens_BxC.shape
   new = Continuation(config, routing, plan, params, router, cache, recent, num_new)
 
-  def body(plan_from, evict, carry, inputs):
+  def body(plan_from, evict, sizes, carry, inputs):
     x, seen, state = carry
     index, keep = inputs["index"], jnp.ones((batch, num_new), bool)
     if new.routes:
@@ -153,7 +158,7 @@ def extend(
 
     def compute(x, seen):
       k, v = projected or new.keys_values(index, x)
-      y, paid = new.computed(x, k, v, computed, evict, inputs)
+      y, paid = new.computed(x, k, v, computed, evict, sizes, inputs)
       if new.scored:
         known = jnp.concatenate([inputs["keep"], computed], axis=1)
         seen = jnp.where(keep[:, :, None] & known[:, None, :], paid, seen)
@@ -170,7 +175,6 @@ def extend(
       "index": jnp.arange(config.num_blocks),
       "sparsity": decode_schedule(jnp.asarray(schedule_L, jnp.float32), routing.decode_sparsity),
       "router": router.params if router.per_block else None,
-      "size": jnp.asarray([new.sizes.index(s) for s in plan.cache_slots], jnp.int32),
       "offset": jnp.asarray(plan.offsets, jnp.int32),
       "keep": cache.keep_LxBxT if new.scored else None,
       "least": cache.least_LxB,
@@ -184,11 +188,15 @@ def extend(
       routers.init_state(router, batch, num_new),
   )
   plan_from, parts = None, []
-  for begin, end in routing.phases(config.num_blocks):
+  slots = plan.cache_slots
+  cuts = [i for i in range(1, len(slots)) if slots[i] != slots[i - 1]] if kernels.on_gpu() else []
+  for begin, end in routing.phases(config.num_blocks, more=cuts):
     if begin == routing.one_pass_block:
       plan_from = carry[:2]
     some, evict = jax.tree.map(lambda a: a[begin:end], inputs), begin >= routing.first_evicting(config.num_blocks)
-    carry, part = jax.lax.scan(functools.partial(body, plan_from, evict), carry, some)
+    sizes = sorted(set(slots[begin:end]))
+    some["size"] = jnp.asarray([sizes.index(s) for s in slots[begin:end]], jnp.int32)
+    carry, part = jax.lax.scan(functools.partial(body, plan_from, evict, sizes), carry, some)
     parts.append(part)
   x = carry[0]
   keep, k, v = jax.tree.map(lambda *a: jnp.concatenate(a), *parts) if len(parts) > 1 else parts[0]

@@ -8,6 +8,7 @@ at least what the longest context it takes can need; each phase of a program has
 import dataclasses
 import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -60,12 +61,19 @@ class Plan:
     """Tiles of T slots fit into the cache at every block's offset but the last one's, whose tile has its own size."""
     return all(offset + self.num_positions <= sum(self.cache_slots) for offset in self.offsets[:-1])
 
-  def phases(self, routing: RoutingConfig) -> list[tuple[int, int]]:
+  def phases(self, routing: RoutingConfig, alike: Sequence[Any] | None = None) -> list[tuple[int, int]]:
     """Those of `routing`, with the dense blocks before and after all routed ones in phases of their own.
 
     A phase of one body branches nowhere; for a single block, or the last one, which stands apart anyway, that is not
     worth one more body to compile.
+
+    Args:
+      alike: something of each block, (L). Where it is given, all blocks of a phase are alike in it and in their body,
+        so that none branches, for more bodies to compile.
     """
+    if alike is not None:
+      kinds = list(zip(self.body_of, alike))
+      return routing.phases(len(kinds), more=[i for i in range(1, len(kinds)) if kinds[i] != kinds[i - 1]])
     routed, end = [block for block, routed in enumerate(self.routed) if routed], len(self.body_of) - 1
     cuts = (routed[0] if routed[0] > 1 else 0, routed[-1] + 1 if routed[-1] + 2 < end else 0) if routed else ()
     return routing.phases(len(self.body_of), more=cuts)

@@ -1,10 +1,13 @@
 """Slots of the tokens that a block computes: which token stands where, and taking tokens there and back."""
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+
+from ftp_jax.models import kernels
 
 
 class Slots(NamedTuple):
@@ -25,10 +28,22 @@ def fill_slots(keep_BxT: jax.Array, num_slots: int) -> Slots:
   """Slots of the kept tokens, of which no row has more than `num_slots`."""
   num_positions = keep_BxT.shape[1]
   kept_so_far = jnp.cumsum(keep_BxT, axis=1)
-  # Slot k holds the first position up to which k + 1 tokens are kept.
-  position = jax.vmap(lambda count: jnp.searchsorted(count, jnp.arange(1, num_slots + 1)))(kept_so_far)
+  if kernels.on_gpu():
+    # Its compiler would add up the counts anew for every element of whatever is taken by them.
+    kept_so_far = jax.lax.optimization_barrier(kept_so_far)
+    position = jax.vmap(functools.partial(_scattered, num_slots))(keep_BxT, kept_so_far)
+  else:
+    # Slot k holds the first position up to which k + 1 tokens are kept.
+    position = jax.vmap(lambda count: jnp.searchsorted(count, jnp.arange(1, num_slots + 1)))(kept_so_far)
   slot = jnp.clip(kept_so_far - 1, 0, num_slots - 1)
   return Slots(jnp.minimum(position, num_positions - 1), position < num_positions, slot)
+
+
+def _scattered(num_slots: int, keep_T: jax.Array, kept_so_far_T: jax.Array) -> jax.Array:
+  """Positions (K,) of the kept tokens, T in slots without one: one small program, where a search has one a step."""
+  size = len(keep_T)
+  at = jnp.where(keep_T, kept_so_far_T - 1, num_slots)
+  return jnp.full(num_slots, size).at[at].set(jnp.arange(size), mode="drop")
 
 
 def gather(x_BxTxD: jax.Array, index_BxK: jax.Array) -> jax.Array:
