@@ -52,6 +52,10 @@ def test_phases_without_branches_by_hand():
   assert plan.phases(RoutingConfig(), [False] * 7) == [(0, 2), (2, 4), (4, 6), (6, 7)]
   scored = [False, False, True, True, False, True, False]
   assert plan.phases(RoutingConfig(one_pass_block=1), scored) == [(0, 1), (1, 2), (2, 4), (4, 5), (5, 6), (6, 7)]
+  # Nine kinds in a row are too many phases; eight are not.
+  for blocks, want in ((9, [(0, 9)]), (8, [(i, i + 1) for i in range(8)])):
+    plan = make_plan([0.5, 0.3] * 4 + [0.5] * (blocks - 8), 10, RoutingConfig())
+    assert plan.phases(RoutingConfig(), [0] * 8 + [1] * (blocks - 8)) == want
 
 
 def test_merged_buckets_by_hand():

@@ -3,7 +3,7 @@
 The routes are those of `masked.forward`, by the same functions; only kept tokens are computed. One scan runs over the
 blocks of each of `Plan.phases` and branches to the body of the block's bucket, so that it holds as many block bodies as
 its blocks have distinct buckets; where XLA computes attention, bodies share it: the scan branches before and after.
-Where branches would make the host wait, as on a GPU, phases are as many as it takes to need none.
+Where branches make the host wait, on a GPU, there are more phases, so that most plans need none.
 The last block computes the last token's output alone, as nothing else is read.
 """
 

@@ -18,7 +18,7 @@ from ftp_jax.routing import factors as factor_lib
 from ftp_jax.routing import routers, stand_in
 from ftp_jax.routing.cache import Cache, Recent
 from ftp_jax.routing.config import RoutingConfig
-from ftp_jax.routing.plan import Plan
+from ftp_jax.routing.plan import Plan, changes
 from ftp_jax.routing.routers import Router
 from ftp_jax.routing.selection import decode_schedule, keep_continuation
 
@@ -189,7 +189,7 @@ def extend(
   )
   plan_from, parts = None, []
   slots = plan.cache_slots
-  cuts = [i for i in range(1, len(slots)) if slots[i] != slots[i - 1]] if kernels.on_gpu() else []
+  cuts = changes(slots) if kernels.on_gpu() else []
   for begin, end in routing.phases(config.num_blocks, more=cuts):
     if begin == routing.one_pass_block:
       plan_from = carry[:2]

@@ -69,14 +69,23 @@ class Plan:
 
     Args:
       alike: something of each block, (L). Where it is given, all blocks of a phase are alike in it and in their body,
-        so that none branches, for more bodies to compile.
+        so that none branches, unless that takes too many phases: `changes`.
     """
-    if alike is not None:
-      kinds = list(zip(self.body_of, alike))
-      return routing.phases(len(kinds), more=[i for i in range(1, len(kinds)) if kinds[i] != kinds[i - 1]])
+    cuts = changes(list(zip(self.body_of, alike))) if alike else []
+    if cuts:
+      return routing.phases(len(self.body_of), more=cuts)
     routed, end = [block for block, routed in enumerate(self.routed) if routed], len(self.body_of) - 1
     cuts = (routed[0] if routed[0] > 1 else 0, routed[-1] + 1 if routed[-1] + 2 < end else 0) if routed else ()
     return routing.phases(len(self.body_of), more=cuts)
+
+
+def changes(kinds: Sequence[Any]) -> list[int]:
+  """The blocks of another kind than the one before; none where they are as many as MAX_BUCKETS or more.
+
+  Every phase is a body to compile, and a compiler that sees blocks one by one may hold copies of all their weights.
+  """
+  found = [block for block in range(1, len(kinds)) if kinds[block] != kinds[block - 1]]
+  return found if len(found) < MAX_BUCKETS else []
 
 
 def make_plan(
