@@ -14,10 +14,11 @@ from ftp_jax.data.prompts import Prompts, pack
 from ftp_jax.errors import UserError
 from ftp_jax.evaluation import baselines, flops, methods
 from ftp_jax.evaluation.baselines import (
-    Calibration, Yardstick, blockpruner, late_maps, mod, registry, skipgpt, subblocks,
+    Calibration, Yardstick, blockpruner, kinds, late_maps, mod, registry, skipgpt, subblocks,
 )
 from ftp_jax.evaluation.judge import Frozen, Judge
 from ftp_jax.evaluation.perplexity import truncated_perplexity
+from ftp_jax.export import artifact as artifacts
 from ftp_jax.export.artifact import Artifact
 from ftp_jax.inference import Engine, Sampling
 from ftp_jax.inference import engine as engine_module
@@ -262,6 +263,30 @@ def test_a_trained_artifact_is_measured_alike(model, yardstick, prompts, monkeyp
   monkeypatch.setattr(engine_module, "fingerprint", str)
   mixed, _ = yardstick.compare(Engine(model, artifact))  # shorter prompts fall back to the dense model
   assert_close(mixed.kl, np.where(prompts.context >= 10, found.kl, 0), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["static", "late_maps", "fastv", "mod"])
+def test_a_baseline_runs_as_an_artifact(name, model, prompts, calibration, trained, yardstick, tmp_path, monkeypatch):
+  """Written, read and run by the engine that serves FTP: the same routes and the same answers."""
+  for module in (kinds, engine_module):
+    monkeypatch.setattr(module, "fingerprint", str)
+  baseline = trained[name] if name in trained else baselines.build(name, model, 0.4, calibration)
+  artifacts.save(baselines.to_artifact(baseline, "tiny", {"kl": 0.5}), tmp_path)
+  artifact = artifacts.load(tmp_path)
+  assert artifact.base_model == "tiny" and artifact.figures == {"kl": 0.5}
+  want, ours = yardstick.compare(baseline.engine)
+  found, theirs = yardstick.compare(Engine(model, artifact))
+  assert_close(found.kl, want.kl)
+  for one, other in zip(theirs, ours):
+    keep = [np.asarray(group.prefilled.cache.keep_LxBxT) for group in (*one.groups, *other.groups)]
+    np.testing.assert_array_equal(*keep)
+
+
+@pytest.mark.parametrize("name", ["random", "truncation", "skipgpt"])
+def test_what_has_no_router_is_no_artifact(name, model, trained):
+  baseline = trained[name] if name in trained else baselines.build(name, model, 0.4)
+  with pytest.raises(UserError, match="cannot be an artifact, .* choose static, late, late_maps, fastv or mod"):
+    baselines.to_artifact(baseline, "tiny", {})
 
 
 def test_mod_routes_every_other_block():

@@ -137,6 +137,16 @@ def init_router(config: RouterConfig, key: jax.Array, num_blocks: int, model_siz
   return init(key)
 
 
+def of_factor(name: str) -> tuple[RouterConfig, Any]:
+  """Config and parameters of a dynamic router that keeps the tokens with the most of one factor.
+
+  With "position" these are the latest, as the static router has it, in the form in which artifacts hold a router.
+  """
+  config = RouterConfig(factors=(name,), hidden_states=False, hidden_size=1)
+  layer = lambda *kernel: {"kernel": np.array([kernel], np.float32), "bias": np.zeros(len(kernel), np.float32)}
+  return config, {"hidden": layer(1.0), "out": layer(0.0, 1.0)}  # silu of a factor, none of which is negative, grows
+
+
 def init_state(router: Router, batch: int, num_positions: int) -> jax.Array:
   """What the router carries from block to block, (B,T,R); empty unless recurrent."""
   return jnp.zeros((batch, num_positions, router.config.hidden_size if router.recurrent else 0))

@@ -8,6 +8,7 @@
 from ftp_jax.evaluation.baselines.calibration import Calibration as Calibration
 from ftp_jax.evaluation.baselines.kinds import Baseline as Baseline
 from ftp_jax.evaluation.baselines.kinds import from_artifact as from_artifact
+from ftp_jax.evaluation.baselines.kinds import to_artifact as to_artifact
 from ftp_jax.evaluation.baselines.measure import Yardstick as Yardstick
 from ftp_jax.evaluation.baselines.registry import METHODS as METHODS
 from ftp_jax.evaluation.baselines.registry import build as build

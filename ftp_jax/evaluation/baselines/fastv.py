@@ -18,18 +18,9 @@ from ftp_jax.errors import UserError
 from ftp_jax.evaluation.baselines.calibration import Calibration
 from ftp_jax.evaluation.judge import Frozen, Judge
 from ftp_jax.routing import routers
-from ftp_jax.routing.config import RouterConfig, RoutingConfig
+from ftp_jax.routing.config import RoutingConfig
 
-ROUTER = RouterConfig("global", factors=("score",), hidden_states=False, hidden_size=1)
 _DEPTHS = (1 / 4, 3 / 8, 1 / 2, 5 / 8)  # of the model, tried beside block 2
-
-
-def by_score() -> Any:
-  """Parameters of ROUTER whose margin is silu(score), which grows with the score as scores are not negative."""
-  return {
-      "hidden": {"kernel": np.ones((1, 1), np.float32), "bias": np.zeros(1, np.float32)},
-      "out": {"kernel": np.array([[0, 1]], np.float32), "bias": np.zeros(2, np.float32)},
-  }
 
 
 def schedules(num_blocks: int, sparsity: float) -> dict[int, np.ndarray]:
@@ -49,15 +40,16 @@ def schedules(num_blocks: int, sparsity: float) -> dict[int, np.ndarray]:
 def calibrate(model: Frozen, sparsity: float, calibration: Calibration, seed: int) -> tuple[dict[str, Any], Any]:
   """Facts of a `Routed`, the KL of every K among them, and the router's parameters."""
   del seed
-  router, found = routers.Router("dynamic", ROUTER, jax.tree.map(jnp.asarray, by_score())), {}
+  config, params = routers.of_factor("score")
+  router, found = routers.Router("dynamic", config, jax.tree.map(jnp.asarray, params)), {}
   for k, schedule_L in schedules(model.config.num_blocks, sparsity).items():
     routing = RoutingConfig("evict", one_pass_block=k)
     judge = Judge(model, routing, calibration.validation, calibration.batch, calibration.num_scored)
     found[k] = float(judge.kl(router, schedule_L[None])[0]), routing, schedule_L
   _, routing, schedule_L = found[min(found, key=lambda k: found[k][0])]
   return {
-      "router": dataclasses.asdict(ROUTER),
+      "router": dataclasses.asdict(config),
       "routing": dataclasses.asdict(routing),
       "schedule": schedule_L.tolist(),
       "validation_kl": {str(k): kl for k, (kl, *_) in found.items()},
-  }, by_score()
+  }, params

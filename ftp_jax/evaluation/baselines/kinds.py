@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ftp_jax.data.prompts import Prompts, batches
+from ftp_jax.errors import UserError
 from ftp_jax.evaluation import flops
 from ftp_jax.evaluation.baselines import subblock_inference, subblocks
 from ftp_jax.evaluation.judge import Frozen
@@ -22,6 +23,7 @@ from ftp_jax.export.artifact import Artifact
 from ftp_jax.inference.engine import Engine, Prefix
 from ftp_jax.inference.padding import FINE, Padding
 from ftp_jax.inference.programs import Execution, Spec, Weights
+from ftp_jax.models.huggingface import fingerprint
 from ftp_jax.models.sources import Model
 from ftp_jax.routing import routers, stand_in
 from ftp_jax.routing.config import RoutingConfig
@@ -263,3 +265,28 @@ def from_artifact(model: Model, artifact: Artifact, **options) -> Routed:
   }
   sparsity = round(float(np.mean(artifact.schedule)), 6)
   return Routed("ftp", sparsity, 0, model, facts, stand_in.join(artifact.params, artifact.stand_in), options)
+
+
+def to_artifact(baseline: Baseline, base_model: str, figures: dict[str, Any]) -> Artifact:
+  """A baseline that skips tokens as an artifact that `Engine` and PyTorch run as they run FTP's.
+
+  Args:
+    base_model: what the artifact names as the source of the baseline's model.
+
+  Raises:
+    UserError: the baseline is of another kind, or its router is the random one.
+  """
+  if not isinstance(baseline, Routed) or baseline.facts["router"] == "random":
+    raise UserError(
+        f"The baseline {baseline.name!r} cannot be an artifact, which has a router and skips tokens; choose static, "
+        "late, late_maps, fastv or mod."
+    )
+  params, maps = stand_in.split(baseline.arrays)
+  config = baseline.router.config
+  if baseline.router.kind == "static":
+    config, params = routers.of_factor("position")
+  return Artifact(
+      base_model=base_model, fingerprint=fingerprint(baseline.model.directory), family=baseline.model.config.family,
+      schedule=tuple(baseline.facts["schedule"]), routing=baseline.routing, router=config, params=params,
+      figures=figures, stand_in=maps,
+  )

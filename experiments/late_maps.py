@@ -1,0 +1,80 @@
+"""Makes an artifact that needs no trained router: the last blocks skip all tokens, trained maps stand in for them.
+
+  ftp-jax run --config=smollm2_135m_stand_in --workdir=runs/stand_in
+  python experiments/late_maps.py --run=runs/stand_in --sparsity=0.3 --out=late_maps
+  ftp-jax generate --artifact=late_maps --prompt="The capital of France is"
+
+It is the baseline `late_maps` (docs/baselines.md) on the prompts of --run, which needs no more than its data:
+`ftp-jax data` of the same config makes those. Engine, harness, `ftp-jax bench` and PyTorch run it as any artifact. A
+killed run goes on where it was, from what it keeps in the folder `training` of --out. Minutes a hundred steps.
+"""
+
+import pathlib
+import sys
+
+import numpy as np
+from absl import app, flags
+from absl import logging as absl_logging
+
+from ftp_jax.data.prompts import Prompts, take
+from ftp_jax.errors import UserError
+from ftp_jax.evaluation import baselines
+from ftp_jax.export import artifact as artifacts
+from ftp_jax.launch import run_config
+from ftp_jax.models.sources import load_model
+from ftp_jax.stages import load_arrays
+
+_RUN = flags.DEFINE_string("run", None, "Run directory of `ftp-jax run`.", required=True)
+_OUT = flags.DEFINE_string("out", None, "Directory of the artifact.", required=True)
+_SPARSITY = flags.DEFINE_float("sparsity", 0.3, "S, the share of the blocks that skip.")
+_STEPS = flags.DEFINE_integer("steps", 48, "Training steps.", lower_bound=1)
+_PROMPTS = flags.DEFINE_integer("prompts", 192, "Training prompts, the first of the run's.", lower_bound=1)
+_BATCH = flags.DEFINE_integer("batch", 8, "Prompts of a step.", lower_bound=1)
+_SEED = flags.DEFINE_integer("seed", 0, "Order of the prompts.", lower_bound=0)
+
+
+def make(run: pathlib.Path, out: pathlib.Path) -> dict:
+  """Trains the maps and writes the artifact; its figures, of the run's test prompts.
+
+  Raises:
+    UserError: the run has no data, or S is out of reach.
+  """
+  if not 0 < _SPARSITY.value < 1:
+    raise UserError(f"--sparsity={_SPARSITY.value} must lie between 0 and 1.")
+  config = run_config(run)
+  for split in ("train", "validation", "test"):
+    if not (run / "data" / f"{split}.npz").exists():
+      raise UserError(f"{run} has no prompts yet; run `ftp-jax data` with its config and --workdir={run}.")
+  try:
+    out.mkdir(parents=True, exist_ok=True)
+  except OSError as error:
+    raise UserError(f"--out={out} cannot be made ({error.strerror}); name another directory.") from None
+  model = load_model(config["model"]["source"], config["model"]["dtype"])
+  train, validation, test = (
+      Prompts(**load_arrays(run / "data" / f"{split}.npz")) for split in ("train", "validation", "test")
+  )
+  calibration = baselines.Calibration(
+      take(train, np.arange(min(_PROMPTS.value, len(train.tokens)))), validation, batch=_BATCH.value,
+      steps=_STEPS.value, directory=out / "training",
+  )
+  baseline = baselines.build("late_maps", model, _SPARSITY.value, calibration, _SEED.value)
+  record = baselines.Yardstick(model, test, _BATCH.value).record(baseline)
+  figures = {name: value for name, value in record.items() if value is not None}
+  artifacts.save(baselines.to_artifact(baseline, config["model"]["source"], figures), out)
+  return figures
+
+
+def main(argv) -> None:
+  absl_logging.set_verbosity(absl_logging.WARNING)  # below it orbax tells of every step of a save
+  if len(argv) > 1:
+    raise app.UsageError(f"The argument {argv[1]!r} is not understood.")
+  figures = make(pathlib.Path(_RUN.value), pathlib.Path(_OUT.value))
+  found = f"KL {figures['kl']:.4f}, {figures['achieved']:.1%} skipped, on {figures['prompts']} test prompts"
+  print(f"written {_OUT.value}: {found}")
+
+
+if __name__ == "__main__":
+  try:
+    app.run(main)
+  except UserError as error:
+    sys.exit(f"late_maps: {error}")
