@@ -6,7 +6,10 @@
 
 It is the baseline `late_maps` (docs/baselines.md) on the prompts of --run, which needs no more than its data:
 `ftp-jax data` of the same config makes those. Engine, harness, `ftp-jax bench` and PyTorch run it as any artifact. A
-killed run goes on where it was, from what it keeps in the folder `training` of --out. Minutes a hundred steps.
+killed run goes on where it was, from what it keeps in the folder `training` of --out.
+
+Wall time: about 10 minutes on 2 CPU cores (AMD EPYC), half of it for the 64 steps.
+Result: the artifact of S = 0.30 has a KL of 0.031 nats a token on the run's test chats (docs/results.md).
 """
 
 import pathlib
@@ -22,13 +25,14 @@ from ftp_jax.evaluation import baselines
 from ftp_jax.export import artifact as artifacts
 from ftp_jax.launch import run_config
 from ftp_jax.models.sources import load_model
-from ftp_jax.stages import load_arrays
+from ftp_jax.pipeline.checks import digest
+from ftp_jax.stages import SETTINGS, describe_changes, load_arrays, read_json, write_json
 
 _RUN = flags.DEFINE_string("run", None, "Run directory of `ftp-jax run`.", required=True)
 _OUT = flags.DEFINE_string("out", None, "Directory of the artifact.", required=True)
 _SPARSITY = flags.DEFINE_float("sparsity", 0.3, "S, the share of the blocks that skip.")
-_STEPS = flags.DEFINE_integer("steps", 48, "Training steps.", lower_bound=1)
-_PROMPTS = flags.DEFINE_integer("prompts", 192, "Training prompts, the first of the run's.", lower_bound=1)
+_STEPS = flags.DEFINE_integer("steps", 64, "Training steps.", lower_bound=1)
+_PROMPTS = flags.DEFINE_integer("prompts", 640, "Training prompts, the first of the run's.", lower_bound=1)
 _BATCH = flags.DEFINE_integer("batch", 8, "Prompts of a step.", lower_bound=1)
 _SEED = flags.DEFINE_integer("seed", 0, "Order of the prompts.", lower_bound=0)
 
@@ -53,6 +57,12 @@ def make(run: pathlib.Path, out: pathlib.Path) -> dict:
   train, validation, test = (
       Prompts(**load_arrays(run / "data" / f"{split}.npz")) for split in ("train", "validation", "test")
   )
+  settings = {
+      "sparsity": _SPARSITY.value, "steps": _STEPS.value, "prompts": _PROMPTS.value, "batch": _BATCH.value,
+      "seed": _SEED.value, "model": config["model"]["source"],
+      "data": [digest(str(run / "data" / f"{split}.npz")) for split in ("train", "validation")],
+  }
+  claim(out / "training" / SETTINGS, settings)
   calibration = baselines.Calibration(
       take(train, np.arange(min(_PROMPTS.value, len(train.tokens)))), validation, batch=_BATCH.value,
       steps=_STEPS.value, directory=out / "training",
@@ -62,6 +72,16 @@ def make(run: pathlib.Path, out: pathlib.Path) -> dict:
   figures = {name: value for name, value in record.items() if value is not None}
   artifacts.save(baselines.to_artifact(baseline, config["model"]["source"], figures), out)
   return figures
+
+
+def claim(path: pathlib.Path, settings: dict) -> None:
+  """Writes what a training is made with; UserError where it was begun with something else."""
+  if path.exists():
+    changes = describe_changes(read_json(path), settings)
+    if changes:
+      raise UserError(f"{path.parent} was made with {changes}; name another --out, or delete that folder.")
+  path.parent.mkdir(parents=True, exist_ok=True)
+  write_json(path, settings)
 
 
 def main(argv) -> None:

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import pathlib
+import types
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +27,8 @@ from ftp_jax.machine import describe_machine
 from ftp_jax.models.sources import Model
 from ftp_jax.routing import masked, routers
 from ftp_jax.routing.config import RouterConfig, RoutingConfig
-from tests import tiny
+from ftp_jax.stages import save_arrays
+from tests import scripts, tiny
 from tests.test_data import byte_tokenizer
 
 BLOCKS = 5
@@ -287,6 +289,40 @@ def test_what_has_no_router_is_no_artifact(name, model, trained):
   baseline = trained[name] if name in trained else baselines.build(name, model, 0.4)
   with pytest.raises(UserError, match="cannot be an artifact, .* choose static, late, late_maps, fastv or mod"):
     baselines.to_artifact(baseline, "tiny", {})
+
+
+def test_the_script_writes_late_maps_as_an_artifact(model, prompts, trained, yardstick, tmp_path, monkeypatch):
+  script, asked = scripts.load("late_maps"), []
+  monkeypatch.setattr(kinds, "fingerprint", str)
+  monkeypatch.setattr(script, "run_config", lambda run: {"model": {"source": "tiny", "dtype": "float32"}})
+  monkeypatch.setattr(script, "load_model", lambda source, dtype: model)
+  monkeypatch.setattr(script.baselines, "build", lambda *args: asked.append(args) or trained["late_maps"])
+  monkeypatch.setattr(script.baselines, "Yardstick", lambda *args: yardstick)
+  flag = lambda name, value: monkeypatch.setattr(script, f"_{name}", types.SimpleNamespace(value=value))
+  for name, value in dict(SPARSITY=1.0, STEPS=3, PROMPTS=4, BATCH=2, SEED=5).items():
+    flag(name, value)
+  run, out = tmp_path / "run", tmp_path / "made" / "here"
+  with pytest.raises(UserError, match="must lie between 0 and 1"):
+    script.make(run, out)
+  flag("SPARSITY", 0.4)
+  with pytest.raises(UserError, match="has no prompts yet; run `ftp-jax data`"):
+    script.make(run, out)
+  (run / "data").mkdir(parents=True)
+  for split in ("train", "validation", "test"):
+    save_arrays(run / "data" / f"{split}.npz", **prompts._asdict())
+  (tmp_path / "file").write_text("")
+  with pytest.raises(UserError, match="cannot be made"):
+    script.make(run, tmp_path / "file" / "under")
+  figures = script.make(run, out)
+  flag("STEPS", 4)
+  with pytest.raises(UserError, match="training was made with steps=3, now it is 4; name another --out"):
+    script.make(run, out)
+  (name, _, sparsity, calibration, seed), = asked
+  assert (name, sparsity, seed) == ("late_maps", 0.4, 5) and calibration.directory == out / "training"
+  assert (len(calibration.prompts.tokens), calibration.batch, calibration.steps) == (4, 2, 3)
+  made = artifacts.load(out)
+  assert made.digest == baselines.to_artifact(trained["late_maps"], "tiny", {}).digest and made.figures == figures
+  assert figures["kl"] == pytest.approx(yardstick.record(trained["late_maps"])["kl"]) and "perplexity" not in figures
 
 
 def test_mod_routes_every_other_block():

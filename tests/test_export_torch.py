@@ -82,7 +82,7 @@ CASES = {
     ),
 }
 WITH_MAPS = {  # ranks of the maps that stand in for skipped blocks
-    "maps_project": ("llama-mqa", RoutingConfig("project"), RouterConfig(hidden_states=True), SCHEDULE, 5),
+    "maps_project": ("llama-mqa", RoutingConfig("project"), RouterConfig(hidden_states=True), (0.3, 0.2, 1.0), 5),
     "maps_evict_skipping": (
         "qwen3", RoutingConfig("evict", decode_sparsity=0.4, decode_threshold=0.3), RouterConfig("per_block"),
         (0.3, 0.0, 0.7), 3,
@@ -210,7 +210,7 @@ def check_engine(tmp_path, name, prompts, routes, logits, new):
 
 def test_capacity_and_ties_are_those_of_jax():
   contexts = [1, 2, 3, 7, 50, 101, 2048, 40_000, 100_003]
-  for sparsity in np.float32([0.0001, 0.1, 0.25, 0.3, 1 / 3, 0.5, 0.7, 0.975, 0.99]):
+  for sparsity in np.float32([0.0001, 0.1, 0.25, 0.3, 1 / 3, 0.5, 0.7, 0.975, 0.99, 1.0]):
     for multiple in (1, 4, 128):
       expected = selection.capacity(sparsity, np.array(contexts, np.int32), multiple).tolist()
       assert torch_runtime.capacity(float(sparsity), contexts, multiple) == expected
@@ -594,7 +594,7 @@ DAMAGES = {
     "unknown kind": (edit(router__kind="tree"), "kind"),
     "unknown field": (edit(routing__temperature=2), "temperature"),
     "unknown factor": (edit(router__factors=["age"]), "age"),
-    "bad schedule": (edit(schedule=[0.3, 1.0, 0.2]), "schedule"),
+    "bad schedule": (edit(schedule=[0.3, 1.1, 0.2]), "schedule"),
     "short schedule": (edit(schedule=[0.3, 0.2]), "schedule of 2 blocks do not fit"),
     "other router": (edit(router__hidden_size=65), "do not fit"),
     "other model": (edit(fingerprint="0" * 16), "made for org/tiny .fingerprint 0000000000000000."),

@@ -124,7 +124,7 @@ def read_artifact(directory) -> Artifact:
     unknown = set(options) ^ {*_CHOICES, *_VALUES} | set(options["factors"]) - set(_FACTORS)
     unknown |= {name for name, known in _CHOICES.items() if options[name] not in known}
     maps = {name.removeprefix(_MAPS): weights.pop(name) for name in list(weights) if name.startswith(_MAPS)}
-    if unknown or not ((schedule >= 0) & (schedule < 1)).all():
+    if unknown or not ((schedule >= 0) & (schedule <= 1)).all():
       raise ValueError(", ".join(sorted(unknown)) or "its schedule")
     return Artifact(said["base_model"], said["fingerprint"], schedule, routing, said["router"], weights, maps)
   except (KeyError, TypeError, ValueError) as error:
