@@ -4,9 +4,9 @@
   python experiments/late_maps.py --run=runs/stand_in --sparsity=0.3 --out=late_maps
   ftp-jax generate --artifact=late_maps --prompt="The capital of France is"
 
-It is the baseline `late_maps` (docs/baselines.md) on the prompts of --run, which needs no more than its data:
-`ftp-jax data` of the same config makes those. Engine, harness, `ftp-jax bench` and PyTorch run it as any artifact. A
-killed run goes on where it was, from what it keeps in the folder `training` of --out.
+It is the baseline `late_maps` (docs/baselines.md) on the prompts of --run, all that is read of it: the first seconds
+of `ftp-jax run` make them. Engine, harness, `ftp-jax bench` and PyTorch run it as any artifact. A killed run goes on
+where it was, from what it keeps in the folder `training` of --out.
 
 Wall time: about 10 minutes on 2 CPU cores (AMD EPYC), half of it for the 64 steps.
 Result: the artifact of S = 0.30 has a KL of 0.031 nats a token on the run's test chats (docs/results.md).
@@ -48,7 +48,7 @@ def make(run: pathlib.Path, out: pathlib.Path) -> dict:
   config = run_config(run)
   for split in ("train", "validation", "test"):
     if not (run / "data" / f"{split}.npz").exists():
-      raise UserError(f"{run} has no prompts yet; run `ftp-jax data` with its config and --workdir={run}.")
+      raise UserError(f"{run} has no prompts yet; begin `ftp-jax run` with --workdir={run}, which makes them first.")
   try:
     out.mkdir(parents=True, exist_ok=True)
   except OSError as error:
@@ -70,6 +70,7 @@ def make(run: pathlib.Path, out: pathlib.Path) -> dict:
   baseline = baselines.build("late_maps", model, _SPARSITY.value, calibration, _SEED.value)
   record = baselines.Yardstick(model, test, _BATCH.value).record(baseline)
   figures = {name: value for name, value in record.items() if value is not None}
+  artifacts.withdraw(out)
   artifacts.save(baselines.to_artifact(baseline, config["model"]["source"], figures), out)
   return figures
 

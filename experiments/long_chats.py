@@ -5,8 +5,8 @@
 `--documents` are text files or JSON Lines with a `text` field; without any it is the prose that Python carries.
 Documents are taken in a seeded order, each once before any a second time, excerpts of one do not overlap. Kinds of
 questions take turns: `general` ones suit any text, `about` asks about a name in it (a long word where there is none),
-`quote` for what follows some of its words, and `fact`, which has to be named, for a fact that is put between two of its
-sentences, wherever that is. The answers are greedy. The file is one that `data.source=prompts` reads
+`quote` for what follows some of its words, and `fact`, which has to be named, for a fact that is put before one of its
+sentences, any of them. The answers are greedy. The file is one that `data.source=prompts` reads
 (with `data.chat=True`, and at most --answer tokens as `data.continuation`), so that routers can be trained on such
 chats, and that `main_table.py --long` measures all methods on; texts of the two should differ. Its lines name the
 `document`, so that no two sets of a run share one while documents suffice.
@@ -37,7 +37,7 @@ GENERAL = (
     "What is the most important point of the text?",
     "Write a title for the text and explain it.",
 )
-# A fact and the question for it. The retrieval task of `ftp-jax evaluate` has other words, things and numbers.
+# A fact and the question for it. The retrieval task of `ftp-jax eval` has other statements and things.
 FACTS = (
     ("The meeting with {name} takes place in room {small}.", "In which room does the meeting with {name} take place?"),
     ("{name} keeps the spare key under the {place}.", "Where does {name} keep the spare key?"),
@@ -70,7 +70,7 @@ _SENTENCE = re.compile(r"(?<=[a-z][.!?])\s+")
 _MODEL = flags.DEFINE_string("model", "smollm2-135m", "Model source, a chat model.")
 _DOCUMENTS = flags.DEFINE_list("documents", [], "Files of long texts; none: the prose that Python carries.")
 _OUT = flags.DEFINE_string("out", None, "File to write.", required=True)
-_TOKENS = flags.DEFINE_integer("tokens", 960, "Tokens of an excerpt; question and template come on top.", lower_bound=2)
+_TOKENS = flags.DEFINE_integer("tokens", 960, "Tokens of an excerpt; more come on top.", lower_bound=2)
 _ANSWER = flags.DEFINE_integer("answer", 32, "Tokens of an answer at most.", lower_bound=1)
 _COUNT = flags.DEFINE_integer("count", 32, "Chats.", lower_bound=1)
 _QUESTIONS = flags.DEFINE_list("questions", list(KINDS[:3]), "Kinds of questions, which take turns.")
@@ -102,7 +102,7 @@ def excerpts(documents: list[str], tokenizer, tokens: int, count: int, seed: int
 
 
 def with_fact(text: str, rng: random.Random) -> tuple[str, str]:
-  """The text with one of FACTS between two of its sentences, or at an end where it has but one; the question for it."""
+  """The text with one of FACTS before a sentence, or what looks like one, and the question for it."""
   fact, ask = rng.choice(FACTS)
   words = {kind: rng.choice(options) for kind, options in WORDS.items()}
   ends = [found.end() for found in _SENTENCE.finditer(text)]

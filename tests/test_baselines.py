@@ -305,7 +305,7 @@ def test_the_script_writes_late_maps_as_an_artifact(model, prompts, trained, yar
   with pytest.raises(UserError, match="must lie between 0 and 1"):
     script.make(run, out)
   flag("SPARSITY", 0.4)
-  with pytest.raises(UserError, match="has no prompts yet; run `ftp-jax data`"):
+  with pytest.raises(UserError, match="has no prompts yet; begin `ftp-jax run`"):
     script.make(run, out)
   (run / "data").mkdir(parents=True)
   for split in ("train", "validation", "test"):

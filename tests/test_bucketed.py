@@ -298,9 +298,17 @@ def test_long_prompts_are_computed_as_short_ones(name, monkeypatch):
     (3, "global_evict_from_2", {(CONTEXT, True), (4, True), (1, False)}),
     (3, "recurrent_evict", {(CONTEXT, True), (4, True), (8, True), (1, False)}),
     (3, "global_evict_maps", {(10, True), (5, True), (1, False)}),
+    (3, "recurrent_project", {(CONTEXT, True), (1, False)}),
+    # In a window shorter than the context there is no causal kernel.
+    (3, "per_block_late_plan_maps", {(CONTEXT, True), (5, False), (1, False)}),
+    (None, "per_block_evict_from_3", set()),
 ])
 def test_programs_for_a_gpu_compute_the_same(few, name, called, monkeypatch):
-  """Every block in a phase of its own or of its like, slots by a scatter, and cuDNN's calls, computed by XLA."""
+  """Every block in a phase of its own or of its like, slots by a scatter, and cuDNN's calls, computed by XLA.
+
+  Args:
+    few: see `bodies`; None: XLA's attention, as in fp32.
+  """
   case, calls = CASE[name], set()
 
   def cudnn(q, *args, aligned, **options):
@@ -311,8 +319,9 @@ def test_programs_for_a_gpu_compute_the_same(few, name, called, monkeypatch):
   monkeypatch.setattr(kernels, "cudnn", cudnn)
   monkeypatch.setattr(kernels, "on_gpu", lambda: True)
   monkeypatch.setattr(kernels, "backend_name", lambda: "cuda")
-  monkeypatch.setattr(kernels, "choose", lambda *args, **options: "cudnn")
-  monkeypatch.setattr(bodies, "_FEW_QUERIES", few)
+  if few:
+    monkeypatch.setattr(kernels, "choose", lambda *args, **options: "cudnn")
+    monkeypatch.setattr(bodies, "_FEW_QUERIES", few)
   for name, function in (("prefill", bucketed.prefill), ("extend", decode.extend)):
     static = STATIC if name == "prefill" else STATIC[:-1]
     monkeypatch.setitem(globals(), name, jax.jit(functools.partial(function), static_argnames=static))  # traced anew
@@ -332,6 +341,36 @@ def test_programs_for_a_gpu_compute_the_same(few, name, called, monkeypatch):
 
   law()
   assert calls == called
+
+
+def test_programs_for_a_gpu_branch_nowhere(monkeypatch):
+  """But where a plan changes too often; a loop is a scan of known length."""
+  monkeypatch.setattr(kernels, "on_gpu", lambda: True)
+  monkeypatch.setattr(kernels, "backend_name", lambda: "cuda")
+  monkeypatch.setattr(kernels, "cudnn", functools.partial(kernels.cudnn, implementation="xla"))
+  routing = RoutingConfig("evict", one_pass_block=1)
+  router_config = RouterConfig("per_block", hidden_states=True)
+
+  def branches(schedule):
+    config = tiny.config(num_blocks=len(schedule))
+    plan = make_plan(schedule, CONTEXT, routing)
+    router = routers.Router("dynamic", router_config, init_router(router_config, jax.random.key(0), len(schedule), 32))
+    shape = lambda *dims: jax.ShapeDtypeStruct(dims, jnp.int32)
+    run = lambda params, tokens, context: bucketed.prefill(
+        config, routing, plan, params, router, tokens, context, np.asarray(schedule, np.float32), dtype=jnp.bfloat16
+    )
+    prefilled = jax.make_jaxpr(run, return_shape=True)(decoder.abstract_params(config), shape(2, CONTEXT), shape(2))
+    more = lambda params, cache, tokens: decode.extend(
+        config, routing, plan, params, router, cache, empty_recent(config, 2, ROOM, jnp.bfloat16), tokens,
+        np.asarray(schedule, np.float32), dtype=jnp.bfloat16,
+    )
+    extended = jax.make_jaxpr(more)(decoder.abstract_params(config), prefilled[1].cache, shape(2, 1))
+    return ["cond[" in str(program) for program in (prefilled[0], extended)]
+
+  assert branches([0, 0.5, 0.5, 0.3, 0.3, 0.6]) == [False, False]
+  assert branches([0, *[0.5, 0.3] * 5]) == [True, True]
+  monkeypatch.setattr(kernels, "on_gpu", lambda: False)
+  assert branches([0, 0.5, 0.5, 0.3, 0.3, 0.6]) == [True, True]
 
 
 @all_cases

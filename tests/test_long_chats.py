@@ -39,3 +39,22 @@ def test_questions_are_about_the_text():
   assert len(quotes) > 3 and all(f"{quote} " in text and quote.count(" ") == 5 for quote in quotes)
   assert ask("about", text="at the beginning") == 'What does the text say about "beginning"?'  # no name in it
   assert [ask(kind, 1, "no no") for kind in ("about", "quote")] == [script.GENERAL[1]] * 2
+
+
+def test_a_fact_is_put_before_a_sentence_and_asked_for():
+  script = scripts.load("long_chats")
+  text = "The ship left the harbour. It sailed on! Nobody saw where to? Oslo, Mr. Hale thought."
+  starts = [text.index(word) for word in ("The", "It", "Nobody", "Oslo")]
+  places, facts = set(), set()
+  for seed in range(200):
+    found, ask = script.with_fact(text, random.Random(seed))
+    assert (found, ask) == script.with_fact(text, random.Random(seed)) and ask.endswith("?")
+    (at,) = [n for n in starts if found[:n] == text[:n] and found.endswith(f". {text[n:]}")]
+    fact = found[at : at + len(found) - len(text)]
+    places.add(at)
+    facts.add(ask.partition(" ")[0])
+    shared = [word for word in ask.rstrip("?").split() if word[0].isupper() and word in fact]
+    assert "{" not in found + ask and shared  # who or what it is about
+  assert places == set(starts)
+  assert facts >= {"Where", "Which", "In", "How", "What", "From"}
+  assert script.with_fact("no sentence", random.Random(0))[0].endswith(". no sentence")

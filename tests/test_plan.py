@@ -49,13 +49,16 @@ def test_phases_by_hand(routed, routing, want):
 
 def test_phases_without_branches_by_hand():
   plan = make_plan([0.0, 0.0, 0.5, 0.5, 0.3, 0.3, 0.5], 10, RoutingConfig())
-  assert plan.phases(RoutingConfig(), [False] * 7) == [(0, 2), (2, 4), (4, 6), (6, 7)]
+  assert plan.phases(RoutingConfig(), [False] * 7) == [(0, 2), (2, 4), (4, 7)]
   scored = [False, False, True, True, False, True, False]
-  assert plan.phases(RoutingConfig(one_pass_block=1), scored) == [(0, 1), (1, 2), (2, 4), (4, 5), (5, 6), (6, 7)]
-  # Nine kinds in a row are too many phases; eight are not.
-  for blocks, want in ((9, [(0, 9)]), (8, [(i, i + 1) for i in range(8)])):
-    plan = make_plan([0.5, 0.3] * 4 + [0.5] * (blocks - 8), 10, RoutingConfig())
-    assert plan.phases(RoutingConfig(), [0] * 8 + [1] * (blocks - 8)) == want
+  assert plan.phases(RoutingConfig(one_pass_block=1), scored) == [(0, 1), (1, 2), (2, 4), (4, 5), (5, 7)]
+  # Nine kinds in a row, before the last block, are too many phases; eight are not.
+  for blocks, want in ((10, [(0, 10)]), (9, [(i, i + 1) for i in range(7)] + [(7, 9)])):
+    plan = make_plan(([0.5, 0.3] * 5)[:blocks], 10, RoutingConfig())
+    assert plan.phases(RoutingConfig(), [0] * blocks) == want
+  # Where scored and unscored blocks take turns too often, the bodies alone count.
+  plan = make_plan([0.5] * 6 + [0.3] * 6, 10, RoutingConfig())
+  assert plan.phases(RoutingConfig(), [0, 1] * 6) == [(0, 6), (6, 12)]
 
 
 def test_merged_buckets_by_hand():

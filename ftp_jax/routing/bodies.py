@@ -168,7 +168,7 @@ class Body:
     # The queries are the keys, slot by slot, but for the last token's alone and for kept ones before all keys.
     aligned = not self.last and (self.evict or not self.gathers)
     many = not self.last and _FEW_QUERIES * self.num_slots >= contexts.num_positions
-    if many and not aligned and contexts.in_cudnn(q, k):
+    if many and not aligned and contexts.has_causal_cudnn(q, k):
       # At their positions, beside what stands there for the others: it computes all pairs of a causal mask faster than
       # those of any other with a third of the queries or more.
       q = gather(q, gate.filled.slot_BxT)

@@ -37,6 +37,8 @@ class Contexts:
     self.key_BxT = jnp.where(self.in_context_BxT, self._t, EMPTY)
     self.angles = decoder.angles(config, self._t)
     self._block, self._blocks = decoder.Block(config), params["blocks"]
+    window = config.sliding_window
+    self._window = window if window and window < self.num_positions else None  # a wider one hides no key
     self._attention, self.in_xla = attention, kernels.resolve(attention) == "xla"
 
   def block(self, index: jax.Array) -> Callable[..., Any]:
@@ -55,14 +57,15 @@ class Contexts:
   def attend(self, q_BxKxHxN, k_BxSxGxN, v_BxSxGxN, query_BxK, key_BxS, *, aligned: bool) -> jax.Array:
     """`kernels.attend` as the model has it, (B,K,H,N)."""
     return kernels.attend(
-        q_BxKxHxN, k_BxSxGxN, v_BxSxGxN, query_BxK, key_BxS, self.config.sliding_window, aligned=aligned,
+        q_BxKxHxN, k_BxSxGxN, v_BxSxGxN, query_BxK, key_BxS, self._window, aligned=aligned,
         implementation=self._attention,
     )
 
-  def in_cudnn(self, q_BxKxHxN: jax.Array, k_BxSxGxN: jax.Array) -> bool:
-    """Whether `attend` of such queries, any number of them, is cuDNN's."""
-    window, implementation = self.config.sliding_window, self._attention
-    return kernels.chosen(q_BxKxHxN, k_BxSxGxN, window, aligned=False, implementation=implementation) == "cudnn"
+  def has_causal_cudnn(self, q_BxKxHxN: jax.Array, k_BxSxGxN: jax.Array) -> bool:
+    """Whether `attend` of such queries, aligned with the keys, is cuDNN's causal kernel, which needs no mask."""
+    if self._window:
+      return False
+    return kernels.chosen(q_BxKxHxN, k_BxSxGxN, None, aligned=True, implementation=self._attention) == "cudnn"
 
   def rope(self, position_BxK: jax.Array) -> tuple[jax.Array, jax.Array]:
     """sin and cos (B,K,N/2) of some positions of each row."""

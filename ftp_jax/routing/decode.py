@@ -51,7 +51,7 @@ class Continuation:
       recent: Recent, num_new: int,
   ):
     self._config, self._routing, self._params, self._router, self._cache = config, routing, params, router, cache
-    self._block, self._count = decoder.Block(config), recent.count
+    self._block, self._recent, self._count = decoder.Block(config), recent, recent.count
     self.batch, self.num_new = len(cache.context_B), num_new
     self.num_context, self.room = cache.keep_LxBxT.shape[2], recent.computed_LxBxM.shape[2]
     self.routes = bool(routing.decode_sparsity) and router.kind != "static"
@@ -103,12 +103,16 @@ class Continuation:
       sizes: numbers of slots in the cache; the block has the one that `size` of its inputs says.
     """
     index = inputs["index"]
-    append = lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new, self._count, 2)
+
+    def append(recent_LxBxGxMxN, new_BxGxCxN):
+      old = decoder.block_at(recent_LxBxGxMxN, index)  # not of the scan's inputs: a phase would copy its part
+      return jax.lax.dynamic_update_slice_in_dim(old, new_BxGxCxN, self._count, 2)
+
     mask = jnp.broadcast_to(self._recent_CxM[None], (self.batch, self.num_new, self.room))
     q = self.apply(index, decoder.Block.queries, x_BxCxD, *self._angles)
     attended, paid = jax.lax.switch(
         inputs["size"], [functools.partial(self._attend, slots) for slots in sizes], q, inputs["offset"],
-        append(inputs["k"], k_BxGxCxN), append(inputs["v"], v_BxGxCxN),
+        append(self._recent.k_LxBxGxMxN, k_BxGxCxN), append(self._recent.v_LxBxGxMxN, v_BxGxCxN),
         mask & computed_BxM[:, None, :] if evict else mask,
     )
     return self.apply(index, decoder.Block.mlp, self.apply(index, decoder.Block.attention_out, x_BxCxD, attended)), paid
@@ -178,8 +182,6 @@ def extend(
       "offset": jnp.asarray(plan.offsets, jnp.int32),
       "keep": cache.keep_LxBxT if new.scored else None,
       "least": cache.least_LxB,
-      "k": recent.k_LxBxGxMxN,
-      "v": recent.v_LxBxGxMxN,
       "computed": recent.computed_LxBxM,
   }
   carry = (

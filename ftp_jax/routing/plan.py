@@ -69,9 +69,10 @@ class Plan:
 
     Args:
       alike: something of each block, (L). Where it is given, all blocks of a phase are alike in it and in their body,
-        so that none branches, unless that takes too many phases: `changes`.
+        so that none branches; or in their body alone, or neither, where that takes too many phases (`changes`). The
+        last block stands apart.
     """
-    cuts = changes(list(zip(self.body_of, alike))) if alike else []
+    cuts = (changes(list(zip(self.body_of, alike))[:-1]) or changes(self.body_of[:-1])) if alike else []
     if cuts:
       return routing.phases(len(self.body_of), more=cuts)
     routed, end = [block for block, routed in enumerate(self.routed) if routed], len(self.body_of) - 1

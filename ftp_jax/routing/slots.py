@@ -42,8 +42,8 @@ def fill_slots(keep_BxT: jax.Array, num_slots: int) -> Slots:
 def _scattered(num_slots: int, keep_T: jax.Array, kept_so_far_T: jax.Array) -> jax.Array:
   """Positions (K,) of the kept tokens, T in slots without one: one small program, where a search has one a step."""
   size = len(keep_T)
-  at = jnp.where(keep_T, kept_so_far_T - 1, num_slots)
-  return jnp.full(num_slots, size).at[at].set(jnp.arange(size), mode="drop")
+  at = jnp.where(keep_T, kept_so_far_T - 1, num_slots + jnp.arange(size))
+  return jnp.full(num_slots, size).at[at].set(jnp.arange(size), mode="drop", unique_indices=True)
 
 
 def gather(x_BxTxD: jax.Array, index_BxK: jax.Array) -> jax.Array:
