@@ -6,10 +6,10 @@
 Documents are taken in a seeded order, each once before any a second time, excerpts of one do not overlap. Kinds of
 questions take turns: `general` ones suit any text, `about` asks about a name in it (a long word where there is none),
 `quote` for what follows some of its words, and `fact`, which has to be named, for a fact that is put before one of its
-sentences, any of them. The answers are greedy. The file is one that `data.source=prompts` reads
-(with `data.chat=True`, and at most --answer tokens as `data.continuation`), so that routers can be trained on such
-chats, and that `main_table.py --long` measures all methods on; texts of the two should differ. Its lines name the
-`document`, so that no two sets of a run share one while documents suffice.
+sentences, any of them. The answers are greedy. The file is one that `data.source=prompts` reads (with `data.chat=True`,
+and at most --answer tokens as `data.continuation`), so that routers can be trained on such chats, and that
+`main_table.py --long` measures all methods on; texts of the two should differ. Its lines name the `document`, so that
+no two sets of a run share one while documents suffice.
 """
 
 import hashlib

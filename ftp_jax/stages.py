@@ -93,8 +93,11 @@ def alone_in(directory: pathlib.Path) -> Iterator[None]:
     lock.release()
 
 
-def check_stage(directory: pathlib.Path, settings: dict[str, Any], defaults: dict[str, Any] | None = None) -> None:
-  """Raises UserError if the stage was begun with other settings.
+def check_stage(
+    directory: pathlib.Path, settings: dict[str, Any], defaults: dict[str, Any] | None = None,
+    advice: str = "use another --workdir, or delete that folder and the later stages to make them again",
+) -> None:
+  """Raises UserError, which ends with `advice`, if the stage was begun with other settings.
 
   `defaults`: of settings that may be missing where an earlier version began it, as these do what was done before them.
   """
@@ -103,10 +106,7 @@ def check_stage(directory: pathlib.Path, settings: dict[str, Any], defaults: dic
   defaults = {name: value for name, value in (defaults or {}).items() if name in settings}
   changes = describe_changes(defaults | read_json(directory / SETTINGS), settings)
   if changes:
-    raise UserError(
-        f"{directory} was made with {changes}; use another --workdir, or delete that folder and the later stages to "
-        "make them again."
-    )
+    raise UserError(f"{directory} was made with {changes}; {advice}.")
 
 
 def check_order(directories: Iterable[pathlib.Path]) -> None:

@@ -311,7 +311,7 @@ def test_the_script_writes_late_maps_as_an_artifact(model, prompts, trained, yar
   for split in ("train", "validation", "test"):
     save_arrays(run / "data" / f"{split}.npz", **prompts._asdict())
   (tmp_path / "file").write_text("")
-  with pytest.raises(UserError, match="cannot be made"):
+  with pytest.raises(UserError, match="cannot be made or written"):
     script.make(run, tmp_path / "file" / "under")
   figures = script.make(run, out)
   flag("STEPS", 4)
