@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ftp_jax import hardware
 from ftp_jax.models import attention, decoder, kernels
 from ftp_jax.models.attention import EMPTY
 from ftp_jax.routing import bodies, bucketed, decode, factors, routers, stand_in
@@ -317,14 +318,60 @@ def test_programs_for_a_gpu_compute_the_same(few, name, called, monkeypatch):
 
   run_cudnn = kernels.cudnn
   monkeypatch.setattr(kernels, "cudnn", cudnn)
-  monkeypatch.setattr(kernels, "on_gpu", lambda: True)
   monkeypatch.setattr(kernels, "backend_name", lambda: "cuda")
   if few:
     monkeypatch.setattr(kernels, "choose", lambda *args, **options: "cudnn")
-    monkeypatch.setattr(bodies, "_FEW_QUERIES", few)
-  for name, function in (("prefill", bucketed.prefill), ("extend", decode.extend)):
-    static = STATIC if name == "prefill" else STATIC[:-1]
-    monkeypatch.setitem(globals(), name, jax.jit(functools.partial(function), static_argnames=static))  # traced anew
+    monkeypatch.setitem(bodies._FEW_QUERIES, "cudnn", few)
+  assert_programs_compute_the_same(case, "gpu", monkeypatch)
+  assert calls == called
+
+
+@pytest.mark.parametrize("few, name, called", [
+    (3, "global_project", {CONTEXT}),
+    (2, "global_project", {CONTEXT}),  # the block of 4 slots asks XLA
+    (3, "global_evict_from_2", {CONTEXT, 4}),
+    (3, "recurrent_evict", {CONTEXT, 4, 8}),
+    (3, "per_block_evict_from_3", {CONTEXT}),
+    # In a window there is no causal kernel.
+    (3, "global_evict_maps", set()),
+    (3, "per_block_late_plan_maps", set()),
+])
+def test_programs_for_a_tpu_compute_the_same(few, name, called, monkeypatch):
+  """Every block in a phase of its own or of its like, rows of at least 8, and in splash's place what it computes.
+
+  Args:
+    few: see `bodies`.
+    called: slots of splash's calls.
+  """
+  calls = set()
+
+  def splash(q, k, v):
+    rows, slots = q.shape[:2]
+    calls.add(slots)
+    return attention.attend(q, k, v, jnp.broadcast_to(jnp.tri(slots, dtype=bool), (rows, slots, slots)))
+
+  monkeypatch.setattr(kernels, "splash", splash)
+  monkeypatch.setattr(kernels, "LANES", 1)  # pads nothing
+  monkeypatch.setitem(bodies._FEW_QUERIES, "splash", few)
+  monkeypatch.setattr(jax.lax, "empty", lambda shape, dtype: jnp.full(shape, jnp.nan, dtype))  # as memory may be
+  assert_programs_compute_the_same(CASE[name], "tpu", monkeypatch)
+  assert calls == called
+
+
+def assert_programs_compute_the_same(case, platform, monkeypatch):
+  """Prefill and decoding, traced for a platform, have the routes and logits of the masked execution on a CPU."""
+
+  def traced(function, static):
+    jitted = jax.jit(functools.partial(function), static_argnames=static)
+
+    def run(*args):
+      with hardware.tracing_for(platform):
+        return jitted(*args)
+
+    return run
+
+  monkeypatch.setitem(globals(), "prefill", traced(bucketed.prefill, STATIC))
+  monkeypatch.setitem(globals(), "extend", traced(decode.extend, STATIC[:-1]))
 
   @drawn(max_examples=4)
   @given(inputs(case))
@@ -340,18 +387,17 @@ def test_programs_for_a_gpu_compute_the_same(few, name, called, monkeypatch):
     assert_close(new_logits, np.take_along_axis(logits, at[:, :, None], axis=1))
 
   law()
-  assert calls == called
 
 
-def test_programs_for_a_gpu_branch_nowhere(monkeypatch):
+@pytest.mark.parametrize("platform", ["gpu", "tpu"])
+def test_programs_for_accelerators_branch_nowhere(platform, monkeypatch):
   """But where a plan changes too often; a loop is a scan of known length."""
-  monkeypatch.setattr(kernels, "on_gpu", lambda: True)
   monkeypatch.setattr(kernels, "backend_name", lambda: "cuda")
   monkeypatch.setattr(kernels, "cudnn", functools.partial(kernels.cudnn, implementation="xla"))
   routing = RoutingConfig("evict", one_pass_block=1)
   router_config = RouterConfig("per_block", hidden_states=True)
 
-  def branches(schedule):
+  def branches(schedule, platform=platform):
     config = tiny.config(num_blocks=len(schedule))
     plan = make_plan(schedule, CONTEXT, routing)
     router = routers.Router("dynamic", router_config, init_router(router_config, jax.random.key(0), len(schedule), 32))
@@ -359,18 +405,19 @@ def test_programs_for_a_gpu_branch_nowhere(monkeypatch):
     run = lambda params, tokens, context: bucketed.prefill(
         config, routing, plan, params, router, tokens, context, np.asarray(schedule, np.float32), dtype=jnp.bfloat16
     )
-    prefilled = jax.make_jaxpr(run, return_shape=True)(decoder.abstract_params(config), shape(2, CONTEXT), shape(2))
+    with hardware.tracing_for(platform):
+      prefilled = jax.make_jaxpr(run, return_shape=True)(decoder.abstract_params(config), shape(2, CONTEXT), shape(2))
     more = lambda params, cache, tokens: decode.extend(
         config, routing, plan, params, router, cache, empty_recent(config, 2, ROOM, jnp.bfloat16), tokens,
         np.asarray(schedule, np.float32), dtype=jnp.bfloat16,
     )
-    extended = jax.make_jaxpr(more)(decoder.abstract_params(config), prefilled[1].cache, shape(2, 1))
+    with hardware.tracing_for(platform):
+      extended = jax.make_jaxpr(more)(decoder.abstract_params(config), prefilled[1].cache, shape(2, 1))
     return ["cond[" in str(program) for program in (prefilled[0], extended)]
 
   assert branches([0, 0.5, 0.5, 0.3, 0.3, 0.6]) == [False, False]
   assert branches([0, *[0.5, 0.3] * 5]) == [True, True]
-  monkeypatch.setattr(kernels, "on_gpu", lambda: False)
-  assert branches([0, 0.5, 0.5, 0.3, 0.3, 0.6]) == [True, True]
+  assert branches([0, 0.5, 0.5, 0.3, 0.3, 0.6], "cpu") == [True, True]
 
 
 @all_cases

@@ -469,8 +469,10 @@ def test_flops_by_hand():
   # A block: q 10x10, k and v 10x5 each, o 10x10, gate, up and down 10x20 each.
   assert cost.block_parameters(TOY) == 100 + 50 + 50 + 100 + 3 * 200
   assert cost.parameters(TOY) == 3 * 900 + 2 * 1000
-  # 7 positions: 49 pairs, scores of 8 queries and their weighted sum over both heads, and 2 scored positions.
-  assert cost.forward_flops(TOY, 7, 2) == 3 * (2 * 7 * 900 + 4 * 10 * 49 + 2 * (10 + 2) * 8 * 7) + 2 * 2 * 1000
+  # 7 positions: 49 pairs, scores of 8 queries and their weighted sum over both heads, a 5x5 for each of two heads and
+  # one of keys that is turned, and 2 scored positions.
+  blocks = 3 * (2 * 7 * 900 + 4 * 10 * 49 + 2 * (10 + 2) * 8 * 7 + 2 * 7 * 3 * 5 * 5)
+  assert cost.forward_flops(TOY, 7, 2) == blocks + 2 * 2 * 1000
 
 
 def test_terms_by_hand():

@@ -10,11 +10,13 @@ import pytest
 import torch
 import transformers
 
+from ftp_jax import hardware
 from ftp_jax.errors import UserError
 from ftp_jax.models.attention import attend
 from ftp_jax.models.config import ModelConfig, RopeScaling
-from ftp_jax.models.decoder import abstract_params, forward, init_params, logical_axes, product, unembed
+from ftp_jax.models.decoder import abstract_params, angles, forward, init_params, logical_axes, product, unembed
 from ftp_jax.models.huggingface import load_params
+from ftp_jax.models.rope import apply_rope
 
 TINY = dict(
     vocab_size=97,
@@ -138,6 +140,29 @@ def test_products_are_plain_elsewhere_and_have_the_same_gradients():
   grads = jax.grad(lambda x, k: (product(x, k) ** 2).sum(), (0, 1))(x, kernel)
   np.testing.assert_allclose(grads[0], 64 * 8 * 2 * np.ones((3, 64)))
   np.testing.assert_allclose(grads[1], 64 * 3 * 2 * np.ones((64, 8)))
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 64), (3, 1, 64), (2, 3, 64), (1, 9, 64)])
+def test_products_of_few_rows_have_eight_on_a_tpu(shape):
+  rng = np.random.default_rng(0)
+  x, kernel = rng.normal(size=shape).astype(np.float32), rng.normal(size=(64, 5)).astype(np.float32)
+  with hardware.tracing_for("tpu"):
+    program = jax.jit(product).trace(x, kernel)
+    np.testing.assert_allclose(product(x, kernel), x @ kernel, rtol=1e-5, atol=1e-5)
+  (multiplied,) = [eqn for eqn in program.jaxpr.eqns if eqn.primitive.name == "dot_general"]
+  assert np.prod(multiplied.invars[0].aval.shape[:-1]) >= 8
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(jnp.float32, 1e-6), (jnp.bfloat16, 0)])
+def test_rope_is_the_same_as_a_product(dtype, tolerance):
+  """For a TPU; in bf16, too, nothing but the sum is rounded, once."""
+  x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 5, 3, 8)), dtype)
+  config = ModelConfig.from_hf(TINY | {"model_type": "llama", "head_dim": 8})
+  turned = functools.partial(jax.jit(lambda *a: apply_rope(*a)), x, *angles(config, jnp.arange(5)[None] + 90))
+  with hardware.tracing_for("tpu"):
+    got = turned()
+  assert got.dtype == dtype
+  np.testing.assert_allclose(np.float32(got), np.float32(turned()), rtol=0, atol=tolerance)
 
 
 def test_products_of_bfloat16_are_added_up_in_fp32():

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ftp_jax import hardware
 from ftp_jax.errors import UserError
 from ftp_jax.models import decoder
 from ftp_jax.models.attention import attention_paid, attention_rows
@@ -57,8 +58,10 @@ def test_descending_rank_breaks_ties_towards_the_later_token():
   np.testing.assert_array_equal(descending_rank(values, valid), [[1, 3, 0, 2, 4]])
 
 
-@pytest.mark.parametrize("length", [1, 2, 700, 2**16, 2**16 + 3])
-def test_descending_rank_is_that_of_a_sort_by_value_then_position(length):
+@pytest.mark.parametrize(
+    "length, platform", [(1, "cpu"), (2, "cpu"), (700, "cpu"), (2**16, "cpu"), (2**16 + 3, "cpu"), (700, "tpu")]
+)
+def test_descending_rank_is_that_of_a_sort_by_value_then_position(length, platform):
   rng = np.random.default_rng(length)
   kinds = np.array([-3e38, -2, -1e-30, -0.0, 0.0, 1e-30, 1, 1 + 2**-23, np.inf], np.float32)
   values = rng.choice(kinds, (3, length))
@@ -67,7 +70,8 @@ def test_descending_rank_is_that_of_a_sort_by_value_then_position(length):
   expected = np.empty((3, length), int)
   for row, own, used in zip(expected, values, valid):
     row[np.lexsort((-np.arange(length), -np.where(used, own, -np.inf)))] = np.arange(length)
-  np.testing.assert_array_equal(descending_rank(jnp.asarray(values), jnp.asarray(valid)), expected)
+  with hardware.tracing_for(platform):
+    np.testing.assert_array_equal(descending_rank(jnp.asarray(values), jnp.asarray(valid)), expected)
 
 
 def test_attention_paid_is_the_weighted_sum_of_the_rows_and_nothing_for_those_that_see_no_key():

@@ -4,17 +4,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ftp_jax.models import kernels
+from ftp_jax import hardware
 from ftp_jax.models.attention import EMPTY
 from ftp_jax.routing.cache import as_tiles, from_tiles, put_tiles, write
 from ftp_jax.routing.slots import fill_slots, gather, in_chunks
 
 
-@pytest.mark.parametrize("on_gpu", [False, True])
-def test_slots_of_kept_tokens_by_hand(on_gpu, monkeypatch):
-  monkeypatch.setattr(kernels, "on_gpu", lambda: on_gpu)
+@pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])
+def test_slots_of_kept_tokens_by_hand(platform):
   keep = jnp.array([[1, 0, 1, 0, 1], [1, 0, 0, 1, 0], [1, 1, 1, 0, 0]], bool)
-  out = fill_slots(keep, 4)
+  with hardware.tracing_for(platform):
+    out = fill_slots(keep, 4)
   np.testing.assert_array_equal(out.position_BxK, [[0, 2, 4, 4], [0, 3, 4, 4], [0, 1, 2, 4]])
   np.testing.assert_array_equal(out.filled_BxK, [[1, 1, 1, 0], [1, 1, 0, 0], [1, 1, 1, 0]])
   slot = np.asarray(out.slot_BxT)

@@ -85,7 +85,8 @@ def forward_flops(model: ModelConfig, positions: int, scored: int, window: int =
   pairs = positions**2 if positions % 128 else counts.causal_pairs(positions)
   width = model.num_heads * model.head_dim
   scores = 2.0 * (width + model.num_heads) * window * positions
-  block = 2.0 * positions * block_parameters(model) + 4.0 * width * pairs + scores
+  turned = 2.0 * positions * (width + model.num_kv_heads * model.head_dim) * model.head_dim  # see `rope.apply_rope`
+  block = 2.0 * positions * block_parameters(model) + 4.0 * width * pairs + scores + turned
   return model.num_blocks * block + 2.0 * scored * model.vocab_size * model.hidden_size
 
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from ftp_jax import sharding
+from ftp_jax import hardware, sharding
 from ftp_jax.config import get_config
 from ftp_jax.errors import UserError
 from ftp_jax.evaluation import judge
@@ -118,7 +118,7 @@ def trace(case: Case, mesh: Mesh) -> Traced:
 
 
 def _trace(mesh: Mesh, jitted: Any, *args: Any, **options: Any) -> Any:
-  with jax.set_mesh(mesh):  # only here: no array can be made on devices that are described alone
+  with jax.set_mesh(mesh), hardware.tracing_for("tpu"):  # only here: described devices can hold no array
     return jitted.trace(*args, **options)
 
 

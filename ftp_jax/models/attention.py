@@ -14,12 +14,15 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from ftp_jax import hardware
+
 _LOWEST = -1e30
 # Position of an empty key slot: no query sees it.
 EMPTY = 2**30
 # Tile sizes of the XLA implementation: the fastest of those tried on a CPU with 1 MiB of L2 cache a core. A tile of
 # queries takes its keys in parts, of which the last is cut to a multiple of the grain; each such size is a branch.
 _QUERY_TILE, _KEY_PART, _KEY_GRAIN = 128, 1024, 128
+_CHUNK_BYTES = 2**28  # of the scores that `attend_chunks` holds
 
 
 def _scores(q_BxTxHxN, k_BxSxGxN):
@@ -108,9 +111,11 @@ def attend_cached(
   groups = k_BxGxNxS.shape[1]
   per_group = heads // groups
   q = q_BxCxHxN.reshape(batch, num_queries, groups, per_group, dim).transpose(0, 2, 1, 3, 4)
-  q = q.reshape(batch, groups, num_queries * per_group, dim) * dim**-0.5
+  rows = num_queries * per_group
+  whole = functools.partial(hardware.whole_rows, rows=rows)
+  q = whole(q.reshape(batch, groups, rows, dim) * dim**-0.5)
   product = lambda spec, a, b: jnp.einsum(spec, a, b, preferred_element_type=jnp.float32)
-  masked = lambda scores, mask: jnp.where(jnp.repeat(mask, per_group, axis=1)[:, None], scores, _LOWEST)
+  masked = lambda scores, mask: jnp.where(whole(jnp.repeat(mask, per_group, axis=1))[:, None], scores, _LOWEST)
   old = masked(product("bgqn,bgns->bgqs", q, k_BxGxNxS), mask_BxCxS)
   new = masked(product("bgqn,bgmn->bgqm", q, k_BxGxMxN), mask_BxCxM)
   top = jnp.maximum(jnp.max(old, axis=-1, keepdims=True), jnp.max(new, axis=-1, keepdims=True))
@@ -118,9 +123,9 @@ def attend_cached(
   total = jnp.sum(old, axis=-1, keepdims=True) + jnp.sum(new, axis=-1, keepdims=True)
   out = product("bgqs,bgsn->bgqn", old.astype(v_BxGxSxN.dtype), v_BxGxSxN)
   out = (out + product("bgqm,bgmn->bgqn", new.astype(v_BxGxMxN.dtype), v_BxGxMxN)) / total
-  out = out.reshape(batch, groups, num_queries, per_group, dim).transpose(0, 2, 1, 3, 4)
+  out = out[:, :, :rows].reshape(batch, groups, num_queries, per_group, dim).transpose(0, 2, 1, 3, 4)
   out = out.reshape(q_BxCxHxN.shape).astype(q_BxCxHxN.dtype)
-  mean = lambda a: (a / total).reshape(batch, groups, num_queries, per_group, -1).mean(axis=(1, 3))
+  mean = lambda a: (a / total)[:, :, :rows].reshape(batch, groups, num_queries, per_group, -1).mean(axis=(1, 3))
   return out, mean(old), mean(new)
 
 
@@ -215,6 +220,36 @@ def attend_positions(
 
   # Tiles without a query are not computed.
   return jax.lax.fori_loop(0, busy, rows, jnp.zeros_like(q_BxTxHxN))
+
+
+def attend_chunks(
+    q_BxTxHxN: jax.Array,
+    k_BxSxGxN: jax.Array,
+    v_BxSxGxN: jax.Array,
+    query_BxT: jax.Array,
+    key_BxS: jax.Array,
+    window: int | None = None,
+) -> jax.Array:
+  """`attend_positions` of few queries, for a TPU, where its many small steps, of which data say how many, are slow.
+
+  All scores of a chunk of queries are there at once: as many queries as keep them within 256 MiB.
+  """
+  batch, num_queries, heads, _ = q_BxTxHxN.shape
+  num_keys, groups = k_BxSxGxN.shape[1:3]
+  chunks = -(-num_queries // max(_CHUNK_BYTES // (4 * batch * heads * num_keys), 1))
+  # A group of heads has at least the rows of `hardware.whole_rows`.
+  size = max(-(-num_queries // chunks), -(-hardware.SUBLANES // (heads // groups)))
+  chunks = -(-num_queries // size)
+  spare = (0, chunks * size - num_queries)
+  q = jnp.pad(q_BxTxHxN, ((0, 0), spare, (0, 0), (0, 0))).reshape(batch, chunks, size, heads, -1)
+  query = jnp.pad(query_BxT, ((0, 0), spare), constant_values=-1).reshape(batch, chunks, size)
+
+  def chunk(part):
+    q_BxCxHxN, query_BxC = part
+    return attend(q_BxCxHxN, k_BxSxGxN, v_BxSxGxN, visible(query_BxC, key_BxS, window))
+
+  out = jax.lax.map(chunk, (q.swapaxes(0, 1), query.swapaxes(0, 1))).swapaxes(0, 1)
+  return out.reshape((batch, chunks * size) + q_BxTxHxN.shape[2:])[:, :num_queries]
 
 
 def _pad(a: jax.Array, size: int, value: int = 0) -> jax.Array:

@@ -17,7 +17,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from ftp_jax import sharding
+from ftp_jax import hardware, sharding
 from ftp_jax.models.attention import attend
 from ftp_jax.models.config import ModelConfig
 from ftp_jax.models.rope import apply_rope, rope_frequencies
@@ -36,6 +36,8 @@ def product(x: jax.Array, kernel: jax.Array) -> jax.Array:
   decode steps, are sums of parts, which is as fast, and under `jax.default_matmul_precision("highest")` all are.
   """
   rows, size = math.prod(x.shape[:-1]), x.shape[-1]
+  if hardware.platform() == "tpu":
+    return jnp.matmul(hardware.whole_rows(x, rows // _batch_parts()), kernel)[..., : x.shape[-2], :]
   if rows > _FEW_ROWS or not _can_split(x, _PARTS_OF_FEW):
     return in_parts(jnp.matmul, x, kernel, 0)
 
@@ -50,15 +52,29 @@ def product(x: jax.Array, kernel: jax.Array) -> jax.Array:
 
 def in_parts(multiply: Callable[[jax.Array, jax.Array], jax.Array], x: jax.Array, kernel: jax.Array, axis: int):
   """multiply(x, kernel), a sum over the last axis of x and `axis` of the kernel; in parts where all products are."""
-  asked = jax.config.jax_default_matmul_precision in _HIGHEST and jax.default_backend() == "cpu"
+  asked = jax.config.jax_default_matmul_precision in _HIGHEST and hardware.platform() == "cpu"
   if not asked or not _can_split(x, _PARTS):
     return multiply(x, kernel)
   return sum(map(multiply, jnp.split(x, _PARTS, -1), jnp.split(kernel, _PARTS, axis)))
 
 
+def _batch_parts() -> int:
+  """In how many parts the mesh of this trace has a batch."""
+  return sharding.context().get("data", 1) * sharding.context().get("fsdp", 1)
+
+
 def _can_split(x: jax.Array, parts: int) -> bool:
   """Not bf16, whose parts would be rounded, nor on a mesh, which may have split the axis already."""
   return x.dtype == jnp.float32 and x.shape[-1] % parts == 0 and math.prod(sharding.context().values()) == 1
+
+
+def apart(y: Any) -> Any:
+  """y, which on a TPU is computed as it stands, once, before anything is made of it.
+
+  Of a projection and the transposition that takes the heads out of it the compiler would make one product, which takes
+  twice as long, of copies of the weights in another order; angles it would compute anew in every block.
+  """
+  return jax.lax.optimization_barrier(y) if hardware.platform() == "tpu" else y
 
 
 class RMSNorm(nn.Module):
@@ -118,7 +134,7 @@ class Block(nn.Module):
   def queries(self, x_BxTxD, sin_BxTxN, cos_BxTxN):
     """Queries (B,T,H,N) of the block's input, rope applied."""
     c = self.config
-    q = self.q(self.attn_norm(x_BxTxD)).reshape(x_BxTxD.shape[:-1] + (c.num_heads, c.head_dim))
+    q = apart(self.q(self.attn_norm(x_BxTxD))).reshape(x_BxTxD.shape[:-1] + (c.num_heads, c.head_dim))
     q = constrain(q, "batch", None, "heads", None)
     return apply_rope(self.q_norm(q) if c.qk_norm else q, sin_BxTxN, cos_BxTxN)
 
@@ -126,7 +142,7 @@ class Block(nn.Module):
     """Keys, rope applied, and values, each (B,T,G,N), of the block's input."""
     c, y = self.config, self.attn_norm(x_BxTxD)
     shape = x_BxTxD.shape[:-1] + (c.num_kv_heads, c.head_dim)
-    k, v = (constrain(a.reshape(shape), "batch", None, "kv_heads", None) for a in (self.k(y), self.v(y)))
+    k, v = (constrain(apart(a).reshape(shape), "batch", None, "kv_heads", None) for a in (self.k(y), self.v(y)))
     return apply_rope(self.k_norm(k) if c.qk_norm else k, sin_BxTxN, cos_BxTxN), v
 
   def qkv(self, x_BxTxD, sin_BxTxN, cos_BxTxN):
@@ -183,8 +199,10 @@ class Embedding(nn.Module):
       head = head if few else constrain(head, "logits", None)
     multiply = functools.partial(jnp.einsum, "...d,vd->...v", preferred_element_type=jnp.float32)
     # One row, which XLA does not add up in one chain here, would not be worth the copies of the head.
-    apply = multiply if math.prod(y.shape[:-1]) == 1 else functools.partial(in_parts, multiply, axis=1)
-    logits = apply(y, head.astype(y.dtype))
+    rows = math.prod(y.shape[:-1])
+    apply = multiply if rows == 1 else functools.partial(in_parts, multiply, axis=1)
+    y = hardware.whole_rows(y[..., None, :], rows // _batch_parts())
+    logits = apply(y, head.astype(y.dtype))[..., 0, :]
     return constrain(logits, rows, *inner, columns)
 
   def __call__(self, tokens_BxT):

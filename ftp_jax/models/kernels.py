@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import splash_attention
 
-from ftp_jax import sharding
+from ftp_jax import hardware, sharding
 from ftp_jax.errors import UserError
 from ftp_jax.models import attention
 
@@ -48,11 +48,12 @@ def attend(
   """
   name = chosen(q_BxTxHxN, k_BxSxGxN, window, aligned=aligned, implementation=implementation)
   if name == "splash":
-    return on_mesh(splash, q_BxTxHxN, k_BxSxGxN, v_BxSxGxN)
+    return on_mesh(_padded_splash, q_BxTxHxN, k_BxSxGxN, v_BxSxGxN)
   if name == "cudnn":
     run = functools.partial(cudnn, window=window, aligned=aligned)
     return on_mesh(run, q_BxTxHxN, k_BxSxGxN, v_BxSxGxN, query_BxT, key_BxS)
-  return attention.attend_positions(q_BxTxHxN, k_BxSxGxN, v_BxSxGxN, query_BxT, key_BxS, window)
+  in_xla = attention.attend_chunks if hardware.platform() == "tpu" else attention.attend_positions
+  return in_xla(q_BxTxHxN, k_BxSxGxN, v_BxSxGxN, query_BxT, key_BxS, window)
 
 
 def chosen(
@@ -94,8 +95,7 @@ def choose(
   if implementation == "cudnn" and dtype in (jnp.bfloat16, jnp.float16) and head_dim % 8 == 0 and head_dim <= 128:
     return "cudnn"
   # The TPU compiler refuses the kernel in fp16.
-  whole = num_queries % LANES == 0
-  if implementation == "splash" and dtype in (jnp.bfloat16, jnp.float32) and aligned and not window and whole:
+  if implementation == "splash" and dtype in (jnp.bfloat16, jnp.float32) and aligned and not window:
     return "splash"
   return "xla"
 
@@ -125,20 +125,12 @@ def check_runs(implementation: str, backend: str) -> None:
 
 def backend_name() -> str:
   """"cuda" where cuDNN has fused attention, else jax's name of the backend ("cpu", "tpu", "gpu")."""
-  name = jax.default_backend()
+  name = hardware.platform()
   if name != "gpu":
     return name
   # "9.0" on an NVIDIA GPU; "gfx942" on an AMD one, which jax calls "gpu" too.
   major = str(getattr(jax.local_devices()[0], "compute_capability", "")).split(".")[0]
   return "cuda" if major.isdigit() and int(major) >= 8 else "gpu"
-
-
-def on_gpu() -> bool:
-  """Whether this process runs on a GPU, whose host starts every part and waits for the device to learn of a branch.
-
-  Programs that are traced here for other hardware have the form for this one.
-  """
-  return jax.default_backend() == "gpu"
 
 
 def divides(heads: int, groups: int) -> bool:
@@ -211,6 +203,14 @@ def splash(q_BxTxHxN: jax.Array, k_BxTxGxN: jax.Array, v_BxTxGxN: jax.Array, *, 
   heads_first = lambda a: a.swapaxes(1, 2)
   out = jax.vmap(kernel)(heads_first(q_BxTxHxN * dim**-0.5), heads_first(k_BxTxGxN), heads_first(v_BxTxGxN))
   return heads_first(out)
+
+
+def _padded_splash(q_BxTxHxN: jax.Array, k_BxTxGxN: jax.Array, v_BxTxGxN: jax.Array) -> jax.Array:
+  """`splash` of any number of slots: padded to whole tiles, to large ones where there are more slots than in one."""
+  num_slots = q_BxTxHxN.shape[1]
+  size = _LARGEST_BLOCK if num_slots > _LARGEST_BLOCK else LANES
+  pad = lambda a: jnp.pad(a, ((0, 0), (0, -num_slots % size), (0, 0), (0, 0)))
+  return splash(*map(pad, (q_BxTxHxN, k_BxTxGxN, v_BxTxGxN)))[:, :num_slots]
 
 
 def splash_block(num_queries: int) -> int:

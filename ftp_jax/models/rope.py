@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ftp_jax import hardware
 from ftp_jax.models.config import ModelConfig
 
 
@@ -28,5 +29,21 @@ def rope_frequencies(config: ModelConfig) -> np.ndarray:
 def apply_rope(x_BxTxHxN: jax.Array, sin_BxTxN: jax.Array, cos_BxTxN: jax.Array) -> jax.Array:
   """Rotates (x[:N/2], x[N/2:]) pairs by their angles; sin and cos are (B or 1, T, N/2)."""
   sin, cos = sin_BxTxN[:, :, None], cos_BxTxN[:, :, None]
+  if hardware.platform() == "tpu":
+    whole = lambda a: jnp.concatenate([a, a], axis=-1)
+    x32 = x_BxTxHxN.astype(jnp.float32)
+    return (x32 * whole(cos) + _quarter_turn(x_BxTxHxN) * whole(sin)).astype(x_BxTxHxN.dtype)
   first, second = jnp.split(x_BxTxHxN.astype(jnp.float32), 2, axis=-1)
   return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_BxTxHxN.dtype)
+
+
+def _quarter_turn(x_BxTxHxN: jax.Array) -> jax.Array:
+  """(-x[N/2:], x[:N/2]) in fp32, as a product with a matrix of 0, 1 and -1, which rounds nothing.
+
+  A TPU computes that in a fraction of the time that it takes to cut its rows of 128 numbers in halves.
+  """
+  size = x_BxTxHxN.shape[-1]
+  half = np.eye(size // 2, dtype=np.float32)
+  turn = jnp.asarray(np.block([[np.zeros_like(half), half], [-half, np.zeros_like(half)]]), x_BxTxHxN.dtype)
+  precision = "highest" if x_BxTxHxN.dtype == jnp.float32 else None
+  return jnp.einsum("bthn,nm->bthm", x_BxTxHxN, turn, precision=precision, preferred_element_type=jnp.float32)

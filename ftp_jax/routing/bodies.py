@@ -30,8 +30,9 @@ from ftp_jax.routing.slots import Slots, gather, in_chunks
 # less memory; and an attention of small tiles for the bodies of so few slots, apart from that of all others.
 _MLP_SLOTS = 768
 _FEW_SLOTS = 64
-# With cuDNN: kept queries before all keys are few below one in this many positions; measured on an H200.
-_FEW_QUERIES = 3
+# Kept queries before all keys are few below one in this many positions. With cuDNN measured, on an H200; with splash by
+# what its compiler expects of XLA's attention: a tile of 128 queries takes as long as splash needs for 1,000 to 2,000.
+_FEW_QUERIES = {"cudnn": 3, "splash": 8}
 
 
 class Gate(NamedTuple):
@@ -104,16 +105,17 @@ class Body:
     num_slots, routed: the bucket, see `Plan.bodies`.
     evict: keys and values are those of the kept tokens alone.
     table: the score table, if a router reads that of any block with this body.
+    alone: no other body is where this one is, so that its tiles have its own slots; else all have as many, T.
     last: the model's last block, whose output is computed for the last token alone.
     gathers: kept tokens are gathered into slots; otherwise all are computed where they stand.
   """
 
   def __init__(
       self, contexts: Contexts, num_slots: int, routed: bool, evict: bool, table: ScoreTable | None = None,
-      last: bool = False,
+      alone: bool = False, last: bool = False,
   ):
     self._contexts, self.num_slots, self.routed, self.evict = contexts, num_slots, routed, evict
-    self.table, self.last = table, last
+    self.table, self.alone, self.last = table, alone, last
     self.gathers = routed and (num_slots < contexts.num_positions or evict)
 
   def _chosen(self, x, filled: Slots | None):
@@ -135,7 +137,7 @@ class Body:
       if self.table:
         of_tokens = lambda a: jnp.take_along_axis(a, gate.filled.slot_BxT, axis=1) if self.gathers else a
         score = self.table.after(apply, x, k, key, gate.keep_BxT, score, inputs, of_tokens)
-      tiles = as_tiles(k, v, key, key.shape[1] if self.last else contexts.num_positions)
+      tiles = as_tiles(k, v, key, key.shape[1] if self.alone else contexts.num_positions)
     else:
       k, v = _projected(contexts, held, inputs)
     if self.last:
@@ -167,10 +169,10 @@ class Body:
     contexts = self._contexts
     # The queries are the keys, slot by slot, but for the last token's alone and for kept ones before all keys.
     aligned = not self.last and (self.evict or not self.gathers)
-    many = not self.last and _FEW_QUERIES * self.num_slots >= contexts.num_positions
-    if many and not aligned and contexts.has_causal_cudnn(q, k):
-      # At their positions, beside what stands there for the others: it computes all pairs of a causal mask faster than
-      # those of any other with a third of the queries or more.
+    kernel = "" if self.last or aligned else contexts.causal_kernel(q, k)
+    if kernel and _FEW_QUERIES[kernel] * self.num_slots >= contexts.num_positions:
+      # At their positions, beside what stands there for the others: a kernel computes all pairs of a causal mask faster
+      # than cuDNN those of any other mask, or XLA on a TPU, with a good part of the queries.
       q = gather(q, gate.filled.slot_BxT)
       attended = contexts.attend(q, k, v, contexts.query_positions(), key, aligned=True)
       attended = gather(attended, gate.filled.position_BxK[:, : self.num_slots])

@@ -3,7 +3,7 @@
 The routes are those of `masked.forward`, by the same functions; only kept tokens are computed. One scan runs over the
 blocks of each of `Plan.phases` and branches to the body of the block's bucket, so that it holds as many block bodies as
 its blocks have distinct buckets; where XLA computes attention, bodies share it: the scan branches before and after.
-Where branches make the host wait, on a GPU, there are more phases, so that most plans need none.
+Branches make a GPU's host wait and a TPU copy what they read: there plans have more phases, and most need no branch.
 The last block computes the last token's output alone, as nothing else is read.
 """
 
@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ftp_jax.models import decoder, kernels
+from ftp_jax import hardware
+from ftp_jax.models import decoder
 from ftp_jax.models.config import ModelConfig
 from ftp_jax.routing import factors as factor_lib
 from ftp_jax.routing import routers
@@ -112,14 +113,14 @@ def prefill(
       score, buffers, held = project(contexts, bodies[0].table, x, score, gate, buffers, inputs)
     x, score, tiles = run_body(contexts, bodies, inputs["body"], x, score, gate, held, inputs)
     if tiles:
-      buffers = put_tiles(buffers, tiles, inputs["offset"], plan.tiles_fit or bodies[0].last)
+      buffers = put_tiles(buffers, tiles, inputs["offset"], plan.tiles_fit or bodies[0].alone)
     return (x, score, state, buffers), (gate.keep_BxT, least_B)
 
   def run(carry, inputs, begin, end):
     """Blocks [begin, end), with bodies for the buckets they have."""
     used, some = sorted(set(plan.body_of[begin:end])), scored[begin:end]
     own = tables[all(some)] if any(some) else None
-    bodies = [Body(contexts, *plan.bodies[i], begin >= plan.evict_from, own) for i in used]
+    bodies = [Body(contexts, *plan.bodies[i], begin >= plan.evict_from, own, alone=len(used) == 1) for i in used]
     inputs = inputs | {"body": jnp.asarray([used.index(i) for i in plan.body_of[begin:end]], jnp.int32)}
     return jax.lax.scan(lambda carry, inputs: one_block(bodies, carry, inputs), carry, inputs)
 
@@ -135,7 +136,7 @@ def prefill(
       empty_cache(config, plan, batch, dtype),
   )
   last, start, routes, planned = config.num_blocks - 1, routing.one_pass_block, [], None
-  for begin, end in plan.phases(routing, scored if kernels.on_gpu() else None):
+  for begin, end in plan.phases(routing, None if hardware.platform() == "cpu" else scored):
     of_phase, stop = jax.tree.map(lambda a: a[begin:end], inputs), min(end, last)
     if begin == start and any(plan.routed[begin:]):
       planned = _decide_ahead(decide, carry, jax.tree.map(lambda a: a[begin:], inputs))
@@ -144,7 +145,7 @@ def prefill(
     if begin < stop:
       carry, found = run(carry, jax.tree.map(lambda a: a[: last - begin], of_phase), begin, stop)
       routes.append(found)
-  body = Body(contexts, *plan.bodies[plan.body_of[-1]], last >= plan.evict_from, last=True)
+  body = Body(contexts, *plan.bodies[plan.body_of[-1]], last >= plan.evict_from, alone=True, last=True)
   (x, _, _, buffers), found = one_block([body], carry, jax.tree.map(lambda a: a[-1], of_phase) | {"body": 0})
   routes.append(jax.tree.map(lambda a: a[None], found))
   keep, least = jax.tree.map(lambda *a: jnp.concatenate(a), *routes)

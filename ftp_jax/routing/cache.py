@@ -9,7 +9,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
 
+from ftp_jax import hardware
 from ftp_jax.models.attention import EMPTY
 from ftp_jax.models.config import ModelConfig
 from ftp_jax.routing.plan import Plan
@@ -62,11 +64,11 @@ class Recent(NamedTuple):
 
 
 def empty_cache(config: ModelConfig, plan: Plan, batch: int, dtype) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """Buffers (k_BxGxNxS, v_BxGxSxN, position_BxS) before a prefill."""
+  """Buffers (k_BxGxNxS, v_BxGxSxN, position_BxS) before a prefill, which writes every slot of theirs."""
   slots = sum(plan.cache_slots)
   shape = (batch, config.num_kv_heads, config.head_dim, slots)
   position = constrain(jnp.full((batch, slots), EMPTY, jnp.int32), "batch", None)
-  of_heads = lambda *shape: constrain(jnp.zeros(shape, dtype), "batch", "kv_heads", None, None)
+  of_heads = lambda *shape: constrain(jax.lax.empty(shape, dtype), "batch", "kv_heads", None, None)
   return of_heads(*shape), of_heads(*shape[:2], slots, config.head_dim), position
 
 
@@ -126,4 +128,14 @@ def from_tiles(k_BxGxNxS: jax.Array, v_BxGxSxN: jax.Array) -> tuple[jax.Array, j
 
 def put_tiles(buffers, tiles, offset: jax.Array, fits: bool) -> tuple[jax.Array, jax.Array, jax.Array]:
   """The buffers of `empty_cache` with a block's tiles written at its offset; `fits` as in `write`."""
-  return tuple(write(buffer, tile, offset, axis, fits) for buffer, tile, axis in zip(buffers, tiles, (3, 2, 1)))
+  written = tuple(
+      write(_in_order(buffer), tile, offset, axis, fits) for buffer, tile, axis in zip(buffers, tiles, (3, 2, 1))
+  )
+  return tuple(map(_in_order, written))
+
+
+def _in_order(buffer: jax.Array) -> jax.Array:
+  """A buffer whose numbers a TPU keeps in the order that the prefill returns, or else all would be copied at the end."""
+  if hardware.platform() != "tpu":
+    return buffer
+  return with_layout_constraint(buffer, Layout(tuple(range(buffer.ndim))))

@@ -35,7 +35,7 @@ class Contexts:
     self.position_BxT = jnp.broadcast_to(self._t, tokens_BxT.shape)
     self.in_context_BxT = self._t < context_B[:, None]
     self.key_BxT = jnp.where(self.in_context_BxT, self._t, EMPTY)
-    self.angles = decoder.angles(config, self._t)
+    self.angles = decoder.apart(decoder.angles(config, self._t))
     self._block, self._blocks = decoder.Block(config), params["blocks"]
     window = config.sliding_window
     self._window = window if window and window < self.num_positions else None  # a wider one hides no key
@@ -61,11 +61,12 @@ class Contexts:
         implementation=self._attention,
     )
 
-  def has_causal_cudnn(self, q_BxKxHxN: jax.Array, k_BxSxGxN: jax.Array) -> bool:
-    """Whether `attend` of such queries, aligned with the keys, is cuDNN's causal kernel, which needs no mask."""
+  def causal_kernel(self, q_BxKxHxN: jax.Array, k_BxSxGxN: jax.Array) -> str:
+    """The kernel of `attend` that computes such queries, aligned with the keys, without a mask; "" where none does."""
     if self._window:
-      return False
-    return kernels.chosen(q_BxKxHxN, k_BxSxGxN, None, aligned=True, implementation=self._attention) == "cudnn"
+      return ""
+    chosen = kernels.chosen(q_BxKxHxN, k_BxSxGxN, None, aligned=True, implementation=self._attention)
+    return "" if chosen == "xla" else chosen
 
   def rope(self, position_BxK: jax.Array) -> tuple[jax.Array, jax.Array]:
     """sin and cos (B,K,N/2) of some positions of each row."""

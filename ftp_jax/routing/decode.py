@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ftp_jax.models import decoder, kernels
+from ftp_jax import hardware
+from ftp_jax.models import decoder
 from ftp_jax.models.attention import attend_cached, visible
 from ftp_jax.models.config import ModelConfig
 from ftp_jax.routing import factors as factor_lib
@@ -191,7 +192,7 @@ def extend(
   )
   plan_from, parts = None, []
   slots = plan.cache_slots
-  cuts = changes(slots) if kernels.on_gpu() else []
+  cuts = [] if hardware.platform() == "cpu" else changes(slots)
   for begin, end in routing.phases(config.num_blocks, more=cuts):
     if begin == routing.one_pass_block:
       plan_from = carry[:2]

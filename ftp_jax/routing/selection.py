@@ -7,6 +7,7 @@ are reproducible in every execution and framework.
 import jax
 import jax.numpy as jnp
 
+from ftp_jax import hardware
 from ftp_jax.routing.config import RoutingConfig
 
 # Sparsities count in steps of 1 / _STEPS: integers round alike in every compiler, on every machine and in every
@@ -38,6 +39,8 @@ def descending_rank(values_BxT: jax.Array, valid_BxT: jax.Array) -> jax.Array:
   """
   last = values_BxT.shape[1] - 1
   keys_BxT = _order_keys(jnp.where(valid_BxT, values_BxT, -jnp.inf))
+  if hardware.platform() == "tpu":  # which sorts pairs, but takes single numbers one by one
+    return last - jnp.argsort(jnp.argsort(keys_BxT, axis=1, stable=True), axis=1)
   # Positions by rank; scattering their ranks back is cheaper than another sort.
   order = last - _ascending_order(~keys_BxT[:, ::-1])
   rank = jnp.broadcast_to(jnp.arange(last + 1, dtype=jnp.int32)[None], order.shape)

@@ -7,7 +7,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ftp_jax.models import kernels
+from ftp_jax import hardware
+
+_LANES = 128  # numbers in a row of a TPU's vectors
 
 
 class Slots(NamedTuple):
@@ -28,13 +30,17 @@ def fill_slots(keep_BxT: jax.Array, num_slots: int) -> Slots:
   """Slots of the kept tokens, of which no row has more than `num_slots`."""
   num_positions = keep_BxT.shape[1]
   kept_so_far = jnp.cumsum(keep_BxT, axis=1)
-  if kernels.on_gpu():
+  platform = hardware.platform()
+  if platform == "gpu":
     # Its compiler would add up the counts anew for every element of whatever is taken by them.
     kept_so_far = jax.lax.optimization_barrier(kept_so_far)
     position = jax.vmap(functools.partial(_scattered, num_slots))(keep_BxT, kept_so_far)
   else:
-    # Slot k holds the first position up to which k + 1 tokens are kept.
-    position = jax.vmap(lambda count: jnp.searchsorted(count, jnp.arange(1, num_slots + 1)))(kept_so_far)
+    # Slot k holds the first position up to which k + 1 tokens are kept. A TPU, which takes single numbers out of an
+    # array one by one, compares whole vectors with all positions instead of searching.
+    lanes, method = (_LANES, "compare_all") if platform == "tpu" else (1, "scan")
+    slot = jnp.arange(1, num_slots + 1 + -num_slots % lanes)
+    position = jax.vmap(lambda count: jnp.searchsorted(count, slot, method=method)[:num_slots])(kept_so_far)
   slot = jnp.clip(kept_so_far - 1, 0, num_slots - 1)
   return Slots(jnp.minimum(position, num_positions - 1), position < num_positions, slot)
 
