@@ -211,6 +211,8 @@ def _parser() -> argparse.ArgumentParser:
       ("dtype", "NAME", str, "bfloat16", "bfloat16 or float32 (default: bfloat16)"),
       ("remat", "NAME", str, "full", "train: none, dots or full (default: full)"),
       ("kv", "MODE", str, "project", "project or evict (default: project)"),
+      ("sparsity", "S", float, 0.3, "prefill, decode: of the built-in schedule, 0 for the dense model (default: 0.3)"),
+      ("shape", "NAME", str, "late", "prefill, decode: which blocks skip, late or middle (default: late)"),
       ("attention", "NAME", str, None, "splash or full (default: splash, where it can be had)"),
       ("stand-in", "R", int, 0, "rank of maps that stand in for skipped blocks (default: 0, none)"),
       ("json", "FILE", str, None, "write the record to this file"),

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from ftp_jax import cli, sharding
+from ftp_jax import cli, hardware, sharding
 from ftp_jax.config import get_config, large_preset
-from ftp_jax.fit import compiling, cost, counts, hlo, programs, topologies
+from ftp_jax.fit import compiling, cost, counts, expected, hlo, programs, topologies
 from ftp_jax.models import attention, decoder, kernels
 from ftp_jax.models.architectures import architecture
 from ftp_jax.models.config import ModelConfig
@@ -292,6 +292,71 @@ def test_a_compiled_program_by_hand():
   assert hlo.Program(TEXT).largest(1) == [{"shape": "f32[64,4]", "bytes": 64 * 4 * 4, "origin": "gathered"}]
 
 
+TIMED = """
+%fused (p: bf16[8,128]) -> bf16[8,128] {
+  %p = bf16[8,128]{1,0} parameter(0)
+  ROOT %s = bf16[8,128]{1,0} negate(%p), backend_config={"estimated_cycles":"999"}
+}
+
+%dear (p: bf16[8,128]) -> bf16[8,128] {
+  %p = bf16[8,128]{1,0} parameter(0)
+  ROOT %n = bf16[8,128]{1,0} fusion(%p), kind=kLoop, calls=%fused, metadata={op_name="jit(f)/cond/branch_1_fun/dear"}, ESTIMATE
+}
+
+%cheap (p: bf16[8,128]) -> bf16[8,128] {
+  ROOT %p = bf16[8,128]{1,0} parameter(0)
+}
+
+%body (s: (s32[], bf16[8,128])) -> (s32[], bf16[8,128]) {
+  %s = (s32[], bf16[8,128]{1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%s), index=0
+  %x = bf16[8,128]{1,0} get-tuple-element(%s), index=1
+  %one = s32[] constant(1)
+  %next = s32[]{:T(128)} add(%i, %one)
+  %y = bf16[8,128]{1,0} conditional(%i, %x, %x), branch_computations={%cheap, %dear}
+  ROOT %out = (s32[], bf16[8,128]{1,0}) tuple(%next, %y)
+}
+
+%condition (s: (s32[], bf16[8,128])) -> pred[] {
+  %s = (s32[], bf16[8,128]{1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%s), index=0
+  %end = s32[] constant(5)
+  ROOT %less = pred[] compare(%i, %end), direction=LT
+}
+
+ENTRY %main (p: bf16[8,128]) -> bf16[8,128] {
+  %p = bf16[8,128]{1,0} parameter(0)
+  %zero = s32[] constant(0)
+  %start = (s32[], bf16[8,128]{1,0}) tuple(%zero, %p)
+  %loop = (s32[], bf16[8,128]{1,0}) while(%start), condition=%condition, body=%body
+  %y = bf16[8,128]{1,0} get-tuple-element(%loop), index=1
+  %turned = bf16[8,128]{0,1} copy(%y), backend_config={"estimated_cycles":"3"}
+  %moved = bf16[8,128]{0,1} copy(%turned), backend_config={"estimated_cycles":"50000"}
+  %large = bf16[64,128]{1,0} custom-call(), custom_call_target="AllocateBuffer"
+  %written = bf16[64,128]{1,0} dynamic-update-slice(%large, %moved, %zero, %zero)
+  %q = bf16[2,256,64]{2,1,0} constant(0)
+  %splash_mha_fwd.3 = (f32[256,128]{1,0}, bf16[2,256,64]{2,1,0}) custom-call(%q, %q, %q), custom_call_target="tpu"
+  ROOT %z = bf16[8,128]{1,0} fusion(%written), kind=kLoop, calls=%fused, metadata={op_name="jit(f)/last"}
+}
+""".replace("ESTIMATE", 'backend_config={"estimated_cycles":"70"}')
+
+
+def test_what_a_compiler_expects_by_hand():
+  """Five trips of the dearer branch; what has no estimate, and copies that have too small ones, by their bytes."""
+  chip = topologies.Chip(hbm=2**30, peak=1e12, hbm_rate=1e9, ici_rate=2e8, clock=2e9)
+  found = expected.expected(hlo.Program(TIMED), chip)
+  moved = 2 * (8 * 128 * 2) / 1e9 * 2e9  # there and back, in cycles
+  scalars = 5 * 2 * 4 / 1e9 * 2e9 + 6 * 2 * 1 / 1e9 * 2e9  # the counter, and whether it goes on
+  splash = 2 * 2 * 2 * 64 * 256**2 / 1e12 * 2e9
+  below = 3 * moved + splash + scalars  # a copy, what is written, the last fusion
+  assert found["cycles"] == pytest.approx(5 * 70 + 50000 + below)
+  assert found["seconds"] == found["cycles"] / 2e9
+  assert found["from_below"] == pytest.approx(below / found["cycles"])
+  kinds = {kind["origin"]: kind for kind in found["dearest"]}
+  assert kinds["dear bf16[8,128]"]["count"] == 5 and "custom-call splash_mha_fwd f32[256,128]" in kinds
+  assert found["dearest"][0]["share"] == max(kind["share"] for kind in kinds.values())
+
+
 def test_a_loop_that_xla_compiled():
   mesh = sharding.make_mesh(2, 4, 1)
 
@@ -365,6 +430,24 @@ def test_a_training_step_is_compiled_for_a_tpu(model, tmp_path, capsys):
   assert record["unknown_loops"] == 0 and record["involuntary_rematerializations"] == 0
 
 
+def test_programs_for_a_tpu_have_loops_of_known_length_and_decode_in_fewer_cycles(model, tmp_path, capsys, monkeypatch):
+  """Than the forms for a CPU, whose attention loops as often as the data say."""
+  found = {}
+  tracing_for = hardware.tracing_for
+  for form in ("tpu", "cpu"):
+    monkeypatch.setattr(hardware, "tracing_for", lambda _: tracing_for(form))
+    for program in ("prefill", "decode"):
+      file = tmp_path / f"{form}_{program}"
+      options = (f"--program={program}", "--kv=evict", "--sparsity=0.5", "--shape=middle", "--mesh=4,1,1")
+      assert check(model, *options, f"--json={file}") == 0
+      found[form, program] = json.loads(file.read_text())
+  out = capsys.readouterr().out
+  assert "attention splash" in out and "S = 0.5 middle" in out and "expected by the compiler, not measured: " in out
+  assert found["tpu", "decode"]["expected"]["cycles"] < 0.9 * found["cpu", "decode"]["expected"]["cycles"]
+  assert found["tpu", "prefill"]["sparsity"] == 0.5 and found["tpu", "prefill"]["shape"] == "middle"
+  assert found["tpu", "prefill"]["unknown_loops"] == 0 < found["cpu", "prefill"]["unknown_loops"]
+
+
 def test_a_step_of_the_guided_warm_up_splits_its_rows_and_recomputes_its_states(model, tmp_path, capsys):
   """Of the states of all blocks, which are most of its arguments, a chip holds its own rows."""
   held = {}
@@ -436,6 +519,8 @@ def test_what_a_compiler_says_of_memory(message, want):
     (["--candidates=0"], "--candidates must be at least 1"),
     (["--kv=evict", "--attention=splash"], "cannot leave out the keys of skipped tokens"),
     (["--dtype=int8"], "--dtype=int8 is unknown"),
+    (["--program=prefill", "--shape=tall"], "--shape=tall is unknown; choose one of late, middle"),
+    (["--program=prefill", "--sparsity=1.2"], "--sparsity=1.2 must be from 0 to 0.975"),
     (["--json=nowhere/x.json"], "lies in no existing directory"),
     (["--speed=9"], "'--speed=9' is not understood"),
 ])
@@ -460,7 +545,7 @@ def test_the_environment_is_prepared_but_not_overruled():
 
 # --- the cost model ---------------------------------------------------------------------------
 
-CHIP = topologies.Chip(hbm=2**30, peak=1e12, hbm_rate=1e9, ici_rate=2e8)
+CHIP = topologies.Chip(hbm=2**30, peak=1e12, hbm_rate=1e9, ici_rate=2e8, clock=1e9)
 TOY = tiny.config(vocab_size=100, hidden_size=10, intermediate_size=20, num_blocks=3, num_heads=2, num_kv_heads=1,
                   head_dim=5, tie_embeddings=False)
 

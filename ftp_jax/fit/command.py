@@ -40,12 +40,17 @@ def run(arguments: argparse.Namespace) -> int:
 
 def describe(arguments: argparse.Namespace, case: Any, mesh: Any) -> dict[str, Any]:
   """What was asked, in plain values."""
+  from ftp_jax.fit import programs
+
+  own = {"search": {"candidates": case.candidates}} | {
+      name: {"sparsity": case.sparsity, "shape": case.shape} for name in programs.SERVING
+  }
   return {
       "model": arguments.model, "program": case.program, "topology": arguments.topology, "chips": mesh.size,
       "mesh": dict(mesh.shape), "batch": case.batch, "context": case.context, "scored": case.scored,
       "dtype": arguments.dtype, "remat": case.remat, "kv": case.kv_mode, "attention": case.attention,
       "stand_in": case.stand_in,
-  } | ({"candidates": case.candidates} if case.program == "search" else {})
+  } | own.get(case.program, {})
 
 
 def _model(name: str) -> Any:
@@ -87,18 +92,20 @@ def _case(arguments: argparse.Namespace, model: Any, mesh: Any) -> Any:
   from ftp_jax.routing.masked import ATTENTIONS, choose_attention
 
   for name, known in (("dtype", DTYPES), ("remat", REMAT), ("kv", ("evict", "project")),
-                      ("attention", (None, *ATTENTIONS[1:]))):
+                      ("attention", (None, *ATTENTIONS[1:])), ("shape", programs.SHAPES)):
     if getattr(arguments, name) not in known:
       names = ", ".join(filter(None, known))
       raise UserError(f"--{name}={getattr(arguments, name)} is unknown; choose one of {names}.")
-  with jax.set_mesh(mesh):  # what a run there would choose
-    attention = choose_attention(
-        arguments.attention or "auto", model, RoutingConfig(arguments.kv), arguments.context, backend="tpu"
-    )
+  attention = arguments.attention or "splash"
+  if arguments.program not in programs.SERVING:  # an engine asks splash for what it can compute, and XLA for the rest
+    with jax.set_mesh(mesh):  # what a run there would choose
+      attention = choose_attention(
+          arguments.attention or "auto", model, RoutingConfig(arguments.kv), arguments.context, backend="tpu"
+      )
   return programs.Case(
       model, arguments.program, arguments.batch, arguments.context, dtype=DTYPES[arguments.dtype],
       remat=arguments.remat, kv_mode=arguments.kv, scored=arguments.scored, candidates=arguments.candidates,
-      attention=attention, stand_in=arguments.stand_in,
+      sparsity=arguments.sparsity, shape=arguments.shape, attention=attention, stand_in=arguments.stand_in,
   )
 
 
@@ -110,6 +117,7 @@ def report(record: dict[str, Any]) -> str:
       f"{record['program']} of {record['model']} on {record['topology']} ({record['chips']} chips, {mesh}): "
       f"batch {record['batch']}, T {record['context']}, {record['dtype']}, {record['kv']}, attention "
       f"{record['attention']}, remat {record['remat']}"
+      + (f", S = {record['sparsity']} {record['shape']}" if "sparsity" in record else "")
       + (f", maps of rank {record['stand_in']} for skipped blocks" if record["stand_in"] else "")
   ]
   if "memory" in record:
@@ -131,6 +139,13 @@ def report(record: dict[str, Any]) -> str:
   shapes = record["weight_gradients"]
   lines.append(f"products shaped like a weight of the frozen model: {shapes if shapes else 'none'}")
   if "memory" in record:
+    took = record["expected"]
+    lines.append(
+        f"expected by the compiler, not measured: {1e3 * took['seconds']:.3g} ms ({took['cycles']:.4g} cycles, "
+        f"{took['from_below']:.0%} of them counted from below), mostly"
+    )
+    for kind in took["dearest"]:
+      lines.append(f"  {kind['share']:>6.1%} in {kind['count']:.0f}  {kind['origin'][:90]}")
     lines.append("collectives, bytes that a chip receives in a step:")
     for kind, total in sorted(record["collectives"].items(), key=lambda item: -item[1]["bytes"]):
       lines.append(f"  {kind:<20}{gib(total['bytes']):>12} in {total['count']:.0f}")

@@ -12,7 +12,7 @@ from typing import Any
 from jax.sharding import Mesh
 
 from ftp_jax.errors import UserError, brief
-from ftp_jax.fit import counts, hlo, programs, topologies
+from ftp_jax.fit import counts, expected, hlo, programs, topologies
 
 _EXHAUSTED = re.compile(r"RESOURCE_EXHAUSTED|[Rr]an out of memory")
 _REMATERIALIZED = "nvoluntary full rematerialization"
@@ -44,7 +44,7 @@ def compile_case(case: programs.Case, mesh: Mesh, topology: str) -> dict[str, An
 
   Returns:
     Plain values: `fits`, `memory` (where it fits, else `needs` and `limit` in bytes), `flops`, `collectives`,
-    `largest`, `weight_gradients`, `involuntary_rematerializations` and `seconds`.
+    `expected` (see there), `largest`, `weight_gradients`, `involuntary_rematerializations` and `seconds`.
 
   Raises:
     UserError: the compiler ran out of something else than the chip's memory.
@@ -74,6 +74,7 @@ def compile_case(case: programs.Case, mesh: Mesh, topology: str) -> dict[str, An
   return record | {
       "fits": held.peak <= held.limit,
       "memory": dataclasses.asdict(held),
+      "expected": expected.expected(program, chip),
       "collectives": program.collectives(),
       "unknown_loops": program.unknown_loops,
       "largest": program.largest(8),

@@ -6,7 +6,7 @@ run, `shard_map` as often as there are devices, of a conditional the dearest bra
 """
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -71,13 +71,20 @@ def _inner(params: Mapping[str, Any]) -> Iterator[core.Jaxpr]:
 
 
 def _splash(eqn: Any) -> float:
-  """FLOPs of one call of a splash kernel, whose first floats are the queries (..., heads, positions, head size)."""
-  name = str(eqn.params["name"])
+  queries = next(v.aval for v in eqn.invars if v.aval.ndim > 2 and jnp.issubdtype(v.aval.dtype, jnp.floating))
+  return splash_flops(str(eqn.params["name"]), queries.shape)
+
+
+def splash_flops(name: str, queries: Sequence[int]) -> float:
+  """FLOPs of one call of the splash kernel of that name, with queries of the shape (..., heads, positions, head size).
+
+  Raises:
+    ValueError: it is none of splash's kernels.
+  """
   kind = next((kind for kind in ("dkv", "dq", "fwd") if "splash" in name and f"_{kind}" in name), None)
   if kind is None:
     raise ValueError(f"the kernel {name} is not counted")
-  queries = next(v.aval for v in eqn.invars if v.aval.ndim > 2 and jnp.issubdtype(v.aval.dtype, jnp.floating))
-  *rows, positions, dim = queries.shape
+  *rows, positions, dim = queries
   return 2.0 * _PRODUCTS[kind] * math.prod(rows) * dim * causal_pairs(positions)
 
 

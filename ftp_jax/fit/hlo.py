@@ -86,7 +86,7 @@ class Program:
     callers = collections.defaultdict(list)  # computation -> (caller, trips)
     for name, body in self.computations.items():
       for instruction in body.values():
-        trips = self._trips(name, instruction) if instruction.operation == "while" else 1
+        trips = self.trips(name, instruction) if instruction.operation == "while" else 1
         for role, called in instruction.called:
           callers[called].append((name, trips if role == "body" else 1))
 
@@ -96,7 +96,7 @@ class Program:
 
     return {name: times(name) for name in self.computations}
 
-  def _trips(self, computation: str, loop: Instruction) -> int:
+  def trips(self, computation: str, loop: Instruction) -> int:
     """Trips of a while loop: (limit - start) / step of the counter its condition compares with a constant."""
     if known := re.search(r'known_trip_count"?\s*[:=]\s*\{"?n"?\s*[:=]\s*"?(\d+)', loop.text):
       return int(known.group(1))

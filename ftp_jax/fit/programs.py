@@ -32,6 +32,8 @@ from ftp_jax.search import schedule as schedules
 from ftp_jax.training import guide, step
 
 PROGRAMS = ("train", "warmup", "search", "prefill", "decode")
+SERVING = ("prefill", "decode")
+SHAPES = ("late", "middle")
 _MAX_SPARSITY = 0.975
 _ROOM = 16  # slots for new tokens beside a cache
 
@@ -45,7 +47,7 @@ class Case:
     context: T, positions of a row, scored continuation included.
     scored: C, continuation positions whose distributions are compared.
     candidates: schedules of one call of the search.
-    sparsity: of the built-in schedule, late, of prefill and decode.
+    sparsity, shape: of the built-in schedule of prefill and decode; a sparsity of 0 is the dense model.
     attention: full or splash.
     stand_in: R of the maps that stand in for skipped blocks, 0 for none.
   """
@@ -57,6 +59,7 @@ class Case:
   scored: int = 64
   candidates: int = 20
   sparsity: float = 0.3
+  shape: str = "late"
   dtype: Any = jnp.bfloat16
   remat: str = "full"
   kv_mode: str = "project"
@@ -97,6 +100,8 @@ def check(case: Case, mesh: Mesh) -> None:
     raise UserError(
         f"--stand-in={case.stand_in} is no rank of maps of {case.model.hidden_size} columns; use 0 to that."
     )
+  if not 0 <= case.sparsity <= _MAX_SPARSITY:
+    raise UserError(f"--sparsity={case.sparsity} must be from 0 to {_MAX_SPARSITY}.")
   parts = sharding.batch_parts(mesh)
   if case.batch < 1 or case.batch % parts:
     raise UserError(
@@ -107,6 +112,8 @@ def check(case: Case, mesh: Mesh) -> None:
     raise UserError(f"--context={case.context} must be at least 1.")
   if case.program in ("train", "search") and case.context <= case.scored + 1:
     raise UserError(f"--context={case.context} leaves nothing before the {case.scored} scored positions; raise it.")
+  if case.program in SERVING:
+    return
   with jax.set_mesh(mesh):
     masked.choose_attention(case.attention, case.model, RoutingConfig(case.kv_mode), case.context)
 
@@ -218,7 +225,8 @@ def _inference(case: Case, mesh: Mesh):
   spec = programs.Spec(
       case.model, RoutingConfig(case.kv_mode), case.dtype, "splash" if case.attention == "splash" else "xla"
   )
-  schedule_L = schedules.late(case.model.num_blocks, case.sparsity, _MAX_SPARSITY)
+  shape = {"late": schedules.late, "middle": schedules.middle}[case.shape]
+  schedule_L = shape(case.model.num_blocks, case.sparsity, _MAX_SPARSITY)
   weights = programs.Weights(params_of(case, mesh), _router(case, mesh), np.asarray(schedule_L, np.float32))
   return spec, spec.plan(weights, case.context), weights
 

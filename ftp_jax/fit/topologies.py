@@ -29,19 +29,21 @@ class Chip:
     peak: bf16 FLOP/s.
     hbm_rate: bytes/s from and to HBM.
     ici_rate: bytes/s that all links of the chip receive together.
+    clock: cycles/s: the peak over the products that its matrix units do in a cycle.
   """
 
   hbm: int
   peak: float
   hbm_rate: float
   ici_rate: float
+  clock: float
 
 
 _GIB = 2**30
 CHIPS = {
-    "v5e": Chip(int(15.75 * _GIB), 197e12, 819e9, 200e9),
-    "v5p": Chip(int(95.74 * _GIB), 459e12, 2765e9, 600e9),
-    "v6e": Chip(int(31.25 * _GIB), 918e12, 1600e9, 400e9),
+    "v5e": Chip(int(15.75 * _GIB), 197e12, 819e9, 200e9, 1.5e9),  # 4 units of 128 x 128
+    "v5p": Chip(int(95.74 * _GIB), 459e12, 2765e9, 600e9, 1.75e9),  # 8 units of 128 x 128
+    "v6e": Chip(int(31.25 * _GIB), 918e12, 1600e9, 400e9, 1.75e9),  # 4 units of 256 x 256
 }
 
 

@@ -135,7 +135,7 @@ def put_tiles(buffers, tiles, offset: jax.Array, fits: bool) -> tuple[jax.Array,
 
 
 def _in_order(buffer: jax.Array) -> jax.Array:
-  """A buffer whose numbers a TPU keeps in the order that the prefill returns, or else all would be copied at the end."""
+  """A buffer that a TPU keeps in the order that the prefill returns, or else all of it would be copied at the end."""
   if hardware.platform() != "tpu":
     return buffer
   return with_layout_constraint(buffer, Layout(tuple(range(buffer.ndim))))
