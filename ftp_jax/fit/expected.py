@@ -97,7 +97,7 @@ def _cycles(instruction: hlo.Instruction, body: dict[str, hlo.Instruction], chip
 
 def _label(instruction: hlo.Instruction) -> str:
   """Where it comes from, without the loops and branches around it, or its name; and its shape."""
-  parts = re.sub(r"\w*\(|\)", "", instruction.origin).split("/")
+  parts = re.sub(r"\w*\(|\)", "", re.sub(r"^jit\(\w+\)/", "", instruction.origin)).split("/")
   named = [part for part in parts if part and part not in ("while", "body", "closed_call", "cond", "jit")]
   named = [part for part in named if not re.fullmatch(r"branch_\d+_fun", part)][-3:]
   shape = instruction.shape.split("{")[0].lstrip("(")
