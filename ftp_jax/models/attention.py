@@ -243,10 +243,14 @@ def attend_chunks(
   spare = (0, chunks * size - num_queries)
   q = jnp.pad(q_BxTxHxN, ((0, 0), spare, (0, 0), (0, 0))).reshape(batch, chunks, size, heads, -1)
   query = jnp.pad(query_BxT, ((0, 0), spare), constant_values=-1).reshape(batch, chunks, size)
+  v_BxGxSxN = v_BxSxGxN.swapaxes(1, 2)
 
   def chunk(part):
     q_BxCxHxN, query_BxC = part
-    return attend(q_BxCxHxN, k_BxSxGxN, v_BxSxGxN, visible(query_BxC, key_BxS, window))
+    weights = _weights(_scores(q_BxCxHxN, k_BxSxGxN), visible(query_BxC, key_BxS, window), None)
+    weights = weights.astype(v_BxSxGxN.dtype).reshape(batch, groups, -1, num_keys)
+    out = jnp.einsum("bgqs,bgsn->bgqn", weights, v_BxGxSxN)
+    return out.reshape(batch, heads, size, -1).swapaxes(1, 2)
 
   out = jax.lax.map(chunk, (q.swapaxes(0, 1), query.swapaxes(0, 1))).swapaxes(0, 1)
   return out.reshape((batch, chunks * size) + q_BxTxHxN.shape[2:])[:, :num_queries]

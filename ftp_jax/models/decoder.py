@@ -72,7 +72,8 @@ def apart(y: Any) -> Any:
   """y, which on a TPU is computed as it stands, once, before anything is made of it.
 
   Of a projection and the transposition that takes the heads out of it the compiler would make one product, which takes
-  twice as long, of copies of the weights in another order; angles it would compute anew in every block.
+  twice as long, of copies of the weights in another order; norms and angles it would compute anew for all that read
+  them.
   """
   return jax.lax.optimization_barrier(y) if hardware.platform() == "tpu" else y
 
@@ -134,13 +135,13 @@ class Block(nn.Module):
   def queries(self, x_BxTxD, sin_BxTxN, cos_BxTxN):
     """Queries (B,T,H,N) of the block's input, rope applied."""
     c = self.config
-    q = apart(self.q(self.attn_norm(x_BxTxD))).reshape(x_BxTxD.shape[:-1] + (c.num_heads, c.head_dim))
+    q = apart(self.q(apart(self.attn_norm(x_BxTxD)))).reshape(x_BxTxD.shape[:-1] + (c.num_heads, c.head_dim))
     q = constrain(q, "batch", None, "heads", None)
     return apply_rope(self.q_norm(q) if c.qk_norm else q, sin_BxTxN, cos_BxTxN)
 
   def keys_values(self, x_BxTxD, sin_BxTxN, cos_BxTxN):
     """Keys, rope applied, and values, each (B,T,G,N), of the block's input."""
-    c, y = self.config, self.attn_norm(x_BxTxD)
+    c, y = self.config, apart(self.attn_norm(x_BxTxD))
     shape = x_BxTxD.shape[:-1] + (c.num_kv_heads, c.head_dim)
     k, v = (constrain(apart(a).reshape(shape), "batch", None, "kv_heads", None) for a in (self.k(y), self.v(y)))
     return apply_rope(self.k_norm(k) if c.qk_norm else k, sin_BxTxN, cos_BxTxN), v
@@ -156,7 +157,7 @@ class Block(nn.Module):
 
   def mlp(self, x_BxTxD):
     """Adds the gated MLP to the residual stream."""
-    y = self.mlp_norm(x_BxTxD)
+    y = apart(self.mlp_norm(x_BxTxD))
     inner = constrain(nn.silu(self.gate(y)) * self.up(y), "batch", None, "mlp")
     return constrain(x_BxTxD + self.down(inner), "batch", None, None)
 
