@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ftp_jax import hardware
 from ftp_jax.errors import UserError
 from ftp_jax.routing.config import RoutingConfig
 from ftp_jax.routing.plan import Plan, make_plan, merge
@@ -32,6 +33,10 @@ def test_a_plan_by_hand():
   # A block that is asked for a little needs every slot, but its gates are still decided.
   assert make_plan([0.0, 0.05], 10, routing).bodies == ((10, False), (10, True))
   assert hash(plan) == hash(make_plan([0.0, 0.5, 0.3, 0.5, 0.0], 10, routing))
+  with hardware.tracing_for("tpu"):  # in tiles of 16 rows, unless the user says otherwise
+    assert make_plan([0.0, 0.6, 0.5, 0.97], 100, routing).slots == (100, 48, 64, 16)
+    assert make_plan([0.0, 0.1], 20, routing).slots == (20, 20)
+    assert make_plan([0.0, 0.5], 100, routing, buckets=(50, 100)).slots == (100, 50)
 
 
 @pytest.mark.parametrize("routed, routing, want", [

@@ -228,7 +228,8 @@ def _inference(case: Case, mesh: Mesh):
   shape = {"late": schedules.late, "middle": schedules.middle}[case.shape]
   schedule_L = shape(case.model.num_blocks, case.sparsity, _MAX_SPARSITY)
   weights = programs.Weights(params_of(case, mesh), _router(case, mesh), np.asarray(schedule_L, np.float32))
-  return spec, spec.plan(weights, case.context), weights
+  with hardware.tracing_for("tpu"):
+    return spec, spec.plan(weights, case.context), weights
 
 
 def _prefill(case: Case, mesh: Mesh) -> Traced:

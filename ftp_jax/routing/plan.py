@@ -12,11 +12,13 @@ from typing import Any
 
 import numpy as np
 
+from ftp_jax import hardware
 from ftp_jax.errors import UserError
 from ftp_jax.routing.config import RoutingConfig
 from ftp_jax.routing.selection import capacity
 
 MAX_BUCKETS = 8  # fine-tuned schedules ask something else of nearly every block; see docs/performance.md
+_TILE = 16  # rows of bf16 that a TPU keeps together; other numbers of slots it pads and cuts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,6 +112,8 @@ def make_plan(
   routed = [float(s) > 0 for s in schedule_L]
   asked = np.asarray(schedule_L, np.float32)  # the longest context needs most
   needed = np.asarray(capacity(asked, np.full(len(asked), num_positions, np.int32), routing.bucket_multiple))
+  if buckets is None and hardware.platform() == "tpu":
+    needed = np.minimum(-(-needed // _TILE) * _TILE, num_positions)
   needed = [int(n) if r else num_positions for n, r in zip(needed, routed)]
   if buckets is not None:
     rooms = sorted(buckets)
