@@ -25,7 +25,7 @@ def platform() -> str:
 def whole_rows(x: jax.Array, rows: int) -> jax.Array:
   """x (..., T, D), on a TPU with zeros in place of tokens that are missing for a product of at least 8 rows.
 
-  Its matrix unit takes no fewer. What has fewer goes to the vector unit, which reads weights at a third of their rate.
+  Its matrix unit takes no fewer. What has fewer goes to the vector unit, which reads weights at less than half the rate.
 
   Args:
     rows: that the product has on each device.

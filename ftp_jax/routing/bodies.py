@@ -30,8 +30,8 @@ from ftp_jax.routing.slots import Slots, gather, in_chunks
 # less memory; and an attention of small tiles for the bodies of so few slots, apart from that of all others.
 _MLP_SLOTS = 768
 _FEW_SLOTS = 64
-# Kept queries before all keys are few below one in this many positions. With cuDNN measured, on an H200; with splash by
-# what its compiler expects of XLA's attention: a tile of 128 queries takes as long as splash needs for 1,000 to 2,000.
+# Kept queries before all keys are few below one in this many positions. With cuDNN measured, on an H200; with splash
+# unknown, and chosen by what the compiler expects of XLA's attention (docs/performance.md).
 _FEW_QUERIES = {"cudnn": 3, "splash": 8}
 
 
