@@ -1,6 +1,6 @@
 """The hardware that programs are traced for. What is fast on one is slow on another, so some have a form for each.
 
-Forms compute the same: the tests run all of them on CPUs, against the reference.
+Forms compute the same: tests run prefill, decoding and their parts in all of them on CPUs, against the reference.
 """
 
 from typing import Any
@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-SUBLANES = 8
+SUBLANES, LANES = 8, 128  # rows and columns of a TPU's vectors
 _PLATFORM = jax.make_user_context(default_value=None)  # a part of the keys of jit's caches
 
 
@@ -25,7 +25,8 @@ def platform() -> str:
 def whole_rows(x: jax.Array, rows: int) -> jax.Array:
   """x (..., T, D), on a TPU with zeros in place of tokens that are missing for a product of at least 8 rows.
 
-  Its matrix unit takes no fewer. What has fewer goes to the vector unit, which reads weights at less than half the rate.
+  Its matrix unit takes no fewer. What has fewer goes to the vector unit, which reads weights at less than half of that
+  rate.
 
   Args:
     rows: that the product has on each device.

@@ -351,7 +351,7 @@ def test_what_a_compiler_expects_by_hand():
   below = 3 * moved + splash + scalars  # a copy, what is written, the last fusion
   assert found["cycles"] == pytest.approx(5 * 70 + 50000 + below)
   assert found["seconds"] == found["cycles"] / 2e9
-  assert found["from_below"] == pytest.approx(below / found["cycles"])
+  assert found["without_estimate"] == pytest.approx(below / found["cycles"])
   kinds = {kind["origin"]: kind for kind in found["dearest"]}
   assert kinds["dear bf16[8,128]"]["count"] == 5 and "custom-call splash_mha_fwd f32[256,128]" in kinds
   assert found["dearest"][0]["share"] == max(kind["share"] for kind in kinds.values())
@@ -444,6 +444,8 @@ def test_a_prefill_for_a_tpu_has_loops_of_known_length(model, tmp_path, capsys, 
   assert found["tpu"]["sparsity"] == 0.5 and found["tpu"]["shape"] == "middle"
   assert found["tpu"]["expected"]["cycles"] > 0
   assert found["tpu"]["unknown_loops"] == 0 < found["cpu"]["unknown_loops"]
+  gathered = found["tpu"]["collectives"].get("all-gather", {"bytes": 0})["bytes"]
+  assert gathered < 2 * 4 * 256 * 32 * 2  # one block's keys of all rows: the cache stays where its rows are
 
 
 def test_a_step_of_the_guided_warm_up_splits_its_rows_and_recomputes_its_states(model, tmp_path, capsys):

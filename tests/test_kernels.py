@@ -17,7 +17,7 @@ from ftp_jax import sharding
 from ftp_jax.errors import UserError
 from ftp_jax.models import attention, kernels
 
-_CHOICE = dict(dtype=jnp.bfloat16, head_dim=64, num_queries=256, aligned=True, window=None)
+_CHOICE = dict(dtype=jnp.bfloat16, head_dim=64, aligned=True, window=None)
 
 
 def _positions(rng, counts, slots, span, padding):
@@ -69,17 +69,18 @@ _ONE_QUERY = dict(slots=19, queries=1, groups=4, counts=(19, 12), query_counts=(
 
 
 def _set_tiles(monkeypatch):
-  for name, size in dict(_QUERY_TILE=4, _KEY_PART=8, _KEY_GRAIN=2).items():
+  for name, size in dict(_QUERY_TILE=4, _KEY_PART=8, _KEY_GRAIN=2, _CHUNK_BYTES=2000).items():
     monkeypatch.setattr(attention, name, size)
 
 
 @functools.cache
 def _forms(window, aligned):
-  """The tiled form, cuDNN's very call computed by XLA, and the mask: one compilation a shape serves all cases."""
+  """The tiled form, that of a TPU, cuDNN's very call computed by XLA, and the mask: one compilation a shape."""
 
   def run(q, k, v, query, key):
     return (
         attention.attend_positions(q, k, v, query, key, window),
+        attention.attend_chunks(q, k, v, query, key, window),
         kernels.cudnn(q, k, v, query, key, window, aligned=aligned, implementation="xla"),
         attention.attend(q, k, v, attention.visible(query, key, window)),
     )
@@ -97,8 +98,9 @@ def test_tiles_and_the_call_to_cudnn_equal_the_mask(values, window, monkeypatch)
   q, k, v, query, key = _inputs(**values)
   # Were a key of padding seen, it would win the softmax of many a query.
   k = jnp.where((key < attention.EMPTY)[:, :, None, None], k, 50.0)
-  tiled, cudnn, want = _forms(window, "queries" not in values)(q, k, v, query, key)
+  tiled, chunks, cudnn, want = _forms(window, "queries" not in values)(q, k, v, query, key)
   _assert_close(tiled, want, query, 1e-5)
+  _assert_close(chunks, want, query, 1e-5)
   _assert_close(cudnn, want, query, 1e-5)
   of_padding = np.asarray(cudnn)[np.asarray(query) < 0]
   causal = window is None and "queries" not in values
@@ -206,9 +208,9 @@ def test_a_tpu_program_calls_splash(implementation, on):
     assert "tpu_custom_call" not in _lowered("tpu", whole, **options | changes)
 
 
-@pytest.mark.parametrize("slots, tiles", [(100, 128), (130, 256), (513, 1024)])
+@pytest.mark.parametrize("slots, tiles", [(100, 128), (130, 256), (513, 768)])
 def test_splash_of_other_numbers_of_slots_is_padded_to_whole_tiles(slots, tiles, monkeypatch):
-  """Above one tile of 512 to more of them: small ones of a large number of slots would be many."""
+  """To as few tiles of up to 512 as hold them."""
   q, k, v, query, key = _inputs((slots, slots - 60), slots, heads=2, groups=1, dim=64, span=4 * slots)
   run, seen = functools.partial(kernels.splash, interpret=True), []
   monkeypatch.setattr(kernels, "splash", lambda *args: seen.append(args[0].shape[1]) or run(*args))
@@ -280,13 +282,12 @@ def test_splash_has_the_gradient_of_the_mask():
         ("cudnn", "cuda", dict(dtype=jnp.dtype("float32")), "xla"),
         ("cudnn", "cuda", dict(head_dim=60), "xla"),
         ("cudnn", "cuda", dict(head_dim=256), "xla"),
-        ("cudnn", "cuda", dict(aligned=False, window=7, num_queries=13), "cudnn"),
+        ("cudnn", "cuda", dict(aligned=False, window=7), "cudnn"),
         ("cudnn", "cuda", dict(partitioned=True), "xla"),
         ("splash", "tpu", dict(dtype=jnp.dtype("float32")), "splash"),
         ("splash", "tpu", dict(dtype=jnp.float16), "xla"),
         ("splash", "tpu", dict(aligned=False), "xla"),
         ("splash", "tpu", dict(window=7), "xla"),
-        ("splash", "tpu", dict(num_queries=200), "splash"),
         ("splash", "tpu", dict(partitioned=True), "xla"),
     ],
 )

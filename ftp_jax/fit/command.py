@@ -142,7 +142,7 @@ def report(record: dict[str, Any]) -> str:
     took = record["expected"]
     lines.append(
         f"expected by the compiler, not measured: {1e3 * took['seconds']:.3g} ms ({took['cycles']:.4g} cycles, "
-        f"{took['from_below']:.0%} of them counted from below), mostly"
+        f"{took['without_estimate']:.0%} of them by bytes and peak alone), mostly"
     )
     for kind in took["dearest"]:
       lines.append(f"  {kind['share']:>6.1%} in {kind['count']:.0f}  {kind['origin'][:90]}")

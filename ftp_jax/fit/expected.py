@@ -1,14 +1,15 @@
 """How long a compiled program takes by what the TPU compiler expects of each instruction, in cycles of the chip.
 
 The compiler writes an estimate beside most instructions. Loops count as often as they run, of a conditional the dearest
-branch. What has none is counted from below, and told apart:
+branch. What has none is told apart and counted
 
-  splash      the products of its tiles at the peak of the matrix units
-  copies      twice their bytes at the rate of HBM, where the estimate is less: it takes none for a transposition
-  the others  twice the bytes of the result at that rate, or of what is written into a larger array
+  splash      by the products of its tiles at the peak of the matrix units
+  copies      by twice their bytes at the rate of HBM, where the estimate is less: it takes none for a transposition
+  the others  by twice the bytes of the result at that rate, or of what is written into a larger array
 
-Nothing of this is a measurement. Instructions overlap, collectives count as little as the compiler says, and a chip may
-do otherwise; forms of one program can be compared by it, and what is dear in it can be found.
+Collectives are left out. Nothing of this is a measurement: instructions overlap, some arrays never reach HBM, gathers
+take longer than their bytes, and a chip may do otherwise. Forms of one program can be compared by it, and what is dear
+in it can be found.
 """
 
 import collections
@@ -23,16 +24,17 @@ _ESTIMATE = re.compile(r'"estimated_cycles":"(\d+)"')
 # What names memory, moves between memories beside other work, or is a scalar's.
 _FREE = {
     "parameter", "get-tuple-element", "tuple", "bitcast", "constant", "iota", "after-all", "copy-start", "copy-done",
-    "slice-start", "slice-done", "async-start", "async-done",
+    "slice-start", "slice-done", "async-start", "async-done", *hlo.COLLECTIVES,
+    *(f"{name}-{end}" for name in hlo.COLLECTIVES for end in ("start", "done")),
 }
-_ALLOCATES = re.compile(r'custom_call_target="(AllocateBuffer|ConcatBitcast|LayoutConstraint)"')
+_FREE_TOO = re.compile(r'^async-collective|custom_call_target="(AllocateBuffer|ConcatBitcast|LayoutConstraint)"')
 
 
 def expected(program: hlo.Program, chip: Chip) -> dict[str, Any]:
-  """{"cycles", "seconds", "from_below", "dearest"} of one run on one chip.
+  """{"cycles", "seconds", "without_estimate", "dearest"} of one run on one chip.
 
-  `from_below` is the share of the cycles that have no estimate of the compiler's, `dearest` the eight kinds of
-  instructions that take most, each with its share and how often it runs.
+  `without_estimate` is the share of the cycles that are not the compiler's, `dearest` the eight kinds of instructions
+  that take most, each with its share and how often it runs.
   """
   found = _of_computation(program, chip)(program.entry)
   total = sum(cycles for cycles, _, _ in found.values())
@@ -40,7 +42,7 @@ def expected(program: hlo.Program, chip: Chip) -> dict[str, Any]:
   return {
       "cycles": total,
       "seconds": total / chip.clock,
-      "from_below": sum(below for _, below, _ in found.values()) / max(total, 1),
+      "without_estimate": sum(other for _, other, _ in found.values()) / max(total, 1),
       "dearest": [
           {"origin": origin, "share": cycles / max(total, 1), "count": count} for origin, (cycles, _, count) in dearest
       ],
@@ -62,24 +64,24 @@ def _of_computation(program: hlo.Program, chip: Chip):
     for instruction in body.values():
       called = list(instruction.called)
       if instruction.operation == "while":
-        trips = program.trips(name, instruction)
+        trips = program.trips[name, instruction.name]
         for role, inner in called:
           add(of(inner), trips if role == "body" else trips + 1)
       elif instruction.operation == "conditional":
         add(max((of(inner) for _, inner in called), key=lambda found: sum(figures[0] for figures in found.values())))
       elif instruction.operation == "call":
         add(of(dict(called)["to_apply"]))
-      elif instruction.operation not in _FREE and not _ALLOCATES.search(instruction.text):
-        estimate, least = _cycles(instruction, body, chip)
-        cycles = max(estimate, least)
-        add({_label(instruction): (cycles, cycles if least > estimate else 0.0, 1.0)})
+      elif instruction.operation not in _FREE and not _FREE_TOO.search(f"{instruction.name} {instruction.text}"):
+        estimate, other = _cycles(instruction, body, chip)
+        cycles = max(estimate, other)
+        add({_label(instruction): (cycles, cycles if other > estimate else 0.0, 1.0)})
     return dict(total)
 
   return of
 
 
 def _cycles(instruction: hlo.Instruction, body: dict[str, hlo.Instruction], chip: Chip) -> tuple[float, float]:
-  """The compiler's estimate, 0 where there is none, and the least that is counted."""
+  """The compiler's estimate, 0 where there is none, and what is counted where it is missing or too small."""
   found = _ESTIMATE.search(instruction.text)
   estimate = float(found.group(1)) if found else 0.0
   if estimate and instruction.operation != "copy":

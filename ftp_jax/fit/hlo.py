@@ -68,6 +68,7 @@ class Program:
   def __init__(self, text: str):
     self.computations: dict[str, dict[str, Instruction]] = {}
     self.unknown_loops = 0
+    self.trips: dict[tuple[str, str], int] = {}  # of the loop of that name in a computation
     current, entry = None, None
     for line in text.splitlines():
       if line.endswith("{") and " = " not in line.split("(")[0]:
@@ -86,7 +87,9 @@ class Program:
     callers = collections.defaultdict(list)  # computation -> (caller, trips)
     for name, body in self.computations.items():
       for instruction in body.values():
-        trips = self.trips(name, instruction) if instruction.operation == "while" else 1
+        trips = 1
+        if instruction.operation == "while":
+          trips = self.trips[name, instruction.name] = self._trips(name, instruction)
         for role, called in instruction.called:
           callers[called].append((name, trips if role == "body" else 1))
 
@@ -96,7 +99,7 @@ class Program:
 
     return {name: times(name) for name in self.computations}
 
-  def trips(self, computation: str, loop: Instruction) -> int:
+  def _trips(self, computation: str, loop: Instruction) -> int:
     """Trips of a while loop: (limit - start) / step of the counter its condition compares with a constant."""
     if known := re.search(r'known_trip_count"?\s*[:=]\s*\{"?n"?\s*[:=]\s*"?(\d+)', loop.text):
       return int(known.group(1))

@@ -100,7 +100,7 @@ def check(case: Case, mesh: Mesh) -> None:
     raise UserError(
         f"--stand-in={case.stand_in} is no rank of maps of {case.model.hidden_size} columns; use 0 to that."
     )
-  if not 0 <= case.sparsity <= _MAX_SPARSITY:
+  if case.program in SERVING and not 0 <= case.sparsity <= _MAX_SPARSITY:
     raise UserError(f"--sparsity={case.sparsity} must be from 0 to {_MAX_SPARSITY}.")
   parts = sharding.batch_parts(mesh)
   if case.batch < 1 or case.batch % parts:

@@ -10,11 +10,12 @@ weighted sum.
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
 
-from ftp_jax import hardware
+from ftp_jax import hardware, sharding
 
 _LOWEST = -1e30
 # Position of an empty key slot: no query sees it.
@@ -230,13 +231,15 @@ def attend_chunks(
     key_BxS: jax.Array,
     window: int | None = None,
 ) -> jax.Array:
-  """`attend_positions` of few queries, for a TPU, where its many small steps, of which data say how many, are slow.
+  """`attend_positions` for a TPU, where its many small steps, of which data say how many, are slow.
 
-  All scores of a chunk of queries are there at once: as many queries as keep them within 256 MiB.
+  Made for few queries: it computes all pairs. All scores of a chunk of queries are there at once, as many queries as
+  keep them within 256 MiB on each device.
   """
   batch, num_queries, heads, _ = q_BxTxHxN.shape
   num_keys, groups = k_BxSxGxN.shape[1:3]
-  chunks = -(-num_queries // max(_CHUNK_BYTES // (4 * batch * heads * num_keys), 1))
+  devices = math.prod(sharding.context().get(axis, 1) for axis in ("data", "fsdp", "tensor"))
+  chunks = -(-num_queries // max(_CHUNK_BYTES * devices // (4 * batch * heads * num_keys), 1))
   # A group of heads has at least the rows of `hardware.whole_rows`.
   size = max(-(-num_queries // chunks), -(-hardware.SUBLANES // (heads // groups)))
   chunks = -(-num_queries // size)

@@ -200,9 +200,10 @@ class Embedding(nn.Module):
       head = head if few else constrain(head, "logits", None)
     multiply = functools.partial(jnp.einsum, "...d,vd->...v", preferred_element_type=jnp.float32)
     # One row, which XLA does not add up in one chain here, would not be worth the copies of the head.
-    rows = math.prod(y.shape[:-1])
-    apply = multiply if rows == 1 else functools.partial(in_parts, multiply, axis=1)
-    y = hardware.whole_rows(y[..., None, :], rows // _batch_parts())
+    num_rows = math.prod(y.shape[:-1])
+    apply = multiply if num_rows == 1 else functools.partial(in_parts, multiply, axis=1)
+    own = num_rows // (_batch_parts() if rows == "batch" else sharding.context().get("data", 1))
+    y = hardware.whole_rows(y[..., None, :], own)
     logits = apply(y, head.astype(y.dtype))[..., 0, :]
     return constrain(logits, rows, *inner, columns)
 

@@ -1,6 +1,6 @@
 """Fused kernels that mean the same as `attention.attend_positions`: cuDNN on NVIDIA GPUs, splash on TPUs.
 
-What a kernel cannot do (dtype, head size, number of queries, window) falls back to XLA. On a mesh every device
+What a kernel cannot do (dtype, head size, mask, window) falls back to XLA. On a mesh every device
 runs the kernel on its rows and heads; XLA cannot partition one. Where the mesh has more devices for heads than there
 are key and value heads, these are repeated; where it divides the heads in neither way, XLA computes.
 """
@@ -19,7 +19,7 @@ from ftp_jax.models import attention
 IMPLEMENTATIONS = ("auto", "xla", "cudnn", "splash")
 # Which backend, as `backend_name` has it, and in words which hardware, each kernel needs.
 _NEEDS = {"cudnn": ("cuda", "an NVIDIA GPU of compute capability 8.0 or more"), "splash": ("tpu", "a TPU")}
-LANES = 128
+LANES = hardware.LANES
 _LARGEST_BLOCK = 512
 
 
@@ -62,7 +62,7 @@ def chosen(
   """What `attend` runs of such arrays: "xla", "cudnn" or "splash"; its UserError."""
   return choose(
       implementation, backend_name(), dtype=q_BxTxHxN.dtype, head_dim=q_BxTxHxN.shape[3],
-      num_queries=q_BxTxHxN.shape[1], aligned=aligned, window=window,
+      aligned=aligned, window=window,
       partitioned=_partitioned(q_BxTxHxN) and not (
           sharding.context() and divides(q_BxTxHxN.shape[2], k_BxSxGxN.shape[2])
       ),
@@ -75,7 +75,6 @@ def choose(
     *,
     dtype: Any,
     head_dim: int,
-    num_queries: int,
     aligned: bool,
     window: int | None,
     partitioned: bool = False,
@@ -206,9 +205,10 @@ def splash(q_BxTxHxN: jax.Array, k_BxTxGxN: jax.Array, v_BxTxGxN: jax.Array, *, 
 
 
 def _padded_splash(q_BxTxHxN: jax.Array, k_BxTxGxN: jax.Array, v_BxTxGxN: jax.Array) -> jax.Array:
-  """`splash` of any number of slots: padded to whole tiles, to large ones where there are more slots than in one."""
+  """`splash` of any number of slots, padded to as few tiles as hold them, and these no larger than that takes."""
   num_slots = q_BxTxHxN.shape[1]
-  size = _LARGEST_BLOCK if num_slots > _LARGEST_BLOCK else LANES
+  tiles = -(-num_slots // _LARGEST_BLOCK)
+  size = tiles * LANES  # a multiple of what each tile is a multiple of
   pad = lambda a: jnp.pad(a, ((0, 0), (0, -num_slots % size), (0, 0), (0, 0)))
   return splash(*map(pad, (q_BxTxHxN, k_BxTxGxN, v_BxTxGxN)))[:, :num_slots]
 

@@ -45,5 +45,7 @@ def _quarter_turn(x_BxTxHxN: jax.Array) -> jax.Array:
   size = x_BxTxHxN.shape[-1]
   half = np.eye(size // 2, dtype=np.float32)
   turn = jnp.asarray(np.block([[np.zeros_like(half), half], [-half, np.zeros_like(half)]]), x_BxTxHxN.dtype)
-  precision = "highest" if x_BxTxHxN.dtype == jnp.float32 else None
-  return jnp.einsum("bthn,nm->bthm", x_BxTxHxN, turn, precision=precision, preferred_element_type=jnp.float32)
+  precision = None if x_BxTxHxN.dtype == jnp.bfloat16 else "highest"
+  # With an axis of rows, or the remat policy `dots` would keep it.
+  turn = jnp.broadcast_to(turn[None], (len(x_BxTxHxN), size, size))
+  return jnp.einsum("bthn,bnm->bthm", x_BxTxHxN, turn, precision=precision, preferred_element_type=jnp.float32)

@@ -213,7 +213,7 @@ def _around_attention(contexts: Contexts, bodies: Sequence[Body], which, x, scor
   def cut_after(body, x, gate, attended, inputs):
     return body.after(x, gate, attended[:, : body.num_slots], inputs)
 
-  # Padding slots have no query, and XLA's attention leaves out tiles without one.
+  # Padding slots have no query, and XLA's attention leaves out tiles without one, but on a TPU, which has a kernel.
   branches = lambda part: [functools.partial(part, body) for body in bodies]
   q, query, score, tiles = jax.lax.switch(which, branches(padded_before), *operands)
   if evict:

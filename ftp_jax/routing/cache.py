@@ -15,7 +15,7 @@ from ftp_jax import hardware
 from ftp_jax.models.attention import EMPTY
 from ftp_jax.models.config import ModelConfig
 from ftp_jax.routing.plan import Plan
-from ftp_jax.sharding import constrain, replicate
+from ftp_jax.sharding import constrain, map_devices, replicate
 
 
 class Cache(NamedTuple):
@@ -138,4 +138,6 @@ def _in_order(buffer: jax.Array) -> jax.Array:
   """A buffer that a TPU keeps in the order that the prefill returns, or else all of it would be copied at the end."""
   if hardware.platform() != "tpu":
     return buffer
-  return with_layout_constraint(buffer, Layout(tuple(range(buffer.ndim))))
+  names = ("batch", "kv_heads", None, None) if buffer.ndim == 4 else ("batch", None)
+  in_order = lambda a: with_layout_constraint(a, Layout(tuple(range(a.ndim))))
+  return map_devices(in_order, (buffer,), [names], names)  # XLA would gather what it cannot partition

@@ -9,8 +9,6 @@ import jax.numpy as jnp
 
 from ftp_jax import hardware
 
-_LANES = 128  # numbers in a row of a TPU's vectors
-
 
 class Slots(NamedTuple):
   """The kept tokens of one block, in order, in K slots.
@@ -38,7 +36,7 @@ def fill_slots(keep_BxT: jax.Array, num_slots: int) -> Slots:
   else:
     # Slot k holds the first position up to which k + 1 tokens are kept. A TPU, which takes single numbers out of an
     # array one by one, compares whole vectors with all positions instead of searching.
-    lanes, method = (_LANES, "compare_all") if platform == "tpu" else (1, "scan")
+    lanes, method = (hardware.LANES, "compare_all") if platform == "tpu" else (1, "scan")
     slot = jnp.arange(1, num_slots + 1 + -num_slots % lanes)
     position = jax.vmap(lambda count: jnp.searchsorted(count, slot, method=method)[:num_slots])(kept_so_far)
   slot = jnp.clip(kept_so_far - 1, 0, num_slots - 1)
