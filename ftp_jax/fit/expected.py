@@ -27,6 +27,7 @@ _FREE = {
     "slice-start", "slice-done", "async-start", "async-done", *hlo.COLLECTIVES,
     *(f"{name}-{end}" for name in hlo.COLLECTIVES for end in ("start", "done")),
 }
+_ABSURD = 1e12  # as the compiler expects of some sorts that it does not optimise
 _FREE_TOO = re.compile(r'^async-collective|custom_call_target="(AllocateBuffer|ConcatBitcast|LayoutConstraint)"')
 
 
@@ -84,6 +85,7 @@ def _cycles(instruction: hlo.Instruction, body: dict[str, hlo.Instruction], chip
   """The compiler's estimate, 0 where there is none, and what is counted where it is missing or too small."""
   found = _ESTIMATE.search(instruction.text)
   estimate = float(found.group(1)) if found else 0.0
+  estimate = estimate if estimate < _ABSURD else 0.0
   if estimate and instruction.operation != "copy":
     return estimate, 0.0
   name = f"{instruction.name} {instruction.origin}"
