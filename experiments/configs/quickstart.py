@@ -4,8 +4,8 @@
 
 For a model of other than 30 blocks set routing.one_pass_block, -1 for none.
 
-Wall time: 19 to 21 minutes on 2 CPU cores (AMD EPYC, slow ones), the installation and the model's download included;
-10 to 11 on faster ones before it had maps, which add one.
+Wall time: 6 to 21 minutes on 2 CPU cores (AMD EPYC, faster and slower ones), the installation and the model's download
+included.
 Result: KL to dense 0.036 +- 0.017 nats a token with the fine-tuned dynamic router (without maps 0.068, 0.080 with seed
 1), 0.063 with the static one, 0.112 +- 0.034 for truncation, which saves more. Its sets are too small to rank close
 methods.
