@@ -75,8 +75,7 @@ def compare(case: str, slots: int) -> dict:
   with jax.default_matmul_precision("highest"):
     want = jax.jit(attention.attend_positions)(*(a.astype(jnp.float32) for a in half), query, key)
   record = {"case": case, "slots": slots, "kernel": kernels.choose(
-      "auto", kernels.backend_name(), dtype=jnp.bfloat16, head_dim=_DIM.value,
-      aligned=aligned, window=None,
+      "auto", kernels.backend_name(), dtype=jnp.bfloat16, head_dim=_DIM.value, aligned=aligned, window=None,
   )}
   valid = np.asarray(query) >= 0
   for name, implementation in (("kernel", "auto"), ("xla", "xla")):

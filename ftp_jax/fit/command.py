@@ -139,13 +139,13 @@ def report(record: dict[str, Any]) -> str:
   shapes = record["weight_gradients"]
   lines.append(f"products shaped like a weight of the frozen model: {shapes if shapes else 'none'}")
   if "memory" in record:
-    took = record["expected"]
-    lines.append(
-        f"expected by the compiler, not measured: {1e3 * took['seconds']:.3g} ms ({took['cycles']:.4g} cycles, "
-        f"{took['without_estimate']:.0%} of them by bytes and peak alone), mostly"
-    )
-    for kind in took["dearest"]:
-      lines.append(f"  {kind['share']:>6.1%} in {kind['count']:.0f}  {kind['origin'][:90]}")
+    if took := record.get("expected"):
+      lines.append(
+          f"expected by the compiler, not measured: {1e3 * took['seconds']:.3g} ms ({took['cycles']:.4g} cycles, "
+          f"{took['without_estimate']:.0%} of them by bytes and peak alone), mostly"
+      )
+      for kind in took["dearest"]:
+        lines.append(f"  {kind['share']:>6.1%} in {kind['count']:.0f}  {kind['origin'][:90]}")
     lines.append("collectives, bytes that a chip receives in a step:")
     for kind, total in sorted(record["collectives"].items(), key=lambda item: -item[1]["bytes"]):
       lines.append(f"  {kind:<20}{gib(total['bytes']):>12} in {total['count']:.0f}")

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+import jax
 from jax.sharding import Mesh
 
 from ftp_jax.errors import UserError, brief
@@ -44,7 +45,8 @@ def compile_case(case: programs.Case, mesh: Mesh, topology: str) -> dict[str, An
 
   Returns:
     Plain values: `fits`, `memory` (where it fits, else `needs` and `limit` in bytes), `flops`, `collectives`,
-    `expected` (see there), `largest`, `weight_gradients`, `involuntary_rematerializations` and `seconds`.
+    `expected` (see there; not of a program compiled at `O0`), `largest`, `weight_gradients`,
+    `involuntary_rematerializations` and `seconds`.
 
   Raises:
     UserError: the compiler ran out of something else than the chip's memory.
@@ -74,7 +76,7 @@ def compile_case(case: programs.Case, mesh: Mesh, topology: str) -> dict[str, An
   return record | {
       "fits": held.peak <= held.limit,
       "memory": dataclasses.asdict(held),
-      "expected": expected.expected(program, chip),
+      **({"expected": expected.expected(program, chip)} if jax.config.jax_optimization_level != "O0" else {}),
       "collectives": program.collectives(),
       "unknown_loops": program.unknown_loops,
       "largest": program.largest(8),
