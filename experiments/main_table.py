@@ -1,22 +1,21 @@
 """The main table: every method x S x seed on tasks it was never tuned on, with measured latency, and the Pareto plot.
 
-  ftp-jax run --config=smollm2_135m --workdir=runs/smollm2_135m        # trains what the rows `ftp` load
-  python experiments/main_table.py --run=runs/smollm2_135m --data=DIR --out=runs/table --limit=50
+  ftp-jax run --config=smollm2_135m_stand_in --workdir=runs/maps       # trains what the rows `ftp` load
+  ftp-jax run --config=smollm2_135m_late --workdir=runs/no_maps
+  python experiments/main_table.py --run=runs/maps --others=ftp_no_maps=runs/no_maps --data=DIR --out=runs/table
 
 `--data` holds arc_easy.jsonl, arc_challenge.jsonl, hellaswag.jsonl, winogrande.jsonl and mmlu.jsonl. Calibration,
-validation and test prompts of all methods are those of --run; `--long` names files of further, longer test prompts, of
-texts that --run has not seen (experiments/long_chats.py makes some). Each cell (method, S, seed) is a directory below
---out and is computed once: its baseline, quality.json (KL, perplexity, FLOPs, cache), long-NAME.json (the same, without
-perplexity, of the file NAME of --long), tasks.json (a record an item, and how much was skipped there).
-What a cell depends on is kept beside it, and a call with other settings is refused. A run that was interrupted goes on
-where it was; `--stages=report` makes the table of what is there, with `--earlier` beside the figures of an earlier one,
-of whatever machine. Latency is measured for all cells of an S in turn, so that its ratios are of one run, and again
-where a cell was added; speedups of --earlier are ratios of other runs.
+validation and test prompts of all methods are those of --run; `--others` names runs of other configs on the same
+prompts, a row each; `--long` names files of further, longer test prompts, of texts that --run has not seen
+(experiments/long_chats.py makes some). Each cell (method, S, seed) is a directory below --out and is computed once: its
+baseline, quality.json (KL, perplexity, FLOPs, cache), long-NAME.json (the same, without perplexity, of the file NAME of
+--long), tasks.json (a record an item, and how much was skipped there). What a cell depends on is kept beside it, and a
+call with other settings is refused. A run that was interrupted goes on where it was; `--stages=report` makes table and
+plot of the cells that it names, as far as they are there. Latency is measured for all cells of an S in turn, so that
+its ratios are of one run, and again where a cell was added.
 """
 
-import collections
 import contextlib
-import json
 import logging
 import pathlib
 import statistics
@@ -68,9 +67,10 @@ _LONG_BATCH = 4
 Cell = tuple[str, float, int]  # method, S, seed
 
 _RUN = flags.DEFINE_string("run", None, "Run directory of `ftp-jax run`.", required=True)
+_OTHERS = flags.DEFINE_list("others", [], "Further rows, NAME=RUN: run directories of the same prompts.")
 _DATA = flags.DEFINE_string("data", None, "Directory of the task files.", required=True)
 _OUT = flags.DEFINE_string("out", None, "Directory of the table.", required=True)
-_METHODS = flags.DEFINE_list("methods", list(METHODS), "Rows.")
+_METHODS = flags.DEFINE_list("methods", None, "Rows; all, unless they are named.")
 _SPARSITIES = flags.DEFINE_list("sparsities", ["0.22", "0.30", "0.40"], "S of the rows.")
 _SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "Seeds of methods that have any.")
 _TASKS = flags.DEFINE_list("tasks", list(TASKS), "Tasks with choices; none: leave them out.")
@@ -85,7 +85,6 @@ _CALIBRATION = flags.DEFINE_integer(
     "calibration", 192, "Calibration prompts of the baselines, of those FTP trains on.", lower_bound=1
 )
 _REMOVAL = flags.DEFINE_integer("removal_prompts", 32, "Those of blockpruner, slow as it is.", lower_bound=1)
-_EARLIER = flags.DEFINE_string("earlier", None, "table.json of an earlier call, for what the report misses.")
 _STAGES = flags.DEFINE_list("stages", list(STAGES), "Which stages to run.")
 
 
@@ -98,7 +97,13 @@ class Table:
     self.sparsities = numbers("sparsities", _SPARSITIES.value, float)
     if any(round(s, 2) != s for s in self.sparsities):
       raise UserError("--sparsities must have two decimals: they name the directories of the cells.")
+    self.runs = {"ftp": self.run} | other_runs()
+    self.methods = (*METHODS, *(name for name in self.runs if name != "ftp"))
+    rows = _METHODS.value or self.methods
+    check_known("methods", rows, self.methods)
     self.config = run_config(self.run)
+    for other in self.runs.values():
+      self.check_same_prompts(other)
     self.dtype = self.config["model"]["dtype"]
     self.model: Model = load_model(self.config["model"]["source"], self.dtype)
     prompts = lambda split: Prompts(**load_arrays(self.run / "data" / f"{split}.npz"))
@@ -109,8 +114,8 @@ class Table:
     )
     self.cells: list[Cell] = [("dense", 0.0, 0)]
     for sparsity in self.sparsities:
-      for method in _METHODS.value:
-        seeds = numbers("seeds", _SEEDS.value, int) if method in SEEDED else [0]
+      for method in rows:
+        seeds = numbers("seeds", _SEEDS.value, int) if method in SEEDED or method in self.runs else [0]
         self.cells += [(method, sparsity, seed) for seed in seeds]
     self.cells = list(dict.fromkeys(self.cells))
     for cell in self.cells:
@@ -121,24 +126,35 @@ class Table:
   def directory(self, method: str, sparsity: float, seed: int) -> pathlib.Path:
     return self.out / f"S{sparsity:.2f}" / f"{method}-seed{seed}"
 
-  def artifact(self, sparsity: float, seed: int) -> pathlib.Path:
-    return self.run / f"S{sparsity:.2f}" / f"seed{seed}" / "artifact"
+  def check_same_prompts(self, run: pathlib.Path) -> None:
+    """UserError unless a run has the test prompts, windows and model of --run."""
+    own, model = run_config(run), lambda config: (config["model"]["source"], config["model"]["dtype"])
+    same = all(self._split(self.run, name) == self._split(run, name) for name in ("test", "windows"))
+    if not same or model(own) != model(self.config):
+      raise UserError(f"{run} of --others has other test prompts or another model than --run; name a run of the same.")
+
+  @staticmethod
+  def _split(run: pathlib.Path, name: str) -> str:
+    return digest(str(run / "data" / f"{name}.npz"))
+
+  def artifact(self, method: str, sparsity: float, seed: int) -> pathlib.Path:
+    return self.runs[method] / f"S{sparsity:.2f}" / f"seed{seed}" / "artifact"
 
   def check_artifact(self, method: str, sparsity: float, seed: int) -> None:
-    """UserError where a cell `ftp` has no artifact yet: what it depends on would be written down without."""
-    where = self.artifact(sparsity, seed)
-    if method == "ftp" and not (where / CONFIG_FILE).exists():
-      raise UserError(f"{where} is not there; let --run end, or name other --methods, --sparsities or --seeds.")
+    """UserError where a cell of a run has no artifact yet: what it depends on would be written down without."""
+    if method in self.runs and not (self.artifact(method, sparsity, seed) / CONFIG_FILE).exists():
+      where = self.artifact(method, sparsity, seed)
+      raise UserError(f"{where} is not there; let its run end, or name other --methods, --sparsities or --seeds.")
 
   def settings(self, method: str, sparsity: float, seed: int) -> dict[str, Any]:
     """Everything that the figures of a cell depend on but the task files."""
-    of_split = lambda name: digest(str(self.run / "data" / f"{name}.npz"))
+    of_split = lambda name: self._split(self.run, name)
     found = {
         "method": method, "sparsity": sparsity, "seed": seed, "model": self.config["model"]["source"],
         "dtype": self.dtype, "test prompts": of_split("test"), "windows": of_split("windows"),
     }
-    if method == "ftp":
-      found["artifact"] = load_artifact(self.artifact(sparsity, seed)).digest
+    if method in self.runs:
+      found["artifact"] = load_artifact(self.artifact(method, sparsity, seed)).digest
     elif method != "dense" and baselines.METHODS[method].calibrated:
       if method != "fastv":
         found |= {"calibration prompts": calibration_prompts(method), "training prompts": of_split("train")}
@@ -161,8 +177,9 @@ class Table:
       write_json(path, settings)
 
   def baseline(self, method: str, sparsity: float, seed: int) -> baselines.Baseline:
-    if method == "ftp":
-      return baselines.from_artifact(self.model, load_artifact(self.artifact(sparsity, seed)), dtype=self.dtype)
+    if method in self.runs:
+      artifact = load_artifact(self.artifact(method, sparsity, seed))
+      return baselines.from_artifact(self.model, artifact, dtype=self.dtype)
     where = self.directory(method, sparsity, seed)
     return baseline_at(where, method, self.model, sparsity, self.calibration(method, where), seed, dtype=self.dtype)
 
@@ -271,15 +288,7 @@ class Table:
     table = table_figures.summarise(rows, {task: chance(task, _DATA.value) for task in _TASKS.value}, self.contexts)
     means = lambda of_tasks: {task: statistics.fmean(items.values()) for task, items in of_tasks.items()}
     cells = [row | {name: means(row[name]) for name in ("same_choice", "choice_kl")} for row in rows]
-    cells, table = json.loads(json.dumps([cells, table]))  # keys as they are when read again
-    machines = {"machine": describe_machine()}
-    if _EARLIER.value:
-      earlier = read_table(_EARLIER.value)
-      table_figures.check_alike(cells, earlier["cells"])
-      cells = table_figures.joined(cells, earlier["cells"], ("method", "asked", "seed"))
-      table = table_figures.joined(table, earlier["table"], ("method", "asked"))
-      machines["earlier_machine"] = earlier["machine"]
-    write_json(self.out / "table.json", machines | {"cells": cells, "table": table})
+    write_json(self.out / "table.json", {"machine": describe_machine(), "cells": cells, "table": table})
     files = table_figures.long_names(cells)
     compared = "kl", "choice_kl", *map(table_figures.of_file, files)
     equal = [table_figures.equal_latency(table, self.contexts[-1], figure) for figure in compared]
@@ -288,7 +297,7 @@ class Table:
     with replacing(self.out / "table.md") as file:
       file.write((text + "\n").encode())
     print(text)
-    table_figures.plot(table, self.contexts[-1], self.out / "pareto.png", METHODS, files)
+    table_figures.plot(table, self.contexts[-1], self.out / "pareto.png", files)
     print(f"written to {self.out}")
 
   def _row(self, cell: Cell) -> dict[str, Any]:
@@ -315,11 +324,9 @@ class Table:
             "--limit for all cells, or name another --out."
         )
       row["same_choice"][task], row["choice_kl"][task] = table_figures.choices(records[task], theirs)
-    known = [tasks[task]["skipped"] for task in records if "skipped" in tasks[task]]  # missing in tables of before
+    known = [tasks[task]["skipped"] for task in records]
     row["skipped"] = statistics.fmean(known) if known and len(known) == len(_TASKS.value) else None
     row["retrieval"] = tasks["retrieval"]["figures"]["acc"]["value"] if "retrieval" in tasks else None
-    ids = [record["id"] for record in tasks.get("retrieval", {}).get("records", ())]  # LENGTH-DEPTH-NUMBER
-    row["retrieval_items"] = dict(collections.Counter(name.rpartition("-")[0] for name in ids))
     for context in self.contexts:
       path = self.out / f"S{sparsity:.2f}" / f"latency{context}.json"
       if method == "dense":
@@ -364,15 +371,22 @@ class Counted:
     return self.engine.score(prefix, continuations, rows)
 
 
-def read_table(path: str) -> dict[str, Any]:
-  """A table.json; UserError if it cannot be read or is none."""
-  try:
-    found = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
-    if not all(isinstance(found[part], list) for part in ("cells", "table")) or "machine" not in found:
-      raise ValueError("it has no cells, table and machine")
-  except (OSError, ValueError, KeyError, TypeError) as error:
-    raise UserError(f"--earlier={path} is no table of this script ({error}); name a table.json of it.") from None
+def other_runs() -> dict[str, pathlib.Path]:
+  """Rows and run directories of --others."""
+  found = {}
+  for entry in _OTHERS.value:
+    name, is_pair, run = entry.partition("=")
+    if not is_pair or not name.isidentifier() or name in {*METHODS, *found}:
+      raise UserError(f"--others={entry} must be NAME=RUN, NAME a word that no other row has.")
+    found[name] = pathlib.Path(run)
   return found
+
+
+def check_known(flag: str, names: Sequence[str], known: Sequence[str]) -> None:
+  """UserError where a list flag names what there is not."""
+  unknown = sorted(set(names) - set(known))
+  if unknown:
+    raise UserError(f"--{flag}={','.join(unknown)} is unknown; choose among {', '.join(known)}.")
 
 
 def long_files(directory: pathlib.Path) -> list[pathlib.Path]:
@@ -420,17 +434,13 @@ def main(argv) -> None:
   absl_logging.set_verbosity(absl_logging.WARNING)  # below it orbax tells of every step of a save
   if len(argv) > 1:
     raise app.UsageError(f"The argument {argv[1]!r} is not understood.")
-  unknown = set(_METHODS.value) - set(METHODS) or set(_STAGES.value) - set(STAGES) or set(_TASKS.value) - set(TASKS)
-  if unknown:
-    known = f"methods are {', '.join(METHODS)}, stages {', '.join(STAGES)}, tasks {', '.join(TASKS)}"
-    raise UserError(f"{', '.join(sorted(unknown))} is unknown; {known}.")
+  check_known("stages", _STAGES.value, STAGES)
+  check_known("tasks", _TASKS.value, TASKS)
   if _STAGES.present and "long" in _STAGES.value and not _LONG.value:
     raise UserError("--stages names long, which measures the prompts of a file; name it with --long=FILE.")
   for file in _LONG.value:
     if not pathlib.Path(file).is_file():
       raise UserError(f"--long={file} is no file; name a prompts file.")
-  if _EARLIER.value:
-    read_table(_EARLIER.value)  # before anything is measured
   if len({pathlib.Path(file).stem for file in _LONG.value}) < len(_LONG.value):
     raise UserError(f"--long={','.join(_LONG.value)} has two files of one name; rename one.")
   logging.getLogger("lm_eval").setLevel(logging.ERROR)

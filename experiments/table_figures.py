@@ -4,19 +4,31 @@ A row is one cell (method, S, seed) as `main_table.Table` reads it; every part o
 table is one method and S, over its seeds.
 """
 
-import math
+import itertools
 import pathlib
-import re
 import statistics
 from collections.abc import Sequence
 from typing import Any
 
-import matplotlib
 import numpy as np
 
-from ftp_jax.errors import UserError
+from ftp_jax.plotting import BLACK, BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILION, new_figure, styled
 
-_COLORS = (*(f"C{i}" for i in range(10)), "navy")  # of methods in a plot; matplotlib itself has ten
+# What a method is called in a plot, its colour and its line; runs of --others come after `ftp`, by their names.
+LOOKS = {
+    "ftp": ("FTP", VERMILION, "-"),
+    "late_maps": ("late blocks with maps", ORANGE, "-"),
+    "late": ("late blocks", ORANGE, "--"),
+    "skipgpt": ("SkipGPT", GREEN, "-"),
+    "truncation": ("truncation", BLUE, "-"),
+    "static": ("static order", BLUE, "--"),
+    "fastv": ("FastV", SKY, "-"),
+    "random": ("random tokens", SKY, "--"),
+    "shortgpt": ("ShortGPT", BLACK, "-"),
+    "mod": ("Mixture-of-Depths", PURPLE, "-"),
+    "blockpruner": ("BlockPruner", GREY, "-"),
+}
+_OTHER_LINES = ("--", ":", "-.")
 _RESAMPLES = 2000  # of the items, for confidence intervals
 # Columns: heading, key, factor, digits.
 _COLUMNS = (
@@ -30,7 +42,6 @@ _COLUMNS = (
     ("skipped there %", "perplexity_achieved", 100, 1), ("achieved %", "achieved", 100, 1),
     ("FLOPs saved %", "flops_saved", 100, 1), ("KV bytes", "cache_ratio", 1, 2),
 )
-_COMPANION = re.compile("_(spread|interval|seeds|to_ftp)$")  # what an entry says of the figure so named
 # Figures of items, and what of a row they are means of: those of a method and of `ftp` are compared item by item.
 _PAIRED = {"average": "correct", "same_choice": "same_choice", "choice_kl": "choice_kl"}
 # Figures with 95 % intervals over items, that of the average for its difference to dense: factor, format.
@@ -138,52 +149,6 @@ def summarise(rows: list[dict[str, Any]], guess: dict[str, float], contexts: lis
   return table
 
 
-def joined(new: list[dict[str, Any]], earlier: list[dict[str, Any]], named: Sequence[str]) -> list[dict[str, Any]]:
-  """The cells or entries of two tables; where both have one, by the values of `named`, what `new` knows comes first.
-
-  A figure comes with its spread and interval. Differences to `ftp` are those of `new` alone at an S whose `ftp` it has.
-  """
-  name = lambda entry: tuple(entry[key] for key in named)
-  blank = dict.fromkeys(key for entry in [*earlier, *new] for key in entry)
-  found, anew = {name(entry): blank | entry for entry in earlier}, {name(entry): entry for entry in new}
-  for key, entry in anew.items():
-    if key not in found:
-      found[key] = blank | entry
-      continue
-    for part, value in entry.items():
-      if isinstance(value, dict):
-        known = {inner: figure for inner, figure in value.items() if figure is not None}
-        found[key][part] = (found[key][part] or {}) | known
-      elif entry[_COMPANION.sub("", part)] is not None:
-        found[key][part] = value
-  remade = {entry["asked"] for entry in new if entry["method"] == "ftp"}
-  for key, entry in found.items():
-    if entry["asked"] in remade:
-      own = anew.get(key, {})
-      entry.update({part: own.get(part) for part in entry if part.endswith("_to_ftp")})
-  return sorted(found.values(), key=lambda entry: entry["asked"])
-
-
-def check_alike(cells: list[dict[str, Any]], earlier: list[dict[str, Any]]) -> None:
-  """UserError where the dense cells of two tables tell of other tasks, items, prompts or models."""
-  ours, theirs = ({cell["method"]: cell for cell in some}.get("dense", {}) for some in (cells, earlier))
-  part = lambda cell, name: cell.get(name) or {}
-  refused = lambda what: UserError(f"--earlier is a table of other {what} than this one; name one of the same.")
-  for task in part(ours, "correct").keys() & part(theirs, "correct").keys():
-    if ours["correct"][task].keys() != theirs["correct"][task].keys():
-      raise refused(f"items of {task}")
-  for what, name in (("tasks", "correct"), ("retrieval items", "retrieval_items")):
-    own, other = ({key for key, value in part(cell, name).items() if value} for cell in (ours, theirs))
-    if own and other and own != other:
-      raise refused(f"{what} ({', '.join(sorted(other))})")
-  measured = {"test prompts": (part(ours, "quality"), part(theirs, "quality"))}
-  for file in part(ours, "long").keys() & part(theirs, "long").keys():
-    measured[f"prompts in {file}"] = ours["long"][file], theirs["long"][file]
-  for what, (own, other) in measured.items():
-    if own and other and not math.isclose(own["nll"], other["nll"], rel_tol=1e-3):
-      raise refused(what)
-
-
 def resampled(rows: list[dict[str, Any]], name: str, guess: dict[str, float]) -> np.ndarray:
   """Averages over tasks of the figure `name` of items drawn with replacement, mean over rows.
 
@@ -285,43 +250,37 @@ def equal_latency(table: list[dict[str, Any]], context: int, figure: str) -> str
   return _table(lines)
 
 
-def plot(
-    table: list[dict[str, Any]], context: int, path: pathlib.Path, methods: Sequence[str], files: Sequence[str] = ()
-) -> None:
-  """What is there of both KL, that on files of --long and retained accuracy, against a prefill's measured time.
+@styled
+def plot(table: list[dict[str, Any]], context: int, path: pathlib.Path, files: Sequence[str] = ()) -> None:
+  """What is there of both KL, that on files of --long and retained accuracy, against a prefill's measured speed.
 
-  Args:
-    context: tokens of the prefill.
-    methods: all there are, whose order gives each its colour.
+  Bars are standard deviations over seeds. `context`: tokens of the prefill.
   """
-  matplotlib.use("Agg")
-  from matplotlib import pyplot
-
   panels_of = (
-      ("kl", 1, "KL to the dense model on the run's test prompts (nats a token)"),
-      *((of_file(file), 1, f"KL to the dense model on {file} (nats a token)") for file in files),
-      ("choice_kl", 1, "KL of choices to the dense model's, mean of tasks (nats an item)"),
-      ("retained", 100, "average accuracy retained on short tasks (%)"),
+      ("kl", 1, "KL to the dense model (nats a token)"),
+      *((of_file(file), 1, f"KL to the dense model, {file} (nats a token)") for file in files),
+      ("choice_kl", 1, "KL of choices to the dense model's (nats an item)"),
+      ("retained", 100, "average accuracy retained (%)"),
   )
-  known = [entry for entry in table if entry[f"speedup_{context}"]]
-  filled = lambda key: any(entry[key] is not None for entry in known if entry["method"] != "dense")
-  shown = [panel for panel in panels_of if filled(panel[0])]
+  known = [entry for entry in table if entry[f"speedup_{context}"] and entry["method"] != "dense"]
+  shown = [panel for panel in panels_of if any(entry[panel[0]] is not None for entry in known)]
   if not shown:
     return
-  figure, panels = pyplot.subplots(1, len(shown), figsize=(6 * len(shown), 5), squeeze=False)
-  for panel, (key, factor, label) in zip(panels[0], shown):
-    there = [entry for entry in known if entry[key] is not None]
-    for method in dict.fromkeys(entry["method"] for entry in there):
-      own = sorted((entry for entry in there if entry["method"] == method), key=lambda entry: entry["asked"])
-      color = "black" if method == "dense" else _COLORS[methods.index(method)]  # in all panels, which have one legend
-      time, quality = [1 / entry[f"speedup_{context}"] for entry in own], [entry[key] * factor for entry in own]
-      panel.plot(time, quality, "o-", label=method, color=color)
-    panel.set_xlabel(f"prefill time at {context} tokens, dense = 1")
+  others = [name for name in dict.fromkeys(entry["method"] for entry in known) if name not in LOOKS]
+  looks = LOOKS | {name: (name, VERMILION, line) for name, line in zip(others, itertools.cycle(_OTHER_LINES))}
+  figure, (panels,) = new_figure(1, len(shown), 7, 4.6)
+  for panel, (key, factor, label) in zip(panels, shown):
+    for method, (name, color, line) in looks.items():
+      own = [entry for entry in known if entry["method"] == method and entry[key] is not None]
+      own.sort(key=lambda entry: entry[f"speedup_{context}"])
+      speed, height = [entry[f"speedup_{context}"] for entry in own], [entry[key] * factor for entry in own]
+      spread = [(entry.get(f"{key}_spread") or 0.0) * factor for entry in own]
+      if own:
+        look = {"label": name, "color": color, "linestyle": line, "linewidth": 3 if method == "ftp" else 1.6}
+        panel.errorbar(speed, height, spread, marker="o", markersize=5, **look)
+    panel.set_xlabel(f"measured speed of a prefill of {context:,} tokens, dense = 1")
     panel.set_ylabel(label)
-    panel.grid(alpha=0.3)
     if key != "retained":
-      panel.set_yscale("symlog", linthresh=0.1)
-  panels[0, 0].legend()
-  figure.tight_layout()
-  figure.savefig(path, dpi=120)
-  pyplot.close(figure)
+      panel.set_yscale("log")
+  panels[-1].legend(loc="center left", bbox_to_anchor=(1, 0.5))
+  figure.savefig(path, dpi=110)

@@ -114,11 +114,51 @@ def test_the_run_must_be_one(script, tmp_path, monkeypatch):
   monkeypatch.setattr(script, "_OUT", types.SimpleNamespace(value=str(tmp_path)))
   monkeypatch.setattr(script, "_CONTEXTS", types.SimpleNamespace(value=["512"]))
   monkeypatch.setattr(script, "_SPARSITIES", types.SimpleNamespace(value=["0.3"]))
+  monkeypatch.setattr(script, "_METHODS", types.SimpleNamespace(value=None))
+  monkeypatch.setattr(script, "_OTHERS", types.SimpleNamespace(value=[]))
   with pytest.raises(UserError, match="holds no config.json; name the directory of a run"):
     script.Table()
   (tmp_path / "config.json").write_text('{"architectures": ["LlamaForCausalLM"]}')
   with pytest.raises(UserError, match="is not a config of this version .*; name the directory of another run"):
     script.Table()
+
+
+def test_other_runs_are_rows_of_their_names(script, monkeypatch):
+  named = types.SimpleNamespace(value=["ftp_no_maps=runs/late", "searched=runs/a=b"])
+  monkeypatch.setattr(script, "_OTHERS", named)
+  found = script.other_runs()
+  assert {name: str(run) for name, run in found.items()} == {"ftp_no_maps": "runs/late", "searched": "runs/a=b"}
+  for entry in ("runs/late", "ftp=runs/late", "late=runs/late", "two words=runs/late", "=runs/late"):
+    named.value = [entry]
+    with pytest.raises(UserError, match=f"--others={entry} must be NAME=RUN"):
+      script.other_runs()
+  named.value = ["same=runs/late", "same=runs/other"]
+  with pytest.raises(UserError, match="that no other row has"):
+    script.other_runs()
+  with pytest.raises(UserError, match="--methods=maps is unknown; choose among late, ftp"):
+    script.check_known("methods", ["late", "maps"], ("late", "ftp"))
+
+
+def test_another_run_has_the_same_prompts_and_model(script, tmp_path, monkeypatch):
+  table = object.__new__(script.Table)
+  table.run, other = tmp_path / "run", tmp_path / "other"
+  models = {table.run: "float32", other: "float32"}
+  config = lambda run: {"model": {"source": "smollm2-135m", "dtype": models[run]}}
+  monkeypatch.setattr(script, "run_config", config)
+  table.config = config(table.run)
+  for run in models:
+    (run / "data").mkdir(parents=True)
+    for split in ("test", "windows", "train"):
+      rows = [([1, 2, 3], 2)] * (2 if split == "train" and run == other else 1)  # may be others
+      save_arrays(run / "data" / f"{split}.npz", **pack(rows, 4)._asdict())
+  table.check_same_prompts(other)
+  models[other] = "bfloat16"
+  with pytest.raises(UserError, match="other of --others has other test prompts or another model than --run"):
+    table.check_same_prompts(other)
+  models[other] = "float32"
+  save_arrays(other / "data" / "test.npz", **pack([([1, 2, 4], 2)], 4)._asdict())
+  with pytest.raises(UserError, match="other of --others has other test prompts"):
+    table.check_same_prompts(other)
 
 
 def test_a_later_call_keeps_the_times_of_earlier_cells_and_measures_in_the_runs_dtype(script, tmp_path, monkeypatch):
@@ -135,7 +175,7 @@ def test_a_later_call_keeps_the_times_of_earlier_cells_and_measures_in_the_runs_
   for module, name in ((script.baselines, "from_artifact"), (script, "baseline_at")):
     monkeypatch.setattr(module, name, lambda *_, dtype: {"dtype": dtype})
   table = object.__new__(script.Table)
-  table.run = table.out = tmp_path
+  table.out, table.runs = tmp_path, {"ftp": tmp_path}
   table.model, table.dtype, table.sparsities, table.contexts, version = None, "bfloat16", [0.3], [512], 1
   table.calibration = lambda method, where: None
   table.settings = lambda method, sparsity, seed: {
@@ -170,21 +210,21 @@ def test_a_later_call_keeps_the_times_of_earlier_cells_and_measures_in_the_runs_
 
 def test_an_artifact_that_is_not_there_yet_is_named(script, tmp_path):
   table = object.__new__(script.Table)
-  table.run = tmp_path
+  table.runs = {"ftp": tmp_path / "maps", "ftp_no_maps": tmp_path / "none"}
   table.check_artifact("late", 0.3, 0)
-  with pytest.raises(UserError, match="S0.30/seed1/artifact is not there; let --run end"):
-    table.check_artifact("ftp", 0.3, 1)
-  table.artifact(0.3, 1).mkdir(parents=True)
-  (table.artifact(0.3, 1) / script.CONFIG_FILE).write_text("{}")
-  table.check_artifact("ftp", 0.3, 1)
+  for name, run in (("ftp", "maps"), ("ftp_no_maps", "none")):
+    with pytest.raises(UserError, match=f"{run}/S0.30/seed1/artifact is not there; let its run end"):
+      table.check_artifact(name, 0.3, 1)
+  where = table.artifact("ftp_no_maps", 0.3, 1)
+  where.mkdir(parents=True)
+  (where / script.CONFIG_FILE).write_text("{}")
+  table.check_artifact("ftp_no_maps", 0.3, 1)
 
 
 def test_a_row_compares_its_items_with_those_of_dense(script, tmp_path, monkeypatch):
   """Two items: of the pruned model one turns to another choice, none is right; a cell without tasks has none of it."""
   monkeypatch.setattr(script, "_TASKS", types.SimpleNamespace(value=["hellaswag"]))
   monkeypatch.setattr(script, "_DATA", types.SimpleNamespace(value=""))
-  earlier = types.SimpleNamespace(value=None)
-  monkeypatch.setattr(script, "_EARLIER", earlier)
   table = object.__new__(script.Table)
   table.out, table.contexts = tmp_path, [512]
   table.cells = [("dense", 0.0, 0), ("ftp", 0.3, 0), ("late", 0.3, 0)]
@@ -195,8 +235,9 @@ def test_a_row_compares_its_items_with_those_of_dense(script, tmp_path, monkeypa
 
   def items(*likelihoods, right):
     records = [{"id": i, "loglikelihoods": own, "acc_norm": float(right)} for i, own in enumerate(likelihoods)]
-    retrieval = {"figures": {"acc": {"value": 0.5}}, "records": [{"id": f"256-0.5-{i}"} for i in range(2)]}
-    return {"tasks": {"hellaswag": {"records": records, "skipped": 0.25}, "retrieval": retrieval}}
+    return {"tasks": {
+        "hellaswag": {"records": records, "skipped": 0.25}, "retrieval": {"figures": {"acc": {"value": 0.5}}},
+    }}
 
   write(table.cells[1], "tasks.json", items([-1.0, -2.0], [-2.0, -1.0], right=False))
   assert table._row(table.cells[1])["choice_kl"] == {}  # dense is not there
@@ -206,24 +247,12 @@ def test_a_row_compares_its_items_with_those_of_dense(script, tmp_path, monkeypa
   assert dense["same_choice"] == {"hellaswag": {"0": 1.0, "1": 1.0}} and late["same_choice"] == {}
   assert ftp["same_choice"] == {"hellaswag": {"0": 1.0, "1": 0.0}}
   assert ftp["correct"]["hellaswag"] == {"0": 0.0, "1": 0.0} and ftp["skipped"] == 0.25 and late["skipped"] is None
-  assert ftp["retrieval"] == 0.5 and ftp["retrieval_items"] == {"256-0.5": 2} and late["retrieval_items"] == {}
+  assert ftp["retrieval"] == 0.5 and late["retrieval"] is None
   table.report()
   cells = json.loads((tmp_path / "table.json").read_text())["cells"]
   assert cells[1]["same_choice"] == {"hellaswag": 0.5} and cells[2]["choice_kl"] == {}
   assert cells[1]["choice_kl"]["hellaswag"] == pytest.approx(np.tanh(0.5) / 2)  # of 0 and p log(p / q) + q log(q / p)
   assert "| late | 0.30 | - |" in (tmp_path / "table.md").read_text()
-  (tmp_path / "table.json").rename(tmp_path / "earlier.json")
-  earlier.value = str(tmp_path / "settings.json")
-  for content in ("[]", "{}", "{"):
-    (tmp_path / "settings.json").write_text(content)
-    with pytest.raises(UserError, match="settings.json is no table of this script .* name a table.json of it"):
-      table.report()
-  earlier.value = str(tmp_path / "earlier.json")
-  table.cells = table.cells[:1]
-  table.report()
-  assert json.loads((tmp_path / "table.json").read_text())["cells"] == cells
-  assert "| late | 0.30 | - |" in (tmp_path / "table.md").read_text()
-  table.cells.append(("ftp", 0.3, 0))
   write(table.cells[1], "tasks.json", items([-1.0, -2.0], [-2.0, -1.0], [-1.0, -1.0], right=False))
   with pytest.raises(UserError, match="S0.30/ftp-seed0 has other items of hellaswag than the dense cell"):
     table.report()

@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 
-from ftp_jax.errors import UserError
 from tests import scripts
 
 
@@ -185,74 +184,36 @@ def test_files_of_long_contexts_at_equal_latency(figures):
   assert late.split(" | ")[start : start + 3] == ["0.300", "70.0", "10.0"]
 
 
-def test_an_earlier_table_fills_what_is_missing(figures):
-  rows = [cell("dense", 0.0, 0, 0.85, 0.80, 0.0, 1.0)]
-  rows += [cell("ftp", 0.3, seed, 0.75, 0.80, 0.1 + 0.1 * seed, 1.3) for seed in (0, 1)]
-  earlier = figures.summarise(rows, GUESS, [512])
-  later = [rows[0], cell("ftp", 0.3, 0, 0.75, 0.80, 0.3, None), cell("late", 0.2, 0, 0.65, 0.80, 0.3, 1.2)]
-  later[1]["correct"] = {}
-  later[1]["long"], rows[1]["long"] = {"chat": {"nll": 1.0}}, {"text": {"nll": 2.0}}
-  new = figures.summarise(later, GUESS, [512])
-  named = "method", "asked"
-  dense, late, ftp = figures.joined(new, earlier, named)
-  same = lambda entry, other: {k: v for k, v in entry.items() if "chat" not in k} == other
-  assert same(dense, earlier[0]) and late == new[2]
-  assert (ftp["kl"], ftp["kl_spread"], ftp["kl_seeds"]) == (0.3, None, 1)  # of this table, however little that is
-  for name in ("average", "average_seeds", "average_spread", "average_interval", "speedup_512", "items"):
-    assert ftp[name] == earlier[1][name] and ftp[name] is not None
-  assert figures.joined(new, [], named) == sorted(new, key=lambda entry: entry["asked"])
-  _, _, of_both, _ = figures.joined(later, rows, (*named, "seed"))
-  assert of_both["quality"]["kl"] == 0.3 and of_both["correct"] == rows[1]["correct"]
-  assert of_both["speedup"] == {512: 1.3} and of_both["long"] == {"chat": {"nll": 1.0}, "text": {"nll": 2.0}}
-
-
-def test_differences_of_an_earlier_table_are_to_its_own_ftp(figures):
-  rows = [cell("dense", 0.0, 0, 0.85, 0.80, 0.0, 1.0)]
-  rows += [cell(method, asked, 0, 0.75, 0.80, 0.1, 1.3) for method in ("late", "ftp") for asked in (0.2, 0.3)]
-  for row in rows:
-    row["same_choice"] = row["choice_kl"] = row["correct"]
-  earlier = figures.summarise(rows, GUESS, [512])
-  entries = figures.joined(figures.summarise([rows[0], rows[4]], GUESS, [512]), earlier, ("method", "asked"))
-  assert len(entries) == 5
-  assert [(e["method"], e["asked"]) for e in entries if e["average_to_ftp"] is not None] == [("late", 0.2)]
-
-
-@pytest.mark.parametrize("part, what", [
-    ({"correct": {"arc_easy": {"other": 1.0}}}, "items of arc_easy"), ({"quality": {"nll": 1.9}}, "test prompts"),
-    ({"long": {"chat": {"nll": 1.9}}}, "prompts in chat"),
-    ({"correct": {"arc_easy": {str(i): 1.0 for i in range(100)}}}, r"tasks \(arc_easy\)"),
-    ({"retrieval_items": {"256-0.5": 10, "512-0.5": 10}}, r"retrieval items \(256-0.5, 512-0.5\)"),
-])
-def test_an_earlier_table_of_other_items_is_refused(figures, part, what):
-  dense = cell("dense", 0.0, 0, 0.85, 0.80, 0.0, 1.0) | {"quality": {"nll": 1.8}, "long": {"chat": {"nll": 1.8}}}
-  dense["retrieval_items"] = {"256-0.5": 10}
-  figures.check_alike([dense], [dense, {"method": "ftp"}])
-  figures.check_alike([dense], [dense | dict.fromkeys(part, None)])
-  figures.check_alike([dense], [])
-  with pytest.raises(UserError, match=f"^--earlier is a table of other {what} than this one; name one of the same"):
-    figures.check_alike([dense], [dense | part])
-
-
 def test_the_plot_has_a_panel_of_what_is_there(figures, tmp_path, monkeypatch):
-  from matplotlib import pyplot
-
-  panels, draw = [], pyplot.subplots
-  monkeypatch.setattr(pyplot, "subplots", lambda *args, **options: panels.append(args[1]) or draw(*args, **options))
+  """And in it every method that has a figure, runs that were named beside `ftp` in its colour."""
+  drawn, make = [], figures.new_figure
+  monkeypatch.setattr(figures, "new_figure", lambda *shape: drawn.append(make(*shape)) or drawn[-1])
   rows = [cell("dense", 0.0, 0, 0.5, 0.5, 0.0, 1.0), cell("late", 0.3, 0, 0.4, 0.5, 0.2, 1.3)]
   path = tmp_path / "plot.png"
-  plot = lambda rows, guess: figures.plot(
-      figures.summarise(rows, guess, [512]), 512, path, ["late"], figures.long_names(rows)
-  )
-  plot(rows, {})
-  assert path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 5000
-  plot(rows, GUESS)
+
+  def panels(guess):
+    figures.plot(figures.summarise(rows, guess, [512]), 512, path, figures.long_names(rows))
+    return drawn[-1][1][0]
+
+  assert len(panels({})) == 1 and path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 5000
+  assert len(panels(GUESS)) == 2
   rows[1]["long"] = {"chats": {"kl": 0.3}}
-  plot(rows, GUESS)
+  assert len(panels(GUESS)) == 3
   rows[1]["quality"] = {}
-  plot(rows, {})
+  assert len(panels({})) == 1
   for row, kl in zip(rows, (0.0, 0.2)):
     row["choice_kl"] = {task: dict.fromkeys(map(str, range(100)), kl) for task in GUESS}
     row["same_choice"] = row["choice_kl"]
-  plot(rows, GUESS)
-  assert panels == [1, 2, 3, 1, 3]
-  assert len(set(figures._COLORS)) >= len(scripts.load("main_table").METHODS)
+  assert len(panels(GUESS)) == 3
+  rows += [cell("without", 0.3, 0, 0.4, 0.5, 0.2, 1.3), cell("ftp", 0.3, 0, 0.4, 0.5, 0.1, 1.3)]
+  lines, names = panels({})[0].get_legend_handles_labels()
+  colors = {name: line.lines[0].get_color() for name, line in zip(names, lines)}
+  assert set(colors) == {"FTP", "without"} and len(set(colors.values())) == 1  # late has no KL any more
+  figures.plot(figures.summarise(rows[:1], GUESS, [512]), 512, tmp_path / "none.png")
+  assert not (tmp_path / "none.png").exists()
+
+
+def test_every_baseline_has_a_look(figures):
+  assert set(figures.LOOKS) == set(scripts.load("main_table").METHODS)
+  looks = [look for _, *look in figures.LOOKS.values()]
+  assert len({tuple(look) for look in looks}) == len(looks)

@@ -151,8 +151,10 @@ def attend_positions(
   per_group = heads // groups
   tile = min(num_queries, _QUERY_TILE)
   tiles = -(-num_queries // tile)
-  grain = min(num_keys, _KEY_GRAIN)
-  parts = -(-num_keys // _KEY_PART)
+  # Few queries take as many more keys at once.
+  wider = _QUERY_TILE // tile
+  grain = min(num_keys, _KEY_GRAIN * wider)
+  parts = -(-num_keys // (_KEY_PART * wider))
   part = -(-num_keys // (parts * grain)) * grain
   # The last query ends the last tile, and what does not fill one is in the first, whose keys are few. Its other slots
   # hold queries of the second, or padding, which do not count there.

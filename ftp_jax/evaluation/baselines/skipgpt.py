@@ -36,6 +36,7 @@ PENALTY = 4.0  # nats for skipping a share of 1 too little or too much
 _FIRST_BIAS = 2.0  # sigmoid(-2): the share that skips before the first step, 12 %
 _MOST = 0.999  # sparsity of a sub-block: the forced tokens stay
 _ROUNDS = 2  # of setting the threshold; margins move when routes do
+_VALIDATIONS, _VALIDATION_PROMPTS = 4, 192  # prompts: those on which a validation sets the threshold
 
 
 class TrainState(NamedTuple):
@@ -46,7 +47,7 @@ class TrainState(NamedTuple):
 
 
 def calibrate(model: Frozen, sparsity: float, calibration: Calibration, seed: int) -> tuple[dict[str, Any], Any]:
-  """Facts of a `Subblocks` and the router's parameters: those of the best of two validations.
+  """Facts of a `Subblocks` and the router's parameters: those of the best of four validations.
 
   An interrupted training goes on from its last checkpoint.
   """
@@ -58,7 +59,8 @@ def calibrate(model: Frozen, sparsity: float, calibration: Calibration, seed: in
   state = TrainState(router, optimizer.init(router))
   prompts, num_scored = calibration.prompts, calibration.num_scored
   step = jax.jit(functools.partial(_step, model.config, optimizer, num_scored, model.dtype))
-  validate_every, save_every = max(1, steps // 2), max(1, steps // 8)
+  validate_every, save_every = max(1, steps // _VALIDATIONS), max(1, steps // 8)
+  first = take(prompts, np.arange(min(_VALIDATION_PROMPTS, len(prompts.tokens))))
   with (
       calibration.working_directory(f"skipgpt-S{sparsity:.2f}-seed{seed}", model) as directory,
       Checkpoints(directory, _identity(model, sparsity, calibration, seed)) as checkpoints,
@@ -74,7 +76,7 @@ def calibrate(model: Frozen, sparsity: float, calibration: Calibration, seed: in
       if not np.isfinite(float(distill)):
         raise UserError(f"SkipGPT's loss is not finite at step {number}; check the calibration prompts.")
       if at.step % validate_every == 0 or at.step == steps:
-        schedule, _ = capacities(model, router, sparsity, prompts, calibration.batch)
+        schedule, _ = capacities(model, router, sparsity, first, calibration.batch)
         kl = _validation_kl(model, router, schedule, calibration)
         if kl < at.best_validation:
           at = at._replace(best_router=to_host(router), best_step=at.step, best_validation=kl)
@@ -94,7 +96,7 @@ def _identity(model: Frozen, sparsity: float, calibration: Calibration, seed: in
       "the model": dataclasses.asdict(model.config), "model.dtype": jnp.dtype(model.dtype).name, "S": sparsity,
       "the seed": seed, "the number of steps": calibration.steps, "the batch": calibration.batch,
       "the fingerprint of model and prompts": fingerprint(model, *calibration.prompts, *calibration.validation),
-      "the learning rate": LEARNING_RATE,
+      "the learning rate": LEARNING_RATE, "validations": _VALIDATIONS,
   }
 
 
