@@ -112,16 +112,22 @@ class Table:
         take(train, np.arange(min(calibration_prompts(method), len(train.tokens)))), prompts("validation"),
         steps=_STEPS.value, directory=where / "calibration",
     )
-    self.cells: list[Cell] = [("dense", 0.0, 0)]
-    for sparsity in self.sparsities:
-      for method in rows:
-        seeds = numbers("seeds", _SEEDS.value, int) if method in SEEDED or method in self.runs else [0]
-        self.cells += [(method, sparsity, seed) for seed in seeds]
-    self.cells = list(dict.fromkeys(self.cells))
+    self.cells = self.named_cells(rows)
     for cell in self.cells:
       self.check_artifact(*cell)
     for cell in self.cells:
       self.claim(cell)
+
+  def named_cells(self, rows: Sequence[str]) -> list[Cell]:
+    """Those of the flags; where nothing but the report is asked for, as far as they were begun."""
+    cells: list[Cell] = [("dense", 0.0, 0)]
+    for sparsity in self.sparsities:
+      for method in rows:
+        seeds = numbers("seeds", _SEEDS.value, int) if method in SEEDED or method in self.runs else [0]
+        cells += [(method, sparsity, seed) for seed in seeds]
+    begun = lambda cell: (self.directory(*cell) / SETTINGS).exists()
+    only_report = set(_STAGES.value) == {"report"}
+    return [cell for cell in dict.fromkeys(cells) if begun(cell) or not only_report]
 
   def directory(self, method: str, sparsity: float, seed: int) -> pathlib.Path:
     return self.out / f"S{sparsity:.2f}" / f"{method}-seed{seed}"

@@ -208,6 +208,24 @@ def test_a_later_call_keeps_the_times_of_earlier_cells_and_measures_in_the_runs_
   assert latency("late") == ["dense", "late", "random", "mod", "static"]
 
 
+def test_a_report_is_of_the_cells_that_were_begun(script, tmp_path, monkeypatch):
+  stages = types.SimpleNamespace(value=["quality", "report"])
+  monkeypatch.setattr(script, "_STAGES", stages)
+  monkeypatch.setattr(script, "_SEEDS", types.SimpleNamespace(value=["0", "1"]))
+  table = object.__new__(script.Table)
+  table.out, table.sparsities, table.runs = tmp_path, [0.22, 0.3], {"ftp": tmp_path, "ftp_no_maps": tmp_path}
+  named = table.named_cells(["late", "late", "ftp_no_maps"])
+  assert named == [("dense", 0.0, 0)] + [
+      (method, s, seed) for s in (0.22, 0.3) for method, seed in (("late", 0), ("ftp_no_maps", 0), ("ftp_no_maps", 1))
+  ]
+  begun = [named[0], named[2]]
+  for cell in begun:
+    table.directory(*cell).mkdir(parents=True)
+    (table.directory(*cell) / script.SETTINGS).write_text("{}")
+  stages.value = ["report"]
+  assert table.named_cells(["late", "ftp_no_maps"]) == begun
+
+
 def test_an_artifact_that_is_not_there_yet_is_named(script, tmp_path):
   table = object.__new__(script.Table)
   table.runs = {"ftp": tmp_path / "maps", "ftp_no_maps": tmp_path / "none"}
