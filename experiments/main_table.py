@@ -110,7 +110,8 @@ class Table:
     self.test, self.windows, train = prompts("test"), prompts("windows"), prompts("train")
     self.calibration = lambda method, where: baselines.Calibration(
         take(train, np.arange(min(calibration_prompts(method), len(train.tokens)))), prompts("validation"),
-        steps=_STEPS.value, directory=where / "calibration",
+        # One of blockpruner goes on where that of a smaller S ended.
+        steps=_STEPS.value, directory=self.out / method if method == "blockpruner" else where / "calibration",
     )
     self.cells = self.named_cells(rows)
     for cell in self.cells:

@@ -1,5 +1,9 @@
 """The figures of the main table on hand-made cells."""
 
+import json
+import pathlib
+import re
+
 import numpy as np
 import pytest
 
@@ -217,3 +221,39 @@ def test_every_baseline_has_a_look(figures):
   assert set(figures.LOOKS) == set(scripts.load("main_table").METHODS)
   looks = [look for _, *look in figures.LOOKS.values()]
   assert len({tuple(look) for look in looks}) == len(looks)
+
+
+IN_README = {
+    "FTP": "ftp", "FTP without maps": "ftp_no_maps", "late blocks with maps": "late_maps", "late blocks": "late",
+    "SkipGPT": "skipgpt", "truncation": "truncation", "FastV": "fastv", "ShortGPT": "shortgpt",
+    "Mixture-of-Depths": "mod", "BlockPruner": "blockpruner",
+}
+
+
+def test_readme_says_what_the_records_say(figures):
+  root = pathlib.Path(__file__).parents[1]
+  table = json.loads((root / "docs" / "results" / "main_table.json").read_text())["table"]
+  at = {(entry["method"], entry["asked"]): entry for entry in table}
+
+  def rows(text):
+    """(name, three figures) of every such row of a table, without bold letters and what is in parentheses."""
+    lines = [line.strip("|").split("|") for line in text.splitlines() if line.startswith("|")]
+    return [[re.sub(r"\*|\(.*?\)|:.*", "", cell).strip() for cell in line] for line in lines if len(line) == 4]
+
+  def shown(entry):
+    spread = entry["kl_spread"]
+    return f"{entry['kl']:.3f}" + (f" ± {spread:.3f}" if spread is not None else "")
+
+  readme = rows((root / "README.md").read_text())
+  of_name = lambda name: [figures for first, *figures in readme if first == name]
+  equal = {name: values for name, *values in rows(figures.equal_latency(table, 2048, "kl"))}
+  for name, method in IN_README.items():
+    found = of_name(name)
+    if name not in ("Mixture-of-Depths", "BlockPruner"):  # in the second table alone
+      assert [shown(at[method, s]) for s in (0.22, 0.3, 0.4)] in found, name
+    assert equal[method] in found, name
+  speeds = [f"{at['ftp', s]['speedup_2048']:.2f} x" for s in (0.22, 0.3, 0.4)]
+  assert speeds in of_name("its prefill speed at 2,048 tokens, one seed")
+  assert [f"{100 * at['ftp', s]['agreement']:.1f} %" for s in (0.22, 0.3, 0.4)] in of_name(
+      "its agreement with the dense next token"
+  )
