@@ -61,6 +61,7 @@ TRAINED = ("mod", "skipgpt", "late_maps")
 VALIDATED = (*TRAINED, "fastv")  # look at the validation prompts, fastv at no others
 SEEDED = ("random", "ftp", *TRAINED)  # differ from seed to seed
 STAGES = ("quality", "long", "tasks", "latency", "report")
+_TRAINING = ("--steps", "calibration prompts")  # settings that nothing but the making of a cell depends on
 _TASK_BUCKETS = 2  # most of the time of short prompts goes into compilation
 _LONG_BATCH = 4
 
@@ -170,11 +171,17 @@ class Table:
     return found
 
   def claim(self, cell: Cell) -> None:
-    """Writes a cell's settings; UserError where it was made with others, or begun at least."""
+    """Writes a cell's settings; UserError where it was made with others, or begun at least.
+
+    Latency and report take a cell that was trained in another way as it is.
+    """
     path, settings = self.directory(*cell) / SETTINGS, self.settings(*cell)
     begun = path.parent.is_dir() and any(found.name != SETTINGS for found in path.parent.iterdir())
     if path.exists() and begun:
-      changes = describe_changes(read_json(path), settings)
+      stored = read_json(path)
+      if not set(_STAGES.value) - {"latency", "report"}:
+        stored, settings = ({k: v for k, v in some.items() if k not in _TRAINING} for some in (stored, settings))
+      changes = describe_changes(stored, settings)
       if changes:
         raise UserError(f"{path.parent} was made with {changes}; name another --out, or delete that folder.")
     else:
@@ -182,6 +189,10 @@ class Table:
         raise UserError(f"{path.parent} has figures but no {SETTINGS}; name another --out, or delete that folder.")
       path.parent.mkdir(parents=True, exist_ok=True)
       write_json(path, settings)
+
+  def made_with(self, cell: Cell) -> dict[str, Any]:
+    """The settings that a cell has; UserError where it was not begun, or the artifact of a run is gone."""
+    return self.settings(*cell) if cell[0] in self.runs else read_json(self.directory(*cell) / SETTINGS)
 
   def baseline(self, method: str, sparsity: float, seed: int) -> baselines.Baseline:
     if method in self.runs:
@@ -265,7 +276,7 @@ class Table:
     for sparsity in self.sparsities:
       for context in self.contexts:
         path = self.out / f"S{sparsity:.2f}" / f"latency{context}.json"
-        wanted = {cell: self.settings(*cell) for cell in self.cells if cell[1] in (0.0, sparsity)}
+        wanted = {cell: self.made_with(cell) for cell in self.cells if cell[1] in (0.0, sparsity)}
         stored = read_json(path) if path.exists() else {"settings": [], "runs": 0}
         if stored["runs"] == _RUNS.value and all(own in stored["settings"] for own in wanted.values()):
           continue
@@ -273,7 +284,7 @@ class Table:
         for own in stored["settings"]:
           cell = own["method"], own["sparsity"], own["seed"]
           with contextlib.suppress(UserError):  # its artifact is gone, or being made anew
-            if cell not in wanted and self.settings(*cell) == own:
+            if cell not in wanted and self.made_with(cell) == own:
               wanted[cell] = own
         tokens = random_tokens(self.model, 1, context)
         methods = [BaselinePrefill(self.baseline(*cell), tokens) for cell in wanted]
@@ -339,7 +350,7 @@ class Table:
       if method == "dense":
         row["speedup"][context] = 1.0
       elif path.exists():
-        stored, own = read_json(path), self.settings(*cell)  # a time of the cell as it was before is none of it
+        stored, own = read_json(path), self.made_with(cell)  # a time of the cell as it was before is none of it
         found = [record["speedup"] for made, record in zip(stored["settings"], stored["records"]) if made == own]
         row["speedup"][context] = found[0] if found else None
     return row

@@ -89,10 +89,12 @@ def test_long_prompts_are_measured_once_a_cell(script, chats, monkeypatch):
     table.long()
 
 
-def test_a_cell_is_not_reused_with_other_settings(script, tmp_path):
+def test_a_cell_is_not_reused_with_other_settings(script, tmp_path, monkeypatch):
+  stages = types.SimpleNamespace(value=["quality", "latency"])
+  monkeypatch.setattr(script, "_STAGES", stages)
   table = object.__new__(script.Table)
-  table.out, steps = tmp_path, 24
-  table.settings = lambda method, sparsity, seed: {"method": method, "--steps": steps}
+  table.out, table.runs, steps, prompts = tmp_path, {}, 24, "these"
+  table.settings = lambda method, sparsity, seed: {"method": method, "--steps": steps, "test prompts": prompts}
   table.claim(("skipgpt", 0.3, 0))
   steps = 32  # nothing was made yet, so that a command may still be mended
   table.claim(("skipgpt", 0.3, 0))
@@ -102,6 +104,12 @@ def test_a_cell_is_not_reused_with_other_settings(script, tmp_path):
   table.claim(("skipgpt", 0.3, 0))
   steps = 48
   with pytest.raises(UserError, match="S0.30/skipgpt-seed0 was made with --steps=24, now it is 48"):
+    table.claim(("skipgpt", 0.3, 0))
+  stages.value = ["latency", "report"]  # neither depends on how it was trained
+  table.claim(("skipgpt", 0.3, 0))
+  assert table.made_with(("skipgpt", 0.3, 0))["--steps"] == 24
+  prompts = "others"
+  with pytest.raises(UserError, match="made with test prompts='these', now it is 'others'"):
     table.claim(("skipgpt", 0.3, 0))
   (tmp_path / "S0.30" / "mod-seed0").mkdir()
   (tmp_path / "S0.30" / "mod-seed0" / "quality.json").write_text("{}")
@@ -181,6 +189,7 @@ def test_a_later_call_keeps_the_times_of_earlier_cells_and_measures_in_the_runs_
   table.settings = lambda method, sparsity, seed: {
       "method": method, "sparsity": sparsity, "seed": seed, "version": version * (method == "late"),
   }
+  table.made_with = lambda cell: table.settings(*cell)
 
   def latency(*methods):
     table.cells = [("dense", 0.0, 0), *((method, 0.3, 0) for method in methods)]
