@@ -6,7 +6,7 @@ A context token that skips a block is moved by a map of rank 64, fitted in close
 (docs/method.md, section 4).
 
 Wall time: one minute more than smollm2_135m_late.py, which has all other settings.
-Result: KL to dense 0.003 / 0.010 / 0.046 nats a token at S = 0.22 / 0.30 / 0.40 (+- 0.001, 0.002 and 0.005
+Result: KL to dense 0.003 / 0.010 / 0.046 nats a token at S = 0.22 / 0.30 / 0.40 (+- 0.001, 0.001 and 0.005
 over seeds), where smollm2_135m_late.py has 0.025 / 0.064 / 0.158.
 """
 
