@@ -16,6 +16,7 @@ its ratios are of one run, and again where a cell was added.
 """
 
 import contextlib
+import itertools
 import logging
 import pathlib
 import statistics
@@ -37,6 +38,7 @@ from ftp_jax.data.prompts import Prompts, take
 from ftp_jax.data.sources import load_prompts
 from ftp_jax.errors import UserError
 from ftp_jax.evaluation import baselines
+from ftp_jax.evaluation.baselines.registry import CONFIG_FILE as BASELINE_FILE
 from ftp_jax.evaluation.baselines.registry import baseline_at
 from ftp_jax.evaluation.harness import suite
 from ftp_jax.evaluation.harness.adapter import EngineLM
@@ -129,7 +131,10 @@ class Table:
         cells += [(method, sparsity, seed) for seed in seeds]
     begun = lambda cell: (self.directory(*cell) / SETTINGS).exists()
     only_report = set(_STAGES.value) == {"report"}
-    return [cell for cell in dict.fromkeys(cells) if begun(cell) or not only_report]
+    found = [cell for cell in dict.fromkeys(cells) if begun(cell) or not only_report]
+    if not found:
+      raise UserError(f"{self.out} has none of the cells that are named; run their other --stages first.")
+    return found
 
   def directory(self, method: str, sparsity: float, seed: int) -> pathlib.Path:
     return self.out / f"S{sparsity:.2f}" / f"{method}-seed{seed}"
@@ -179,7 +184,7 @@ class Table:
     begun = path.parent.is_dir() and any(found.name != SETTINGS for found in path.parent.iterdir())
     if path.exists() and begun:
       stored = read_json(path)
-      if not set(_STAGES.value) - {"latency", "report"}:
+      if not set(_STAGES.value) - {"latency", "report"} and (path.parent / BASELINE_FILE).exists():
         stored, settings = ({k: v for k, v in some.items() if k not in _TRAINING} for some in (stored, settings))
       changes = describe_changes(stored, settings)
       if changes:
@@ -248,9 +253,9 @@ class Table:
     if not len(prompts.tokens):
       raise UserError(f"--long={file} has no prompt that fits the model ({found}).")
     contexts = lambda rows: {row[:m].tobytes() for row, m in zip(rows.tokens, rows.context)}
-    for split in ("search", "train", "validation"):
-      if contexts(prompts) & contexts(Prompts(**load_arrays(self.run / "data" / f"{split}.npz"))):
-        raise UserError(f"--long={file} holds prompts of the {split} set of --run; name a file of other texts.")
+    for run, split in itertools.product(self.runs.values(), ("search", "train", "validation")):
+      if contexts(prompts) & contexts(Prompts(**load_arrays(run / "data" / f"{split}.npz"))):
+        raise UserError(f"--long={file} holds prompts of the {split} set of {run}; name a file of other texts.")
     width = int(prompts.length.max())
     return Prompts(prompts.tokens[:, :width], prompts.context, prompts.length)
 
@@ -286,6 +291,9 @@ class Table:
           with contextlib.suppress(UserError):  # its artifact is gone, or being made anew
             if cell not in wanted and self.made_with(cell) == own:
               wanted[cell] = own
+        unknown = {cell[0] for cell in wanted} - {"dense", *self.methods}
+        if unknown:
+          raise UserError(f"{path} has times of {', '.join(sorted(unknown))}; name their runs with --others as well.")
         tokens = random_tokens(self.model, 1, context)
         methods = [BaselinePrefill(self.baseline(*cell), tokens) for cell in wanted]
         seconds = interleave(methods, _RUNS.value, f"latency S={sparsity:.2f} context {context}")
@@ -394,7 +402,7 @@ def other_runs() -> dict[str, pathlib.Path]:
   found = {}
   for entry in _OTHERS.value:
     name, is_pair, run = entry.partition("=")
-    if not is_pair or not name.isidentifier() or name in {*METHODS, *found}:
+    if not is_pair or not name.isidentifier() or name in {"dense", *METHODS, *found}:
       raise UserError(f"--others={entry} must be NAME=RUN, NAME a word that no other row has.")
     found[name] = pathlib.Path(run)
   return found

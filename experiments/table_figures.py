@@ -267,7 +267,9 @@ def plot(table: list[dict[str, Any]], context: int, path: pathlib.Path, files: S
   if not shown:
     return
   others = [name for name in dict.fromkeys(entry["method"] for entry in known) if name not in LOOKS]
-  looks = LOOKS | {name: (name, VERMILION, line) for name, line in zip(others, itertools.cycle(_OTHER_LINES))}
+  lines = itertools.cycle(_OTHER_LINES)
+  own_runs = {name: (name.replace("_", " "), VERMILION, next(lines)) for name in others}
+  looks, handles = {"ftp": LOOKS["ftp"]} | own_runs | LOOKS, {}
   figure, (panels,) = new_figure(1, len(shown), 7, 4.6)
   for panel, (key, factor, label) in zip(panels, shown):
     for method, (name, color, line) in looks.items():
@@ -276,11 +278,12 @@ def plot(table: list[dict[str, Any]], context: int, path: pathlib.Path, files: S
       speed, height = [entry[f"speedup_{context}"] for entry in own], [entry[key] * factor for entry in own]
       spread = [(entry.get(f"{key}_spread") or 0.0) * factor for entry in own]
       if own:
+        bars = spread if any(spread) else None
         look = {"label": name, "color": color, "linestyle": line, "linewidth": 3 if method == "ftp" else 1.6}
-        panel.errorbar(speed, height, spread, marker="o", markersize=5, **look)
+        handles[method] = panel.errorbar(speed, height, bars, marker="o", markersize=5, **look)
     panel.set_xlabel(f"measured speed of a prefill of {context:,} tokens, dense = 1")
     panel.set_ylabel(label)
     if key != "retained":
       panel.set_yscale("log")
-  panels[-1].legend(loc="center left", bbox_to_anchor=(1, 0.5))
+  panels[-1].legend(handles=[handles[m] for m in looks if m in handles], loc="center left", bbox_to_anchor=(1, 0.5))
   figure.savefig(path, dpi=110)

@@ -355,6 +355,19 @@ def test_skipgpt_is_what_its_validation_saw(yardstick, trained, windows):
   assert record["cache_ratio"] == pytest.approx(1, abs=0.04) and record["perplexity"] > 1
 
 
+def test_skipgpt_validates_four_times_by_the_threshold_of_the_first_prompts(model, calibration, monkeypatch):
+  found, capacities = [], skipgpt.capacities
+
+  def counted(model, router, sparsity, prompts, batch):
+    found.append(len(prompts.tokens))
+    return capacities(model, router, sparsity, prompts, batch)
+
+  monkeypatch.setattr(skipgpt, "capacities", counted)
+  monkeypatch.setattr(skipgpt, "_VALIDATION_PROMPTS", 2)
+  baselines.build("skipgpt", model, 0.2, dataclasses.replace(calibration, steps=4))
+  assert found == [2, 2, 2, 2, len(calibration.prompts.tokens)] and len(calibration.prompts.tokens) > 2
+
+
 def test_late_maps_move_what_late_blocks_skip(model, prompts, calibration):
   sharp = {**model.params["embed"], "final_norm": {"scale": model.params["embed"]["final_norm"]["scale"] * 30}}
   model = model_of({**model.params, "embed": sharp})

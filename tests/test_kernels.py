@@ -107,12 +107,17 @@ def test_tiles_and_the_call_to_cudnn_equal_the_mask(values, window, monkeypatch)
   assert np.isfinite(of_padding).all() if causal else (of_padding == 0).all()
 
 
-def test_the_last_query_of_whole_parts_sees_each_key_once(monkeypatch):
+@pytest.mark.parametrize("queries, keys, loops", [(4, 16, 3), (1, 32, 1), (1, 48, 3)])
+def test_the_last_query_of_whole_parts_sees_each_key_once(queries, keys, loops, monkeypatch):
+  """One query takes four times as many keys at once as a tile of four: of 32 it needs one part, and no loop over it."""
   _set_tiles(monkeypatch)
-  one = jnp.ones((1, 16, 1, 8))
-  v = one * jnp.arange(16.0).reshape(1, 16, 1, 1) ** 2
-  out = attention.attend_positions(one[:, :1], one, v, jnp.asarray([[15]]), jnp.arange(16)[None])
-  np.testing.assert_allclose(out[0, 0, 0], np.mean(np.arange(16.0) ** 2), rtol=1e-6)
+  one, at = jnp.ones((1, keys, 1, 8)), jnp.arange(keys)[None]
+  v = one * jnp.arange(1.0 * keys).reshape(1, keys, 1, 1) ** 2
+  arguments = one[:, :queries], one, v, at[:, -queries:], at
+  np.testing.assert_allclose(
+      attention.attend_positions(*arguments)[0, -1, 0], np.mean(np.arange(1.0 * keys) ** 2), rtol=1e-6
+  )
+  assert str(jax.make_jaxpr(attention.attend_positions)(*arguments)).count("while[") == loops
 
 
 @pytest.mark.parametrize(

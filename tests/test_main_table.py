@@ -26,6 +26,7 @@ def chats(script, tmp_path, monkeypatch):
   data.chat, data.min_context, data.max_context, data.continuation = True, 2, 6, 3
   table = object.__new__(script.Table)
   table.run = table.out = tmp_path
+  table.runs = {"ftp": tmp_path}
   table.config, table.dtype = {"data": data.to_dict()}, "bfloat16"
   table.model = types.SimpleNamespace(tokenizer=byte_tokenizer(CHAT), config=types.SimpleNamespace(max_positions=30))
   (tmp_path / "data").mkdir()
@@ -58,7 +59,7 @@ def test_long_prompts_that_the_run_was_trained_on_are_refused(chats):
   table = chats("x" * 4, "y" * 5)
   prompts = table.long_prompts(str(table.run / "chats.jsonl"))
   save_arrays(table.run / "data" / "train.npz", **take(prompts, [1])._asdict())
-  with pytest.raises(UserError, match="holds prompts of the train set"):
+  with pytest.raises(UserError, match="holds prompts of the train set of"):
     table.long_prompts(str(table.run / "chats.jsonl"))
 
 
@@ -105,7 +106,10 @@ def test_a_cell_is_not_reused_with_other_settings(script, tmp_path, monkeypatch)
   steps = 48
   with pytest.raises(UserError, match="S0.30/skipgpt-seed0 was made with --steps=24, now it is 48"):
     table.claim(("skipgpt", 0.3, 0))
-  stages.value = ["latency", "report"]  # neither depends on how it was trained
+  stages.value = ["latency", "report"]  # neither depends on how it was trained, once it is
+  with pytest.raises(UserError, match="was made with --steps=24, now it is 48"):
+    table.claim(("skipgpt", 0.3, 0))
+  (tmp_path / "S0.30" / "skipgpt-seed0" / script.BASELINE_FILE).write_text("{}")
   table.claim(("skipgpt", 0.3, 0))
   assert table.made_with(("skipgpt", 0.3, 0))["--steps"] == 24
   prompts = "others"
@@ -136,7 +140,7 @@ def test_other_runs_are_rows_of_their_names(script, monkeypatch):
   monkeypatch.setattr(script, "_OTHERS", named)
   found = script.other_runs()
   assert {name: str(run) for name, run in found.items()} == {"ftp_no_maps": "runs/late", "searched": "runs/a=b"}
-  for entry in ("runs/late", "ftp=runs/late", "late=runs/late", "two words=runs/late", "=runs/late"):
+  for entry in ("runs/late", "ftp=runs/late", "dense=runs/late", "late=runs/late", "two words=runs/late", "=runs/late"):
     named.value = [entry]
     with pytest.raises(UserError, match=f"--others={entry} must be NAME=RUN"):
       script.other_runs()
@@ -183,7 +187,7 @@ def test_a_later_call_keeps_the_times_of_earlier_cells_and_measures_in_the_runs_
   for module, name in ((script.baselines, "from_artifact"), (script, "baseline_at")):
     monkeypatch.setattr(module, name, lambda *_, dtype: {"dtype": dtype})
   table = object.__new__(script.Table)
-  table.out, table.runs = tmp_path, {"ftp": tmp_path}
+  table.out, table.runs, table.methods = tmp_path, {"ftp": tmp_path}, script.METHODS
   table.model, table.dtype, table.sparsities, table.contexts, version = None, "bfloat16", [0.3], [512], 1
   table.calibration = lambda method, where: None
   table.settings = lambda method, sparsity, seed: {
@@ -215,6 +219,11 @@ def test_a_later_call_keeps_the_times_of_earlier_cells_and_measures_in_the_runs_
 
   table.settings = of_those_left
   assert latency("late") == ["dense", "late", "random", "mod", "static"]
+  table.methods = ("late", "random", "mod", "ftp")
+  assert latency("late") == ["dense", "late", "random", "mod", "static"]  # nothing to measure
+  version = 3
+  with pytest.raises(UserError, match="latency512.json has times of static; name their runs with --others as well"):
+    latency("late")
 
 
 def test_a_report_is_of_the_cells_that_were_begun(script, tmp_path, monkeypatch):
@@ -233,6 +242,9 @@ def test_a_report_is_of_the_cells_that_were_begun(script, tmp_path, monkeypatch)
     (table.directory(*cell) / script.SETTINGS).write_text("{}")
   stages.value = ["report"]
   assert table.named_cells(["late", "ftp_no_maps"]) == begun
+  table.out = tmp_path / "empty"
+  with pytest.raises(UserError, match="empty has none of the cells that are named; run their other --stages first"):
+    table.named_cells(["late"])
 
 
 def test_an_artifact_that_is_not_there_yet_is_named(script, tmp_path):

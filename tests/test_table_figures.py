@@ -209,10 +209,12 @@ def test_the_plot_has_a_panel_of_what_is_there(figures, tmp_path, monkeypatch):
     row["choice_kl"] = {task: dict.fromkeys(map(str, range(100)), kl) for task in GUESS}
     row["same_choice"] = row["choice_kl"]
   assert len(panels(GUESS)) == 3
-  rows += [cell("without", 0.3, 0, 0.4, 0.5, 0.2, 1.3), cell("ftp", 0.3, 0, 0.4, 0.5, 0.1, 1.3)]
-  lines, names = panels({})[0].get_legend_handles_labels()
+  rows += [cell("no_maps", 0.3, 0, 0.4, 0.5, 0.2, 1.3), cell("ftp", 0.3, 0, 0.4, 0.5, 0.1, 1.3)]
+  first, *_, last = panels(GUESS)
+  lines, names = first.get_legend_handles_labels()
   colors = {name: line.lines[0].get_color() for name, line in zip(names, lines)}
-  assert set(colors) == {"FTP", "without"} and len(set(colors.values())) == 1  # late has no KL any more
+  assert set(colors) == {"FTP", "no maps"} and len(set(colors.values())) == 1  # late has no KL any more
+  assert [text.get_text() for text in last.get_legend().get_texts()] == ["FTP", "no maps", "late blocks"]
   figures.plot(figures.summarise(rows[:1], GUESS, [512]), 512, tmp_path / "none.png")
   assert not (tmp_path / "none.png").exists()
 
@@ -252,6 +254,12 @@ def test_readme_says_what_the_records_say(figures):
     if name not in ("Mixture-of-Depths", "BlockPruner"):  # in the second table alone
       assert [shown(at[method, s]) for s in (0.22, 0.3, 0.4)] in found, name
     assert equal[method] in found, name
+  page = (root / "docs" / "results.md").read_text()
+  lines = [re.sub(r"\*", "", line).strip("| ").split(" | ") for line in page.splitlines() if line.startswith("|")]
+  for (method, asked), entry in at.items():
+    speed = f"{entry['speedup_2048']:.2f} (" if method != "dense" else "-"
+    found = [line for line in lines if len(line) == 10 and line[:2] == [method, f"{asked:.2f}"]]
+    assert [line[4] for line in found] == [shown(entry)] and found[0][8].startswith(speed), (method, asked)
   speeds = [f"{at['ftp', s]['speedup_2048']:.2f} x" for s in (0.22, 0.3, 0.4)]
   assert speeds in of_name("its prefill speed at 2,048 tokens, one seed")
   assert [f"{100 * at['ftp', s]['agreement']:.1f} %" for s in (0.22, 0.3, 0.4)] in of_name(

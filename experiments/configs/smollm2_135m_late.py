@@ -7,7 +7,7 @@ gate scores; docs/recipe.md says why. `data.path` as in smollm2_135m.py.
 
 Wall time: about 50 minutes on 2 CPU cores (AMD EPYC) by its parts: 5 for the gate scores and 5 for each of nine cells.
 Result: KL to dense 0.025 / 0.064 / 0.158 nats a token (+- 0.001, 0.004 and 0.006 over seeds), below
-every baseline in docs/results.md at equal measured prefill time.
+every baseline without maps in docs/results.md at equal measured prefill time.
 """
 
 from ftp_jax.config import get_config as get_default_config

@@ -151,8 +151,8 @@ def attend_positions(
   per_group = heads // groups
   tile = min(num_queries, _QUERY_TILE)
   tiles = -(-num_queries // tile)
-  # Few queries take as many more keys at once.
-  wider = _QUERY_TILE // tile
+  # Few queries take as many more keys at once, but in a window, outside of which whole grains are left out.
+  wider = 1 if window else _QUERY_TILE // tile
   grain = min(num_keys, _KEY_GRAIN * wider)
   parts = -(-num_keys // (_KEY_PART * wider))
   part = -(-num_keys // (parts * grain)) * grain

@@ -96,7 +96,7 @@ def _identity(model: Frozen, sparsity: float, calibration: Calibration, seed: in
       "the model": dataclasses.asdict(model.config), "model.dtype": jnp.dtype(model.dtype).name, "S": sparsity,
       "the seed": seed, "the number of steps": calibration.steps, "the batch": calibration.batch,
       "the fingerprint of model and prompts": fingerprint(model, *calibration.prompts, *calibration.validation),
-      "the learning rate": LEARNING_RATE, "validations": _VALIDATIONS,
+      "the learning rate": LEARNING_RATE, "validations": (_VALIDATIONS, _VALIDATION_PROMPTS),
   }
 
 
