@@ -166,6 +166,7 @@ def _parser() -> argparse.ArgumentParser:
       ("dtype", "NAME", "float32 or bfloat16 (default: float32)"),
       ("runs", "N", "measurements of each method; medians are compared (default: 5)"),
       ("steps", "N", "decode steps of a measurement (default: 32)"),
+      ("text", "FILE", "contexts of this text, plain or JSON Lines of documents (default: random tokens)"),
       ("json", "FILE", "write machine and records to this file"),
       ("plot", "FILE", "draw prefill, decode or crossover into this .png (default: beside the JSON)"),
   ):

@@ -14,6 +14,7 @@ import pytest
 from ftp_jax import cli
 from ftp_jax.bench import cases, command, compiling, crossover, overhead, records, settings, timing, torch_dense
 from ftp_jax.errors import UserError
+from ftp_jax.data.windows import running_text
 from ftp_jax.evaluation.baselines import METHODS
 from ftp_jax.evaluation.baselines import save as save_baseline
 from ftp_jax.evaluation.flops import prefill_flops
@@ -29,6 +30,7 @@ from ftp_jax.models.attention import visible
 from ftp_jax.models.huggingface import fingerprint, save_params
 from ftp_jax.models.sources import load_model
 from ftp_jax.routing.bucketed import block_inputs, decide_context
+from ftp_jax.routing.cache import empty_recent
 from ftp_jax.routing.config import RouterConfig, RoutingConfig
 from ftp_jax.routing.factors import window_scores
 from ftp_jax.routing.plan import make_plan
@@ -272,6 +274,28 @@ def test_decode(model_directory, tmp_path, monkeypatch):
   assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_decode_of_a_text_says_what_new_tokens_skipped(model_directory, artifact_directory, tmp_path):
+  """The threshold is between what new tokens are given, so that some skip; dense computes all."""
+  text = tmp_path / "text.txt"
+  text.write_text("Some words, and others after them. " * 3)
+  trained = artifacts.load(artifact_directory)
+  skipping = dataclasses.replace(trained, routing=RoutingConfig(decode_sparsity=0.3, decode_threshold=0.4))
+  artifacts.save(skipping, tmp_path / "skipping")
+  flags = f"--text={text}", "--context=24", "--batch=2", "--steps=6", "--runs=1", "--no-torch"
+  found = bench(tmp_path, model_directory, "decode", f"--artifact={artifact_directory},{tmp_path / 'skipping'}", *flags)
+  strict, skipped = [record["decode_achieved"] for record in found["records"]][1:]
+  assert found["records"][0]["decode_achieved"] == strict == 0
+  engine = Engine(load_model(str(model_directory)), skipping)
+  ids = running_text([text.read_text().strip()], engine.model.tokenizer)
+  (group,) = (prefix := engine.prefill([ids[:24], ids[24:48]])).groups
+  tokens = [generation.tokens for generation in engine.generate(prefix, 7, stop_tokens=())]
+  out = group.spec.extend(
+      group.plan, group.weights, group.prefilled.cache, empty_recent(group.spec.model, 2, 8, jnp.float32),
+      jnp.asarray(tokens)[:, :6],
+  )
+  assert skipped == pytest.approx(1 - float(np.mean(out.keep_LxBxC)), abs=1e-6) and 0.02 < skipped < 0.48
+
+
 def test_gather_scatter_moves_the_kept_tokens_alone():
   plan = make_plan((0.0, 0.5, 0.5, 0.75), 8, RoutingConfig())
   rng = np.random.default_rng(0)
@@ -453,6 +477,8 @@ def test_without_torch_its_rows_are_left_out(model_directory, tmp_path, capsys, 
         (["crossover", "--artifact=here", "--batch=1,2"], ["single --batch"]),
         (["crossover", "--artifact=here,there"], ["single --artifact"]),
         (["decode", "--baseline=late"], ["bench decode", "bench prefill"]),
+        (["compile", "--text=t.txt"], ["leave out --text"]),
+        (["decode", "--text=t.txt"], ["t.txt is no file"]),
         (["prefill", "--depth=3"], ["--depth=3", "--help"]),
     ],
 )
@@ -467,6 +493,8 @@ def test_mistakes_that_the_model_shows(capsys, model_directory, artifact_directo
   assert "--context=64" in mistake(capsys, "prefill", model, "--context=65")
   assert "--context=32" in mistake(capsys, "decode", model, "--context=64")  # 32 steps follow
   assert "static, late" in mistake(capsys, "prefill", model, "--context=16", "--no-torch", "--baseline=shortgpt")
+  (tmp_path / "short.txt").write_text("Too short.")
+  assert "a longer text" in mistake(capsys, "prefill", model, "--context=16", f"--text={tmp_path / 'short.txt'}")
   described = json.loads((artifact_directory / "ftp_config.json").read_text())
   (artifact_directory / "ftp_config.json").write_text(json.dumps(described | {"fingerprint": "0" * 16}))
   assert "fingerprint" in mistake(capsys, "prefill", model, "--context=16", f"--artifact={artifact_directory}")

@@ -109,6 +109,10 @@ ROUTED = (
         "hidden_evict_from_the_plan", GQA, RouterConfig(factors=(), hidden_states=True),
         RoutingConfig("evict", one_pass_block=2, evict_from=2), (DENSE, 9, 6, 3), at_once=False,
     ),
+    Case(
+        "per_block_told_new_tokens", GQA, RouterConfig("per_block", ("sparsity", "position"), hidden_states=True),
+        RoutingConfig("project", decode_sparsity=0.3, one_pass_block=2), (DENSE, DENSE, 5, 8), rank=4,
+    ),
     Case("static_maps", GQA, "static", RoutingConfig("evict"), (DENSE, 6, 9, 6), at_once=False, rank=3),
     Case(
         "global_evict_maps", WINDOW, RouterConfig(hidden_states=True), RoutingConfig("evict", decode_sparsity=0.4),

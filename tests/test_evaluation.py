@@ -176,6 +176,16 @@ def test_truncated_perplexity_sees_sink_and_recent_tokens_only(model):
   np.testing.assert_allclose(value, expected, rtol=1e-4)
 
 
+def test_perplexity_of_a_router_for_new_tokens_is_of_what_is_asked_of_them(model):
+  windows = Prompts(*tiny.batch(model.config, [1], [12], 12, seed=5))
+  chance, schedule = routers.Router("random", None, jax.random.key(0)), np.full(model.config.num_blocks, 0.6)
+  of = lambda asked: perplexity.routed_perplexity(
+      model, RoutingConfig(decode_sparsity=asked), chance, schedule, windows, 1
+  )
+  np.testing.assert_equal(of(0.0), of(0.6))  # strict: the schedule's own
+  assert 0.05 < of(0.2)[1] < 0.4 < of(0.6)[1]
+
+
 def test_redundancy_of_blocks_that_do_nothing(model, prompts):
   silent = jax.tree.map(lambda p: p, model.params)
   silent["blocks"] = {**silent["blocks"]}

@@ -348,6 +348,30 @@ def test_one_pass_of_a_global_router_is_trained_for_nested_routes(model_director
   assert (keep[2] <= keep[1]).all() and (keep[1] <= keep[3]).all()
 
 
+def test_new_tokens_that_skip_are_trained_and_reported(model_directory, tmp_path):
+  config = tiny_run(model_directory)
+  config.routing.update(decode_sparsity=0.15, one_pass_block=1)
+  config.router.factors = ("sparsity",)
+  config.search.schedule, config.finetune.rounds = "fisher", 0
+  pipeline.run(config, str(tmp_path), pipeline.STAGES[:-1])
+  cell = tmp_path / "S0.25" / "seed0"
+  lines = [json.loads(line) for line in (cell / "train" / "metrics.jsonl").read_text().splitlines()]
+  shares = [line["decode_achieved"] for line in lines if "loss" in line]
+  assert all(0 < share < 0.7 for share in shares)
+  made, run = artifact.load(cell / "artifact"), RunDirectory(config, tmp_path)
+  assert made.routing.decode_sparsity == 0.15
+  prompts, (router, model) = run.prompts("test"), run.load_trained(cell / "finetune")
+  keep = np.asarray(masked.forward(
+      model.config, run.routing, model.params, router, *prompts, run.schedule(cell / "finetune")
+  ).keep_LxBxT)
+  after = [1 - keep[:, n, 16:24].mean() for n in range(len(prompts.tokens))]
+  assert made.figures["decode_achieved"] == pytest.approx(np.mean(after)) and 0 < np.mean(after) < 0.7
+  asked = run.schedule(cell / "search")
+  decided = run.decided_scores(asked)[asked > 0, :, 16:23]
+  assert set(np.unique(decided)) == {0, 1}
+  assert np.mean(decided == 0) == pytest.approx(0.15 * 4 / np.sum(asked > 0), abs=0.02)
+
+
 def test_routers_a_block_learn_the_scores_of_their_blocks_whichever_block_evicts_first(model_directory, tmp_path):
   runs = []
   for first in (0, 2):

@@ -276,13 +276,15 @@ def test_what_enters_each_block_is_that_of_the_dense_execution(dense_prefixes):
   np.testing.assert_allclose(last, decoder.forward(c, p, batch[0], batch[2]), atol=1e-5)
 
 
-@pytest.mark.parametrize("kind, one_pass, kv", [
+@pytest.mark.parametrize("kind, one_pass, changes", [
     ("global", -1, {}), ("per_block", -1, {}), ("global", 2, {}), ("per_block", 1, {}),
     ("global", 2, dict(kv_mode="evict", evict_from=3)), ("global", -1, dict(kv_mode="evict", evict_from=2)),
+    ("no scores", -1, dict(decode_sparsity=0.4)), ("no scores", 2, dict(decode_sparsity=0.3)),
 ])
-def test_starting_after_a_dense_prefix_is_exact(kind, one_pass, kv, dense_prefixes):
+def test_starting_after_a_dense_prefix_is_exact(kind, one_pass, changes, dense_prefixes):
   c, p, batch, entries, _ = dense_prefixes
-  routing, router = RoutingConfig(one_pass_block=one_pass, **kv), dynamic(c, kind=kind)
+  own = dict(factors=("sparsity", "position"), hidden_states=True) if kind == "no scores" else dict(kind=kind)
+  routing, router = RoutingConfig(one_pass_block=one_pass, **changes), dynamic(c, **own)
   schedule = jnp.array([0.0, 0.0, 0.5, 0.4])
   full = tiny.forward(c, routing, p, router, *batch, schedule)
   starts = {masked.late_start(routing, router, first) for first in (1, 2)}
@@ -296,10 +298,12 @@ def test_starting_after_a_dense_prefix_is_exact(kind, one_pass, kv, dense_prefix
 
 @pytest.mark.parametrize("routing, kind, expected", [
     ({}, "global", 3), ({}, "per_block", 3), ({}, "recurrent", 0), (dict(decode_sparsity=0.5), "global", 0),
+    (dict(decode_sparsity=0.5), "no scores", 3),
     (dict(one_pass_block=2), "global", 2), (dict(one_pass_block=3), "global", 3), (dict(one_pass_block=0), "global", 0),
 ])
 def test_where_a_pass_can_start(routing, kind, expected):
-  router = routers.Router("dynamic", RouterConfig(kind), None)
+  config = RouterConfig(factors=("sparsity", "position")) if kind == "no scores" else RouterConfig(kind)
+  router = routers.Router("dynamic", config, None)
   assert masked.late_start(RoutingConfig(**routing), router, 3) == expected
   assert masked.late_start(RoutingConfig(**routing), routers.Router("given"), 3) == 0
 

@@ -191,7 +191,8 @@ def test_scores_inputs_and_texts():
     router = routers.Router("dynamic", ROUTER, router_params())
     warm = guide.warm_up(
         PER_BLOCK, routing(), guide.WarmupSettings(4, 8, 1e-2), router_params(PER_BLOCK),
-        guide.GuideData(rows.context, *inputs, scores), SCHEDULE, 0, frozen=parameters, remat_policy="full",
+        guide.GuideData(rows.context, rows.length, *inputs, scores), SCHEDULE, 0, frozen=parameters,
+        remat_policy="full",
     )
     assert all(jax.tree.leaves(jax.tree.map(lambda leaf: leaf.is_fully_replicated, warm[0])))
     maps = fitting.fit(MODEL, parameters, rows, 8, rank=MODEL.hidden_size, ridge=0.1, dtype=np.float32)

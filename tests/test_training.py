@@ -116,14 +116,25 @@ def test_distillation_losses_by_hand():
   np.testing.assert_allclose(losses.distill_mse(states, jnp.zeros((1, 2, 2)), jnp.array([[1.0, 0.0]])), 2.5)
 
 
-def test_top_targets_fill_the_capacity_with_forced_tokens_then_the_highest_scores():
-  score = jnp.array([[[0.0, 5.0, 3.0, 5.0, 0.0, 9.0], [0.0, 1.0, 0.0, 9.0, 9.0, 9.0]]])
-  target = lambda s, m=1: losses.top_targets(score, jnp.array([s]), jnp.array([5, 3]), m)[0].tolist()
-  assert target(0.4) == [[1, 0, 0, 1, 1, 0], [1, 0, 1, 0, 0, 0]]  # 3 slots: forced 0 and 4, tie 1 ~ 3: the later
-  assert target(0.2) == [[1, 1, 0, 1, 1, 0], [1, 1, 1, 0, 0, 0]]
-  assert target(0.9) == [[1, 0, 0, 0, 1, 0], [1, 0, 1, 0, 0, 0]]
-  assert target(0.4, 4) == [[1, 1, 0, 1, 1, 0], [1, 1, 1, 0, 0, 0]]
-  assert target(0.0) == [[1, 1, 1, 1, 1, 0], [1, 1, 1, 0, 0, 0]]
+def test_targets_fill_the_capacity_with_forced_tokens_then_the_highest_scores():
+  score = jnp.array([[[0.0, 5.0, 3.0, 5.0, 0.0, 9.0], [0.0, 1.0, 0.0, 9.0, 0.5, 0.0]]])
+  target = lambda s, m=1: losses.targets(score, jnp.array([s]), jnp.array([5, 3]), m)[0].tolist()
+  after = [1], [1, 1, 0]  # those behind the context: whether the score is above 0
+  rows = lambda first, second: [first + after[0], second + after[1]]
+  assert target(0.4) == rows([1, 0, 0, 1, 1], [1, 0, 1])  # 3 slots: forced 0 and 4, tie 1 ~ 3: the later
+  assert target(0.2) == rows([1, 1, 0, 1, 1], [1, 1, 1])
+  assert target(0.9) == rows([1, 0, 0, 0, 1], [1, 0, 1])
+  assert target(0.4, 4) == rows([1, 1, 0, 1, 1], [1, 1, 1])
+  assert target(0.0) == rows([1, 1, 1, 1, 1], [1, 1, 1])
+
+
+def test_the_guide_knows_of_new_tokens_where_these_are_trained():
+  guided = lambda **routing: losses.guided_tokens(
+      jnp.array([3, 1]), jnp.array([6, 3]), 7, RoutingConfig(**routing)
+  ).astype(int).tolist()
+  context = [[1, 1, 1, 0, 0, 0, 0], [1, 0, 0, 0, 0, 0, 0]]
+  assert guided() == guided(decode_sparsity=0.2, decode_rule="quantile") == context
+  assert guided(decode_sparsity=0.2) == [[1, 1, 1, 1, 1, 0, 0], [1, 1, 0, 0, 0, 0, 0]]  # but for the last, unread
 
 
 def test_guide_weight_decays_to_zero():
@@ -198,6 +209,52 @@ def test_without_the_gradient_through_inputs_every_router_still_learns_from_the_
   assert change[0] > 1e-3 * size[0, 0] and change[2] <= 1e-5 * size[0, 2]  # after block 2 no router decides
 
 
+def test_new_tokens_learn_what_is_asked_of_them_where_they_are_trained():
+  """By the guide and by the sparsity loss; where they are all computed they say nothing to either."""
+  config, rows = RouterConfig("per_block", ("sparsity",), hidden_states=True, hidden_size=8), prompts(4)
+  scores, t = np.array(EARLY[:, :4]), np.arange(16)[None]
+  after = (t >= rows.context[:, None]) & (t < rows.length[:, None] - 1)
+  settings = dataclasses.replace(GUIDED.train, distill_weight=0.0, sparsity_weight=0.0)
+
+  def figures(routing, new_token_score=0.0, **changes):
+    spec = dataclasses.replace(GUIDED, router=config, routing=routing, train=dataclasses.replace(settings, **changes))
+    batch = step.Batch(*rows, np.where(after[None], new_token_score, scores).astype(np.float32))
+    loss = functools.partial(step.loss_fn, spec, frozen_params(CONFIG))
+    (_, parts), gradient = jax.value_and_grad(loss, has_aux=True)(new_router(config), batch, SCHEDULE, 0)
+    return parts, np.abs(np.concatenate([leaf.ravel() for leaf in jax.tree.leaves(gradient)]))
+
+  strict, trained = RoutingConfig(), RoutingConfig(decode_sparsity=0.15)
+  guides = {(r.decode_sparsity, s): float(figures(r, s)[0]["guide"]) for r in (strict, trained) for s in (0.0, 1.0)}
+  assert guides[0.0, 0.0] == guides[0.0, 1.0] and abs(guides[0.15, 0.0] - guides[0.15, 1.0]) > 0.01
+  only = dict(guide_weight=0.0, sparsity_weight=1.0)
+  parts, gradient = figures(trained, **only)
+  expected = figures(strict, **only)[0]["sparsity"]
+  assert 0 < parts["decode_achieved"] < 0.5 and figures(strict)[0]["decode_achieved"] == 0
+  router = routers.Router("dynamic", config, new_router(config))
+  margin = masked.forward(CONFIG, trained, frozen_params(CONFIG), router, *rows, SCHEDULE).margin_LxBxT
+  soft = np.mean((1 / (1 + np.exp(margin)))[:, after] * (SCHEDULE > 0)[:, None])
+  np.testing.assert_allclose(parts["sparsity"] - expected, abs(0.15 - soft), rtol=1e-4)
+  assert gradient.max() > 0
+
+
+def test_a_warm_up_teaches_new_tokens_to_skip_and_tells_them_from_the_context():
+  rows, rng, routing = prompts(10), np.random.default_rng(0), RoutingConfig(decode_sparsity=0.1)
+  hidden = rng.standard_normal((4, 10, 16, CONFIG.hidden_size)).astype(np.float16)
+  after = np.arange(16)[None] >= rows.context[:, None]
+  scores = np.where(after, hidden[..., 1] > 0, hidden[..., 0]).astype(np.float32)
+  config = RouterConfig("per_block", ("sparsity",), hidden_states=True, hidden_size=16)
+  schedule = np.full(4, 0.5, np.float32)
+  data = guide.GuideData(rows.context, rows.length, np.zeros((4, 10, 16), np.float32), hidden, scores)
+  settings = guide.WarmupSettings(steps=300, batch=8, learning_rate=2e-2)
+  router, _ = guide.warm_up(config, routing, settings, new_router(config), data, schedule, seed=0)
+  asked = jnp.where(after, 0.1, 0.5)[None, :, :, None] * jnp.ones((4, 1, 1, 1))
+  margin = np.asarray(guide.margins(config, router, asked, jnp.asarray(hidden, jnp.float32)))
+  guided = np.asarray(losses.guided_tokens(*rows[1:], 16, routing)) & after
+  assert (np.sign(margin) == np.where(hidden[..., 1] > 0, 1, -1))[:, guided].mean() > 0.95
+  target = np.asarray(losses.targets(scores, schedule, rows.context, 1))
+  assert ((margin > 0) == target)[:, ~after].mean() > 0.85
+
+
 def test_two_sided_sparsity_loss_brings_achieved_to_asked(tmp_path):
   settings = dataclasses.replace(
       SETTINGS, steps=48, distill="mse", distill_weight=0.0, sparsity_two_sided=True, guide_weight=0.0
@@ -268,6 +325,7 @@ def test_metrics_are_complete_and_training_reduces_the_guide_loss(undisturbed):
   for line in steps:
     assert set(line) == {
         "step", "loss", "distill", "sparsity", "guide", "guide_weight", "grad_norm", "asked", "achieved",
+        "decode_achieved",
     }
     np.testing.assert_allclose(
         line["loss"], line["distill"] + line["sparsity"] + line["guide_weight"] * line["guide"], rtol=1e-5
@@ -644,16 +702,35 @@ def test_fisher_scores_against_the_exact_expectation(kv_mode, buckets):
   )
   assert estimate.shape == gates.shape
   for b, num_scored in enumerate([2, 1, 2]):
-    slope_CxVxLxT = jacobian[b, :num_scored, :, :, b, : context[b]]
+    slope_CxVxLxT = jacobian[b, :num_scored, :, :, b, : length[b]]
     exact = np.einsum("cv,cvlt->lt", p_BxCxV[b, :num_scored], slope_CxVxLxT**2)
     # The fourth moment of one draw, for the error of the mean: signs make the sum of two positions symmetric.
     first, last = slope_CxVxLxT[0][:, None], slope_CxVxLxT[-1][None] * (num_scored == 2)
     fourth = 0.5 * ((first + last) ** 4 + (first - last) ** 4)
     fourth = np.einsum("v,w,vwlt->lt", p_BxCxV[b, 0], p_BxCxV[b, num_scored - 1], fourth)
     error = np.sqrt((fourth - exact**2) / draws)
-    assert (np.abs(estimate[:, b, : context[b]] - exact) < 5 * error + 1e-9).all()
-    assert (exact > 1e-6).any() and (5 * error < 0.5 * exact).mean() > 0.5  # the test can tell
-    assert (estimate[:, b, context[b] :] == 0).all()
+    assert (np.abs(estimate[:, b, : length[b]] - exact) < 5 * error + 1e-9).all()
+    assert (num_scored == 1) == (exact[:, context[b]] == 0).all()  # the first new token leads to the second
+    told = (5 * error < 0.5 * exact)[:, : context[b]]
+    assert (exact > 1e-6).any() and told.mean() > 0.5  # the test can tell
+    assert (estimate[:, b, length[b] :] == 0).all()
+
+
+def test_scores_of_new_tokens_become_what_they_are_to_do():
+  score = np.arange(2.0 * 2 * 6).reshape(2, 2, 6)  # (L, N, T)
+  decide = lambda schedule, **routing: guide.decided_scores(
+      score, np.array([2, 3]), np.array([6, 5]), np.array(schedule), RoutingConfig(**routing)
+  )
+  assert decide([0.5, 0.5]) is score and decide([0.5, 0.5], decode_sparsity=0.5, decode_rule="quantile") is score
+  decided = decide([0.5, 0.5], decode_sparsity=0.5)
+  np.testing.assert_array_equal(decided[:, 0, :2], score[:, 0, :2])
+  np.testing.assert_array_equal(decided[:, 1, :3], score[:, 1, :3])
+  # Pairs that count: tokens 2 to 4 of the first row and 3 of the second. Half of these eight are in block 0.
+  assert decided[:, 0, 2:5].tolist() == [[0, 0, 0], [1, 1, 1]] and decided[:, 1, 3].tolist() == [0, 1]
+  decided = decide([0, 0.5], decode_sparsity=0.375)  # three of the four pairs of block 1, which alone may be skipped
+  assert decided[1, 0, 2:5].tolist() == [0, 0, 0] and decided[1, 1, 3] == 1
+  with pytest.raises(UserError, match="decode_sparsity=0.6 is more than the 1 blocks"):
+    decide([0, 0.5], decode_sparsity=0.6)
 
 
 def test_joint_scores_by_hand():
@@ -719,7 +796,7 @@ def test_a_warm_up_under_one_pass_routing_reads_what_enters_the_block_that_decid
   settings = guide.WarmupSettings(steps=3, batch=4, learning_rate=1e-3)
   fit = lambda *inputs: guide.warm_up(
       router_config, RoutingConfig(one_pass_block=1), settings, new_router(router_config),
-      guide.GuideData(rows.context, *inputs, scores), schedule, seed=0,
+      guide.GuideData(rows.context, rows.length, *inputs, scores), schedule, seed=0,
   )
   for schedule in np.array([[0, 0.5, 0.25, 0.75], [0.25, 0.5, 0.25, 0.75]]):
     (router, history), (spelled_out, expected) = fit(score, hidden), fit(score[[0, 1, 1, 1]], hidden[[0, 1, 1, 1]])
@@ -738,7 +815,8 @@ def test_guide_margins_are_those_of_routed_execution(kind, hidden):
       CONFIG, RoutingConfig(), params, rows, 4, with_hidden=hidden, dtype=jnp.float32
   )
   assert (states is not None) == hidden
-  features = jnp.stack([factors.context_factors(FACTORS, jnp.asarray(s), 0.0, rows.context) for s in score])
+  read = router_config.factors
+  features = jnp.stack([factors.context_factors(read, jnp.asarray(s), 0.0, rows.context) for s in score])
   margins = guide.margins(router_config, router, features, states)
   in_context = np.arange(16)[None] < rows.context[:, None]
   tolerance = 5e-3 if hidden else 1e-5  # states are kept in float16
@@ -777,7 +855,7 @@ def test_warm_up_reduces_the_loss_and_learns_the_order_of_the_scores():
   rng = np.random.default_rng(0)
   hidden = rng.standard_normal((4, 10, 16, CONFIG.hidden_size)).astype(np.float16)
   precious = hidden[..., 0].astype(np.float32)  # what decides is in the hidden state
-  data = guide.GuideData(rows.context, rng.random((4, 10, 16), np.float32), hidden, precious)
+  data = guide.GuideData(rows.context, rows.length, rng.random((4, 10, 16), np.float32), hidden, precious)
   router_config = RouterConfig(kind="recurrent", hidden_states=True, hidden_size=8)
   settings = guide.WarmupSettings(steps=120, batch=8, learning_rate=2e-2)
   run = lambda: guide.warm_up(

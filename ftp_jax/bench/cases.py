@@ -12,6 +12,9 @@ import numpy as np
 from ftp_jax.bench.settings import MAX_SPARSITY, Settings
 from ftp_jax.bench.timing import seconds_of
 from ftp_jax.config import get_config
+from ftp_jax.data.records import read_documents
+from ftp_jax.data.windows import running_text
+from ftp_jax.errors import UserError
 from ftp_jax.evaluation.flops import prefill_flops
 from ftp_jax.export.artifact import Artifact
 from ftp_jax.inference import programs
@@ -109,6 +112,23 @@ def builtin(shape: str, num_blocks: int, sparsity: float) -> np.ndarray:
     return schedules.to_sparsity(units, grid)
   make = {"middle": schedules.middle, "late": schedules.late}[shape]
   return np.round(make(num_blocks, sparsity, MAX_SPARSITY), 6)  # a remainder of 1e-16 is no sparsity
+
+
+def context_tokens(model: Model, settings: Settings, batch: int, context: int) -> np.ndarray:
+  """Contexts (B,T) int32: `random_tokens`, or one after another of the text that settings name.
+
+  Raises:
+    UserError: the text cannot be read or is too short.
+  """
+  if not settings.text:
+    return random_tokens(model, batch, context)
+  ids = running_text(read_documents(settings.text), model.tokenizer)
+  if len(ids) < batch * context:
+    raise UserError(
+        f"--text={settings.text} has {len(ids)} tokens, fewer than {batch} rows of {context}; name a longer text, or "
+        "lower --batch or --context."
+    )
+  return np.array(ids[: batch * context], np.int32).reshape(batch, context)
 
 
 def random_tokens(model: Model, batch: int, context: int) -> np.ndarray:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ftp_jax.bench import records
-from ftp_jax.bench.cases import Case, Prefill, dense, random_tokens
+from ftp_jax.bench.cases import Case, Prefill, context_tokens, dense
 from ftp_jax.bench.settings import Settings
 from ftp_jax.bench.timing import interleave, seconds_of
 from ftp_jax.bench.torch_dense import TorchDense
@@ -38,16 +38,18 @@ class Decode:
     spec, batch = self.case.spec, len(self.seed_B)
     recent = empty_recent(spec.model, batch, self.steps, spec.dtype)
     stream = jax.block_until_ready(Stream(*map(jnp.copy, self.first), recent, jnp.ones((), jnp.int32)))  # is donated
-    seconds, (_, _, count) = seconds_of(
+    seconds, (stream, _, count) = seconds_of(
         lambda: programs.decode_steps(
             spec, self.plan, self.case.weights, Sampling(), self.steps, self.cache, stream, self.seed_B, self.stop_K
         )
     )
     assert int(count) == self.steps
+    self.skipped = 1 - float(jnp.mean(stream.recent.computed_LxBxM[:, :, : self.steps]))
     return seconds / self.steps
 
   def describe(self) -> dict[str, Any]:
-    return {"method": self.case.method, **self.case.labels}
+    """For its record: method, labels, and the share of (new token, block) pairs that were skipped."""
+    return {"method": self.case.method, **self.case.labels, "decode_achieved": self.skipped}
 
 
 class _TorchDecode:
@@ -63,7 +65,7 @@ def bench(model: Model, cases: Sequence[Case], settings: Settings, torch: TorchD
   """Records of every batch and context, as `prefill.bench`; seconds are those of a step, one token of every row."""
   found = []
   for batch, context in itertools.product(settings.batch, settings.context):
-    tokens = random_tokens(model, batch, context)
+    tokens = context_tokens(model, settings, batch, context)
     methods: list[Any] = [Decode(case, tokens, settings.steps) for case in (dense(model, settings.dtype), *cases)]
     if torch:
       methods.insert(1, _TorchDecode(torch, tokens, settings.steps))

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ftp_jax.bench import records
-from ftp_jax.bench.cases import Case, Prefill, dense, random_tokens
+from ftp_jax.bench.cases import Case, Prefill, context_tokens, dense
 from ftp_jax.bench.settings import Settings
 from ftp_jax.bench.timing import interleave, seconds_of
 from ftp_jax.inference.programs import Spec, Weights
@@ -139,7 +139,7 @@ def bench(model: Model, cases: Sequence[Case], settings: Settings, torch: None =
   del torch
   found = []
   for batch, context in itertools.product(settings.batch, settings.context):
-    found += _measure(model, cases, settings, random_tokens(model, batch, context))
+    found += _measure(model, cases, settings, context_tokens(model, settings, batch, context))
   return found
 
 

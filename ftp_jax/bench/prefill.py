@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from ftp_jax.bench import baselines, records
-from ftp_jax.bench.cases import Case, Prefill, dense, random_tokens
+from ftp_jax.bench.cases import Case, Prefill, context_tokens, dense
 from ftp_jax.bench.settings import Settings
 from ftp_jax.bench.timing import interleave
 from ftp_jax.bench.torch_dense import TorchDense
@@ -26,7 +26,7 @@ def bench(model: Model, cases: Sequence[Case], settings: Settings, torch: TorchD
   """Records of every batch and context: dense, torch_dense where there is torch, the cases, then the baselines."""
   found, others = [], baselines.chosen(model, settings)
   for batch, context in itertools.product(settings.batch, settings.context):
-    tokens = random_tokens(model, batch, context)
+    tokens = context_tokens(model, settings, batch, context)
     methods: list[Any] = [Prefill(case, tokens) for case in (dense(model, settings.dtype), *cases)]
     methods += [baselines.BaselinePrefill(baseline, tokens) for baseline in others]
     if torch:

@@ -24,6 +24,7 @@ _COLUMNS = (  # heading, key, factor, digits (None: text)
     ("speedup", "speedup", 1, 2),
     ("ideal", "ideal_speedup", 1, 2),
     ("efficiency", "efficiency", 1, 2),
+    ("skipped %", "decode_achieved", 100, 1),
     ("tokens/s", "tokens_per_second", 1, 1),
     ("cache MB", "cache_bytes", 1e-6, 2),
     ("cache ratio", "cache_ratio", 1, 3),

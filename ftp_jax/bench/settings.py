@@ -31,6 +31,7 @@ class Settings:
       paper's: one for all blocks on the four factors).
     runs: measurements of each method.
     steps: decode steps of one measurement.
+    text: file whose text the contexts are; empty: random tokens.
     artifact: directories; they replace the built-in schedules.
     baseline: directories of saved baselines, or names of those that need no calibration, at every sparsity.
     torch: also measure transformers on torch.
@@ -47,6 +48,7 @@ class Settings:
   router: str
   runs: int
   steps: int
+  text: str
   dtype: str
   artifact: tuple[str, ...]
   baseline: tuple[str, ...]
@@ -96,6 +98,10 @@ def read(arguments: argparse.Namespace) -> Settings:
         f"--sparsity={sparsity[-1]:g} is out of reach; choose one between 0 and {MAX_SPARSITY}, the most that a block "
         "skips here."
     )
+  if arguments.text and kind == "compile":
+    raise UserError("bench compile reads no text; leave out --text.")
+  if arguments.text and not pathlib.Path(arguments.text).is_file():
+    raise UserError(f"--text={arguments.text} is no file; name a text, or leave it out for random tokens.")
   if arguments.baseline and kind not in WITH_BASELINES:
     raise UserError(f"bench {kind} measures no baselines; use --baseline with bench prefill.")
   json = pathlib.Path(arguments.json) if arguments.json else None
@@ -122,6 +128,7 @@ def read(arguments: argparse.Namespace) -> Settings:
       router=_one_of(value("router", "dynamic" if kind == "overhead" else "static"), "--router", ROUTERS),
       runs=_number("runs", value("runs", "5")),
       steps=_number("steps", value("steps", "32")),
+      text=value("text", ""),
       dtype=_one_of(value("dtype", "float32"), "--dtype", tuple(DTYPES)),
       artifact=artifact,
       baseline=tuple(dict.fromkeys(arguments.baseline.split(","))) if arguments.baseline else (),

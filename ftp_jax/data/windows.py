@@ -1,9 +1,16 @@
 """Windows of running text for all-position perplexity."""
 
+from collections.abc import Iterable
+
 from ftp_jax.data.encoding import bos_ids
 from ftp_jax.data.prompts import Prompts, pack
 from ftp_jax.data.records import embedded_documents, read_documents
 from ftp_jax.errors import UserError
+
+
+def running_text(documents: Iterable[str], tokenizer) -> list[int]:
+  """Documents joined with two line ends and tokenised as one text, behind BOS if the tokenizer starts texts so."""
+  return bos_ids(tokenizer) + tokenizer("\n\n".join(documents), add_special_tokens=False, verbose=False).input_ids
 
 
 def perplexity_windows(path: str, tokenizer, num_windows: int, length: int) -> Prompts:
@@ -22,8 +29,7 @@ def perplexity_windows(path: str, tokenizer, num_windows: int, length: int) -> P
   """
   if num_windows < 1 or length < 2:
     raise UserError(f"{num_windows} perplexity windows of {length} tokens score nothing; use 1 or more of 2 or more.")
-  text = "\n\n".join(read_documents(path) if path else embedded_documents(held=True))
-  ids = bos_ids(tokenizer) + tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+  ids = running_text(read_documents(path) if path else embedded_documents(held=True), tokenizer)
   if len(ids) < num_windows * length:
     raise UserError(
         f"{num_windows} perplexity windows of {length} tokens need {num_windows * length} tokens, but "

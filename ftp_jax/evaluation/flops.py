@@ -85,7 +85,8 @@ def saved_share(config, keep_LxNxT, context_N, routing: RoutingConfig, router=No
   return 1 - pruned / dense
 
 
-def skipped_share(keep_LxNxT, context_N) -> float:
-  """Achieved sparsity: share of (context token, block) pairs that were skipped."""
-  computed = sum(keep_LxNxT[:, n, :m].sum() for n, m in enumerate(context_N))
-  return float(1 - computed / (len(keep_LxNxT) * np.sum(context_N)))
+def skipped_share(keep_LxNxT, end_N, begin_N=None) -> float:
+  """Achieved sparsity: share of (token, block) pairs that were skipped, of tokens from `begin_N`, or the first, on."""
+  begin_N = np.zeros_like(end_N) if begin_N is None else begin_N
+  computed = sum(keep_LxNxT[:, n, begin:end].sum() for n, (begin, end) in enumerate(zip(begin_N, end_N)))
+  return float(1 - computed / (len(keep_LxNxT) * np.sum(end_N - begin_N)))

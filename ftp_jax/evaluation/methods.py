@@ -1,7 +1,8 @@
 """The methods of the results table, each measured on the same test prompts.
 
 A record holds quality (continuation KL to dense, NLL, next-token agreement, all-position perplexity
-under the causal view) and the three sparsities: asked, achieved, FLOPs saved.
+under the causal view) and the three sparsities: asked, achieved, FLOPs saved; where continuation tokens may skip,
+`decode_achieved` as well, the share of their (token, block) pairs that did.
 """
 
 from typing import Any
@@ -80,7 +81,10 @@ class Bench:
         stand_in.rank(judge.model.params),
     )
     achieved = flops.skipped_share(quality.keep_LxNxT, context)
-    return self._record(method, sparsity, seed, quality, perplexity, achieved, saved, perplexity_achieved)
+    record = self._record(method, sparsity, seed, quality, perplexity, achieved, saved, perplexity_achieved)
+    if judge.routing.decode_sparsity:
+      record["decode_achieved"] = flops.skipped_share(quality.keep_LxNxT, judge.prompts.length, context)
+    return record
 
   def _record(
       self, method, asked, seed, quality: Quality, perplexity, achieved, saved, perplexity_achieved=None

@@ -64,8 +64,9 @@ def routed_perplexity(
 
   The static order ranks the newest token right behind the sink, so it never skips: its figure is dense.
   """
-  # Every position is a continuation token here, asked for the schedule's own sparsity.
-  routing = dataclasses.replace(routing, decode_sparsity=round(float(np.mean(schedule_L)), 6))
+  # Every position is a continuation token here; where these are all computed, the schedule's own sparsity is asked.
+  if not routing.decode_sparsity:
+    routing = dataclasses.replace(routing, decode_sparsity=round(float(np.mean(schedule_L)), 6))
   total, computed = 0.0, 0
   for rows in batches(windows, batch):
     with sharding.over(model.params):

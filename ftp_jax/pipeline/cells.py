@@ -125,9 +125,10 @@ def warm_up(run: RunDirectory, router: Any, schedule: np.ndarray, seed: int) -> 
   c = run.config.train
   settings = guide.WarmupSettings(c.warmup_guide_steps, c.batch, c.warmup_guide_learning_rate)
   bar = functools.partial(tqdm.tqdm, desc="guided warm-up")
+  scores = run.decided_scores(schedule)[:, : len(run.guide_data.context_N)]
   return guide.warm_up(
-      run.router_config, run.routing, settings, router, run.guide_data, schedule, seed, bar, run.frozen.params,
-      run.config.model.remat,
+      run.router_config, run.routing, settings, router, run.guide_data._replace(fisher_LxNxT=scores), schedule, seed,
+      bar, run.frozen.params, run.config.model.remat,
   )[0]
 
 
@@ -147,7 +148,7 @@ def fit(run: RunDirectory, directory: pathlib.Path, weights: Any, schedule: np.n
   result = train_router(
       directory=str(directory), spec=spec, params=run.frozen.params, router_params=weights,
       prompts=run.prompts("train"),
-      fisher_LxNxT=run.guide_scores if c.train.guide == "fisher" else None,
+      fisher_LxNxT=run.decided_scores(schedule) if c.train.guide == "fisher" else None,
       schedule_L=schedule, batch_size=c.train.batch, seed=seed,
       validate=validate, validate_every=c.train.validate_every, checkpoint_every=c.train.checkpoint_every,
       length_buckets=c.data.length_buckets,

@@ -208,6 +208,11 @@ class RunDirectory:
     nested = self.router_config.kind == "global"  # one ranking; others rank the tokens anew for each block
     return guide.joint_scores(self.fisher, self.routing.one_pass_block) if nested else self.fisher
 
+  def decided_scores(self, schedule: np.ndarray) -> np.ndarray:
+    """The gate scores of the training prompts as training takes them under a schedule."""
+    train = self.prompts("train")
+    return guide.decided_scores(self.guide_scores, train.context, train.length, schedule, self.routing)
+
   @functools.cached_property
   def guide_data(self) -> guide.GuideData:
     train = self.prompts("train")
@@ -217,7 +222,7 @@ class RunDirectory:
         with_hidden=self.router_config.hidden_states, dtype=self.frozen.dtype,
         length_buckets=self.config.data.length_buckets,
     )
-    return guide.GuideData(some.context, score, hidden, self.guide_scores[:, : len(some.tokens)])
+    return guide.GuideData(some.context, some.length, score, hidden, self.guide_scores[:, : len(some.tokens)])
 
   def named_schedule(self, name: str, sparsity: float) -> np.ndarray:
     """One of SCHEDULES (but ga) on the grid, int32 units (L,)."""

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from ftp_jax.errors import UserError
 
 FACTORS = ("position", "score", "rank", "sparsity")
+SCORE_FACTORS = frozenset({"score", "rank"})  # those that are made of attention scores
 KV_MODES = ("evict", "project")
 SELECTIONS = ("topk", "argmax")
 DECODE_RULES = ("threshold", "quantile")
@@ -97,6 +98,11 @@ class RoutingConfig:
           f"routing.evict_from={self.evict_from} needs routing.kv_mode=evict; set it to 0, as with {self.kv_mode} no "
           "block evicts."
       )
+
+  @property
+  def trains_continuation(self) -> bool:
+    """Whether guide and sparsity loss reach continuation tokens: their gates are decided by the margin's sign."""
+    return self.decode_sparsity > 0 and self.decode_rule == "threshold"
 
   @property
   def kv(self) -> str:

@@ -17,7 +17,7 @@ from ftp_jax.models.attention import attend, attention_rows
 from ftp_jax.models.config import ModelConfig
 from ftp_jax.routing import factors as factor_lib
 from ftp_jax.routing import routers, stand_in
-from ftp_jax.routing.config import FACTORS, RoutingConfig
+from ftp_jax.routing.config import FACTORS, SCORE_FACTORS, RoutingConfig
 from ftp_jax.routing.routers import Router
 from ftp_jax.routing.selection import decode_schedule, forced_tokens, keep_context, keep_continuation, least_kept_margin
 from ftp_jax.sharding import constrain
@@ -42,7 +42,7 @@ class Scores(NamedTuple):
 
   Attributes:
     prefill_BxT: paid to each context token by the score window.
-    seen_BxTxT: [b, t, j]: paid to token j by token t; None when no continuation token skips.
+    seen_BxTxT: [b, t, j]: paid to token j by token t; None when no continuation token skips by a score.
   """
 
   prefill_BxT: jax.Array
@@ -74,13 +74,16 @@ def update_scores(scores: Scores, q_BxTxHxN, k_BxTxGxN, mask_BxTxT, keep_BxT, co
 
 
 def factors(names, scores: Scores, sparsity, decode_sparsity, context_B: jax.Array) -> jax.Array:
-  """The named factors (B,T,len(names)): prefill view of context tokens, causal view of the others."""
+  """The named factors (B,T,len(names)): prefill view of context tokens, causal view of the others.
+
+  Without rows of scores those of continuation tokens are meaningless if any of them is made of scores.
+  """
   context = factor_lib.context_factors(names, scores.prefill_BxT, sparsity, context_B)
-  if scores.seen_BxTxT is None:
+  if scores.seen_BxTxT is None and not SCORE_FACTORS.isdisjoint(names):
     return context
   batch, num_positions = scores.prefill_BxT.shape
   t = jnp.arange(num_positions)
-  before = jnp.broadcast_to(t[None, None, :] < t[None, :, None], scores.seen_BxTxT.shape)
+  before = jnp.broadcast_to(t[None, None, :] < t[None, :, None], (batch, num_positions, num_positions))
   position = jnp.broadcast_to(t[None], (batch, num_positions))
   newest = factor_lib.newest_factors(names, scores.seen_BxTxT, t, before, position, decode_sparsity)
   return jnp.where((t[None] < context_B[:, None])[:, :, None], context, newest)
@@ -119,10 +122,10 @@ def choose_attention(
 def late_start(routing: RoutingConfig, router: Router, first: int) -> int:
   """The latest block up to `first` at which a pass can start from a dense `Entry`.
 
-  It is 0 for a recurrent router, given gates and the causal view: an entry lacks their state, gates and rows of scores.
+  It is 0 for a recurrent router, given gates and scores in the causal view: an entry lacks their state, gates and rows.
   Under one-pass routing the block that decides must be run.
   """
-  if router.kind == "given" or router.recurrent or routing.decode_sparsity:
+  if router.kind == "given" or router.recurrent or (routing.decode_sparsity and router.reads_scores):
     return 0
   return first if routing.one_pass_block < 0 else min(first, routing.one_pass_block)
 
@@ -247,6 +250,7 @@ def forward(
   dynamic = router.kind == "dynamic"
   splash = choose_attention(attention, config, routing, num_positions) == "splash"
   names = FACTORS if collect_factors else router.factors
+  scored = not SCORE_FACTORS.isdisjoint(names)
   position = jnp.broadcast_to(t, tokens_BxT.shape)
   row_B = routers.row_seed(tokens_BxT, context_B)
 
@@ -278,7 +282,7 @@ def forward(
     q, k, v = apply(decoder.Block.qkv, x, sin, cos)
     attended = kernels.on_mesh(kernels.splash, q, k, v) if splash else attend(q, k, v, mask, gate if evict else None)
     y = apply(decoder.Block.mlp, apply(decoder.Block.attention_out, x, attended))
-    if names:
+    if scored:
       visible = mask & keep[:, None, :] if evict else mask
       scores = jax.lax.stop_gradient(update_scores(scores, q, k, visible, keep, context_B, routing.score_window))
     skipping = stand_in.moved(block_params, x)
@@ -290,7 +294,7 @@ def forward(
     return (constrain(x, "batch", None, None), scores, state), (keep, margin, features if collect_factors else None)
 
   num_blocks = config.num_blocks
-  scores = init_scores(batch, num_positions, causal_view)
+  scores = init_scores(batch, num_positions, causal_view and scored)
   if entry is None:
     x = decoder.embed(config, params, tokens_BxT, dtype)
   else:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ftp_jax.routing.config import RouterConfig
+from ftp_jax.routing.config import SCORE_FACTORS, RouterConfig
 
 _PRECISION = jax.lax.Precision.HIGHEST  # TPUs and GPUs round the factors of fp32 products by default
 
@@ -46,7 +46,7 @@ class Router(NamedTuple):
 
   @property
   def reads_scores(self) -> bool:
-    return bool({"score", "rank"} & set(self.factors))
+    return not SCORE_FACTORS.isdisjoint(self.factors)
 
 
 jax.tree_util.register_pytree_node(

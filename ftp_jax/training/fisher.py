@@ -37,14 +37,14 @@ def gate_fisher(
     remat_policy: str = "none",
     attention: str = "auto",
 ) -> jax.Array:
-  """Fisher scores (L,B,T) in squared nats; zero outside the context.
+  """Fisher scores (L,B,T) in squared nats; zero at padding.
 
   Under `evict` the gate also enters attention as a factor on the token's key.
   """
   shape = (config.num_blocks,) + tokens_BxT.shape
   schedule = jnp.zeros(config.num_blocks)
   source, _, weight = scoring.continuation(tokens_BxT, context_B, length_B, num_scored)
-  in_context = jnp.arange(tokens_BxT.shape[1])[None] < context_B[:, None]
+  valid = jnp.arange(tokens_BxT.shape[1])[None] < length_B[:, None]
 
   def log_probs(gate):
     out = masked.forward(
@@ -64,4 +64,4 @@ def gate_fisher(
     return jnp.square(pull(cotangent)[0])
 
   scores = jnp.mean(jax.lax.map(draw, jax.random.split(key, draws)), axis=0)
-  return sharding.replicate(jnp.where(in_context[None], scores, 0.0))
+  return sharding.replicate(jnp.where(valid[None], scores, 0.0))

@@ -17,11 +17,12 @@ import optax
 
 from ftp_jax import sharding
 from ftp_jax.data.prompts import Prompts, batches, indices_at, put_back
+from ftp_jax.errors import UserError
 from ftp_jax.models import decoder
 from ftp_jax.models.config import ModelConfig
 from ftp_jax.routing import masked, routers
-from ftp_jax.routing.config import FACTORS, RouterConfig, RoutingConfig
-from ftp_jax.routing.factors import context_factors
+from ftp_jax.routing.config import SCORE_FACTORS, RouterConfig, RoutingConfig
+from ftp_jax.routing.selection import decode_schedule
 from ftp_jax.training import losses
 from ftp_jax.training.fisher import gate_fisher
 
@@ -32,13 +33,14 @@ class GuideData(NamedTuple):
   U blocks have inputs of their own: all, or under one-pass routing the one that decides and those before it.
 
   Attributes:
-    context_N: context lengths.
+    context_N, length_N: lengths of contexts and in all.
     score_UxNxT: prefill attention scores that enter each of these blocks in the dense model.
     hidden_UxNxTxD: root-mean-square normed hidden states, float16; None for routers without them.
-    fisher_LxNxT: gate scores, for a global router as `joint_scores` gives them.
+    fisher_LxNxT: gate scores, for a global router as `joint_scores` gives them; to `warm_up` as `decided_scores` does.
   """
 
   context_N: np.ndarray
+  length_N: np.ndarray
   score_UxNxT: np.ndarray
   hidden_UxNxTxD: np.ndarray | None
   fisher_LxNxT: np.ndarray
@@ -128,6 +130,32 @@ def joint_scores(fisher_LxNxT: np.ndarray, one_pass_block: int) -> np.ndarray:
   return onward[np.minimum(np.arange(len(onward)), one_pass_block)]
 
 
+def decided_scores(
+    scores_LxNxT: np.ndarray, context_N: np.ndarray, length_N: np.ndarray, schedule_L: np.ndarray,
+    routing: RoutingConfig,
+) -> np.ndarray:
+  """Scores as training takes them: with continuation tokens, where they are trained, 1 or 0: computed or skipped.
+
+  Of all their pairs in blocks of which the schedule asks anything those with the lowest scores skip: a share
+  `decode_sparsity` of the pairs of all blocks.
+
+  Raises:
+    UserError: these blocks are too few.
+  """
+  if not routing.trains_continuation:
+    return scores_LxNxT
+  routed_L, t = np.asarray(schedule_L) > 0, np.arange(scores_LxNxT.shape[2])[None]
+  after_NxT = (t >= context_N[:, None]) & (t < length_N[:, None] - 1)
+  share = routing.decode_sparsity * len(routed_L) / max(routed_L.sum(), 1)
+  if share >= 1:
+    raise UserError(
+        f"routing.decode_sparsity={routing.decode_sparsity:g} is more than the {routed_L.sum()} blocks that the "
+        "schedule lets tokens skip can hold; choose a smaller one."
+    )
+  least = np.quantile(scores_LxNxT[routed_L][:, after_NxT], share)
+  return np.where(t >= context_N[:, None], scores_LxNxT >= least, scores_LxNxT).astype(np.float32)
+
+
 def fisher_schedule(
     fisher_LxNxT: np.ndarray, context_N: np.ndarray, target: float, first_block: int = 0
 ) -> np.ndarray:
@@ -148,9 +176,13 @@ def fisher_schedule(
 def margins(
     router: RouterConfig, params: Any, factors_LxBxTxF, hidden_LxBxTxD, remat_policy: str = "none"
 ) -> jax.Array:
-  """Margins (L,B,T) from collected inputs: what routed execution computes block by block."""
-  chosen = factors_LxBxTxF[..., [FACTORS.index(name) for name in router.factors]]
-  _, batch, num_positions, _ = factors_LxBxTxF.shape
+  """Margins (L,B,T) from collected inputs: what routed execution computes block by block.
+
+  Args:
+    factors_LxBxTxF: those that the router reads; None if it reads none.
+    hidden_LxBxTxD: normed states; None if it reads none.
+  """
+  _, batch, num_positions, _ = (hidden_LxBxTxD if factors_LxBxTxF is None else factors_LxBxTxF).shape
 
   def body(state, xs):
     features, hidden, slice_params = xs
@@ -158,7 +190,7 @@ def margins(
     margin, state = routers.margin_of_inputs(router, slice_params, features, hidden, state)
     return state, margin
 
-  xs = (chosen, hidden_LxBxTxD, params if router.kind == "per_block" else None)
+  xs = (factors_LxBxTxF, hidden_LxBxTxD, params if router.kind == "per_block" else None)
   state = routers.init_state(routers.Router("dynamic", router), batch, num_positions)
   return jax.lax.scan(decoder.remat(body, remat_policy), state, xs)[1]
 
@@ -206,25 +238,30 @@ def make_optimizer(settings: WarmupSettings) -> optax.GradientTransformation:
 def make_step(
     router: RouterConfig, routing: RoutingConfig, settings: WarmupSettings, reading: Reading, remat_policy: str
 ) -> Any:
-  """A jitted step of the warm-up: (params, state, context_B, score, hidden, fisher, schedule) -> params, state, loss.
+  """A jitted step of the warm-up: params, state, context_B, length_B, then arrays -> params, state, loss.
 
-  `score` and `hidden` are of `reading.inputs`, `fisher` and `schedule` of `reading.blocks`.
+  The arrays: `score` and `hidden` of `reading.inputs`; `fisher` and what is asked of context and new tokens, of
+  `reading.blocks`.
   """
+  scored = not SCORE_FACTORS.isdisjoint(router.factors)
   optimizer, blocks, like, input_of = make_optimizer(settings), reading.blocks, reading.like, reading.input_of
 
   def pick(array, index):
     return array if np.array_equal(index, np.arange(len(array))) else array[index]  # no copy of what is read as it is
 
-  def loss_fn(params, context, score, hidden, fisher, schedule):
+  def loss_fn(params, context, length, score, hidden, fisher, schedule, decode_schedule):
     in_context = jnp.arange(score.shape[2])[None] < context[:, None]
-    of_block = lambda score, s: context_factors(FACTORS, score, s, context)
-    features = jax.vmap(of_block)(pick(score, input_of), pick(schedule, like))
-    target = losses.top_targets(fisher, schedule, context, routing.bucket_multiple)
+    # What new tokens have paid is not collected.
+    guided = in_context if scored else losses.guided_tokens(context, length, score.shape[2], routing)
+    of_block = lambda score, *asked: masked.factors(router.factors, masked.Scores(score, None), *asked, context)
+    asked = pick(schedule, like), pick(decode_schedule, like)
+    features = jax.vmap(of_block)(pick(score, input_of), *asked) if router.factors else None
+    target = losses.targets(fisher, schedule, context, routing.bucket_multiple)
     if router.kind == "per_block":
       params = jax.tree.map(lambda a: pick(a, blocks), params)
     hidden = None if hidden is None else pick(hidden, input_of)
     margin = pick(margins(router, params, features, hidden, remat_policy), reading.margin_of)
-    return losses.guide_loss(margin, target, schedule, in_context)
+    return losses.guide_loss(margin, target, schedule, guided)
 
   @jax.jit
   def step(params, state, *batch):
@@ -260,8 +297,9 @@ def warm_up(
   frozen = params if frozen is None else frozen
   reading = Reading.of(router, len(data.score_UxNxT), schedule_L)
   step, state = make_step(router, routing, settings, reading, remat_policy), make_optimizer(settings).init(params)
-  schedule = jnp.asarray(schedule_L[reading.blocks], jnp.float32)
-  params, state, schedule = sharding.place(frozen, (params, state, schedule))
+  asked = jnp.asarray(schedule_L, jnp.float32)
+  asked = tuple(a[reading.blocks] for a in (asked, decode_schedule(asked, routing.decode_sparsity)))
+  params, state, asked = sharding.place(frozen, (params, state, asked))
   history = []
   for number in progress(range(settings.steps)):
     rows = indices_at(len(data.context_N), settings.batch, number, seed)
@@ -275,7 +313,7 @@ def warm_up(
         None, "batch",
     )
     with sharding.over(frozen):
-      context = sharding.place(frozen, data.context_N[rows], "batch")
-      params, state, loss = step(params, state, context, *arrays, schedule)
+      lengths = sharding.place(frozen, (data.context_N[rows], data.length_N[rows]), "batch")
+      params, state, loss = step(params, state, *lengths, *arrays, *asked)
     history.append(loss)
   return params, [float(loss) for loss in history]

@@ -73,7 +73,7 @@ def train_router(
     params: the frozen model; never written, changed or donated.
     router_params: the router to start from, and maps to be trained with it (`routing.stand_in.join`).
     prompts: N training prompts.
-    fisher_LxNxT: gate scores of all of them; read if the guide is `fisher`.
+    fisher_LxNxT: gate scores of all of them, as `guide.decided_scores` gives them; read if the guide is `fisher`.
     schedule_L: sparsity asked of each block.
     batch_size: prompts a step.
     seed: of the order of the prompts.
@@ -210,7 +210,9 @@ class _Metrics:
           f"and delete {self._directory} to train anew (it keeps its last good checkpoint, of step "
           f"{self.saved})."
       )
-    names = ("loss", "distill", "sparsity", "guide", "guide_weight", "grad_norm", "asked", "achieved")
+    names = (
+        "loss", "distill", "sparsity", "guide", "guide_weight", "grad_norm", "asked", "achieved", "decode_achieved",
+    )
     self.write({"step": step, **{name: values[name] for name in names}})
     bar.set_postfix(distill=f"{values['distill']:.4f}", skipped=f"{np.mean(values['achieved']):.1%}", refresh=False)
     bar.update()

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from ftp_jax.models import scoring
+from ftp_jax.routing.config import RoutingConfig
 from ftp_jax.routing.selection import capacity, descending_rank, forced_tokens
 
 
@@ -18,10 +19,10 @@ def distill_mse(teacher_BxCxD, student_BxCxD, weight_BxC) -> jax.Array:
   return scoring.weighted_mean(error, weight_BxC)
 
 
-def skipped_share(gate_LxBxT, in_context_BxT) -> jax.Array:
-  """Share (L,) of context tokens that each block skips; gates may be soft."""
-  mask = in_context_BxT[None].astype(jnp.float32)
-  return jnp.sum((1 - gate_LxBxT) * mask, axis=(1, 2)) / jnp.sum(mask)
+def skipped_share(gate_LxBxT, tokens_BxT) -> jax.Array:
+  """Share (L,) of these tokens that each block skips; gates may be soft."""
+  mask = tokens_BxT[None].astype(jnp.float32)
+  return jnp.sum((1 - gate_LxBxT) * mask, axis=(1, 2)) / jnp.maximum(jnp.sum(mask), 1.0)
 
 
 def sparsity_loss(asked_L, achieved_L, two_sided: bool) -> jax.Array:
@@ -30,21 +31,35 @@ def sparsity_loss(asked_L, achieved_L, two_sided: bool) -> jax.Array:
   return jnp.sum(jnp.abs(short) if two_sided else jnp.maximum(short, 0.0))
 
 
-def top_targets(score_LxBxT, schedule_L, context_B, bucket_multiple: int) -> jax.Array:
-  """Guide targets (L,B,T): 1 for the tokens of highest score that fill each block's capacity."""
+def guided_tokens(context_B, length_B, num_positions: int, routing: RoutingConfig) -> jax.Array:
+  """Tokens (B,T) whose gates the guide knows of: the context's and, if they are trained, the continuation's.
+
+  The last token of all leads to no scored prediction, so that nothing is known of its gates.
+  """
+  t = jnp.arange(num_positions)[None]
+  in_context = t < context_B[:, None]
+  return in_context | (t < length_B[:, None] - 1) if routing.trains_continuation else in_context
+
+
+def targets(score_LxBxT, schedule_L, context_B, bucket_multiple: int) -> jax.Array:
+  """Guide targets (L,B,T): 1 for the context tokens of highest score that fill each block's capacity.
+
+  Of the other tokens for those with a score above 0.
+  """
   num_positions = score_LxBxT.shape[-1]
   in_context = jnp.arange(num_positions)[None] < context_B[:, None]
   forced = forced_tokens(context_B, num_positions)
 
   def one(score_BxT, sparsity):
     rank = descending_rank(jnp.where(forced, jnp.inf, score_BxT), in_context)
-    return (rank < capacity(sparsity, context_B, bucket_multiple)[:, None]).astype(jnp.float32)
+    fits = rank < capacity(sparsity, context_B, bucket_multiple)[:, None]
+    return jnp.where(in_context, fits, score_BxT > 0).astype(jnp.float32)
 
   return jax.vmap(one)(score_LxBxT, schedule_L)
 
 
-def guide_loss(margin_LxBxT, target_LxBxT, schedule_L, in_context_BxT) -> jax.Array:
+def guide_loss(margin_LxBxT, target_LxBxT, schedule_L, guided_BxT) -> jax.Array:
   """L_g: cross-entropy (nats a token and block) towards target decisions, over blocks that skip."""
   cross_entropy = jnp.logaddexp(0.0, margin_LxBxT) - margin_LxBxT * target_LxBxT
-  weight = in_context_BxT[None] * (schedule_L > 0)[:, None, None]
+  weight = guided_BxT[None] * (schedule_L > 0)[:, None, None]
   return scoring.weighted_mean(cross_entropy, weight.astype(jnp.float32))

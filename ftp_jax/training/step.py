@@ -70,7 +70,7 @@ class TrainState(flax.struct.PyTreeNode):
 
 
 class Batch(flax.struct.PyTreeNode):
-  """Prompts of one step. fisher_LxBxT: gate scores, None when the guide is static."""
+  """Prompts of one step. fisher_LxBxT: gate scores (`guide.decided_scores`), None when the guide is static."""
 
   tokens_BxT: jax.Array
   context_B: jax.Array
@@ -124,7 +124,7 @@ def guide_weight(settings: TrainSettings, step: jax.Array) -> jax.Array:
 
 
 def guide_scores(spec: StepSpec, batch: Batch) -> jax.Array:
-  """Scores (L,B,T) whose largest fill each block: recency (static order) or Fisher."""
+  """Scores (L,B,T) whose largest fill each block: recency (static order, which computes new tokens) or Fisher."""
   if spec.train.guide == "fisher":
     return batch.fisher_LxBxT
   recency = jnp.arange(batch.tokens_BxT.shape[1], dtype=jnp.float32)[None, None]
@@ -158,11 +158,14 @@ def loss_fn(spec: StepSpec, params: Any, router: Any, batch: Batch, schedule_L, 
     states = lambda x: scoring.gather_positions(x, source)
     distill = losses.distill_mse(states(dense), states(out.hidden_BxTxD), weight)
   in_context = jnp.arange(tokens.shape[1])[None] < context[:, None]
+  guided = losses.guided_tokens(context, length, tokens.shape[1], spec.routing)
   skipping = (schedule_L > 0).astype(jnp.float32)
-  soft = losses.skipped_share(jax.nn.sigmoid(out.margin_LxBxT), in_context)
-  sparsity = losses.sparsity_loss(schedule_L * skipping, soft * skipping, spec.train.sparsity_two_sided)
-  target = losses.top_targets(guide_scores(spec, batch), schedule_L, context, spec.routing.bucket_multiple)
-  guide = losses.guide_loss(out.margin_LxBxT, target, schedule_L, in_context)
+  soft_share = lambda tokens: losses.skipped_share(jax.nn.sigmoid(out.margin_LxBxT), tokens) * skipping
+  sparsity = losses.sparsity_loss(schedule_L * skipping, soft_share(in_context), spec.train.sparsity_two_sided)
+  if spec.routing.trains_continuation:  # nothing bounds what they skip, so that too much costs as well
+    sparsity += jnp.abs(spec.routing.decode_sparsity - jnp.mean(soft_share(guided & ~in_context)))
+  target = losses.targets(guide_scores(spec, batch), schedule_L, context, spec.routing.bucket_multiple)
+  guide = losses.guide_loss(out.margin_LxBxT, target, schedule_L, guided)
   weight_g = guide_weight(spec.train, step)
   total = spec.train.distill_weight * distill + spec.train.sparsity_weight * sparsity + weight_g * guide
   return total, {
@@ -173,6 +176,7 @@ def loss_fn(spec: StepSpec, params: Any, router: Any, batch: Batch, schedule_L, 
       "guide_weight": weight_g,
       "asked": schedule_L,
       "achieved": losses.skipped_share(out.keep_LxBxT.astype(jnp.float32), in_context),
+      "decode_achieved": jnp.mean(losses.skipped_share(out.keep_LxBxT.astype(jnp.float32), guided & ~in_context)),
   }
 
 
