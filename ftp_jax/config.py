@@ -48,7 +48,7 @@ def get_config() -> config_dict.ConfigDict:
   c.routing.selection = "topk"  # topk (always K) or argmax (at most K)
   c.routing.bucket_multiple = 1  # capacities are rounded up to a multiple of this many tokens
   c.routing.score_window = 8  # context queries whose attention scores the context tokens
-  c.routing.decode_sparsity = 0.0  # sparsity asked of continuation tokens; 0 computes them all
+  c.routing.decode_sparsity = 0.0  # sparsity asked of continuation tokens, and trained; 0 computes them all
   c.routing.decode_rule = "threshold"  # when a continuation token skips: threshold (paper) or quantile (causal router)
   c.routing.decode_threshold = 0.5  # skip probability above which it skips under the rule `threshold`
   c.routing.one_pass_block = -1  # block whose input decides the gates of all blocks from there on; -1: each its own

@@ -285,6 +285,7 @@ def test_decode_of_a_text_says_what_new_tokens_skipped(model_directory, artifact
   found = bench(tmp_path, model_directory, "decode", f"--artifact={artifact_directory},{tmp_path / 'skipping'}", *flags)
   strict, skipped = [record["decode_achieved"] for record in found["records"]][1:]
   assert found["records"][0]["decode_achieved"] == strict == 0
+  assert all(record["text"] == str(text) for record in found["records"])
   engine = Engine(load_model(str(model_directory)), skipping)
   ids = running_text([text.read_text().strip()], engine.model.tokenizer)
   (group,) = (prefix := engine.prefill([ids[:24], ids[24:48]])).groups
@@ -477,7 +478,8 @@ def test_without_torch_its_rows_are_left_out(model_directory, tmp_path, capsys, 
         (["crossover", "--artifact=here", "--batch=1,2"], ["single --batch"]),
         (["crossover", "--artifact=here,there"], ["single --artifact"]),
         (["decode", "--baseline=late"], ["bench decode", "bench prefill"]),
-        (["compile", "--text=t.txt"], ["leave out --text"]),
+        (["compile", "--text=t.txt"], ["bench compile reads no text"]),
+        (["crossover", "--artifact=here", "--text=t.txt"], ["bench crossover reads no text"]),
         (["decode", "--text=t.txt"], ["t.txt is no file"]),
         (["prefill", "--depth=3"], ["--depth=3", "--help"]),
     ],

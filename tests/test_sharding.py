@@ -30,6 +30,7 @@ MESHES = ((8, 1, 1), (2, 2, 2), (1, 2, 4))
 MODEL = tiny.config(vocab_size=64)
 ROUTER = RouterConfig("global", ("position", "score", "rank", "sparsity"), True, 8)
 PER_BLOCK = dataclasses.replace(ROUTER, kind="per_block")
+OF_NEW_TOKENS = dataclasses.replace(PER_BLOCK, factors=("sparsity",))  # the only one here whose new tokens may skip
 SCHEDULE = np.array([0.0, 0.5, 0.75, 0.25], np.float32)
 TOLERANCE = dict(rtol=1e-5, atol=1e-5)
 
@@ -55,8 +56,9 @@ def on_mesh(sizes):
   return jax.device_put(params(), decoder.param_shardings(mesh, MODEL))
 
 
-def routing(kv_mode="project"):
-  return RoutingConfig(kv_mode=kv_mode, selection="topk", score_window=4)
+def routing(kv_mode="project", router=ROUTER):
+  skipped = 0.3 if router is OF_NEW_TOKENS else 0.0
+  return RoutingConfig(kv_mode=kv_mode, selection="topk", score_window=4, decode_sparsity=skipped)
 
 
 def equal(got, want):
@@ -135,7 +137,7 @@ def with_maps(parameters):
 def training(kv_mode, router):
   """Spec, state and batch of a training step."""
   settings = step.TrainSettings(4, 1e-2, 0, 1.0, "kl", 1.0, 1.0, False, "fisher", 1.0, "cosine")
-  spec = step.StepSpec(MODEL, routing(kv_mode), router, settings, 6, remat="full")
+  spec = step.StepSpec(MODEL, routing(kv_mode, router), router, settings, 6, remat="full")
   rows = prompts()
   scores = np.random.default_rng(1).random((MODEL.num_blocks, *rows.tokens.shape), np.float32)
   return spec, step.init_state(settings, jax.tree.map(np.array, router_params(router))), step.Batch(*rows, scores)
@@ -150,8 +152,11 @@ def train(parameters, kv_mode, router):
 
 @pytest.mark.parametrize(
     "kv_mode, router, meshes, extend",
-    [("project", ROUTER, MESHES, lambda p: p), ("evict", PER_BLOCK, MESHES[1:2], with_maps)],
-    ids=["project, one router", "evict, a router a block, maps"],
+    [
+        ("project", ROUTER, MESHES, lambda p: p), ("evict", PER_BLOCK, MESHES[1:2], with_maps),
+        ("project", OF_NEW_TOKENS, MESHES[1:2], with_maps),
+    ],
+    ids=["project, one router", "evict, a router a block, maps", "project, of new tokens, maps"],
 )
 def test_training_steps(kv_mode, router, meshes, extend):
   want = train(extend(params()), kv_mode, router)
@@ -189,12 +194,15 @@ def test_scores_inputs_and_texts():
     )
     inputs = guide.collect_inputs(MODEL, routing(), parameters, rows, 8, with_hidden=True, dtype=np.float32)
     router = routers.Router("dynamic", ROUTER, router_params())
-    warm = guide.warm_up(
-        PER_BLOCK, routing(), guide.WarmupSettings(4, 8, 1e-2), router_params(PER_BLOCK),
-        guide.GuideData(rows.context, rows.length, *inputs, scores), SCHEDULE, 0, frozen=parameters,
-        remat_policy="full",
-    )
-    assert all(jax.tree.leaves(jax.tree.map(lambda leaf: leaf.is_fully_replicated, warm[0])))
+    warm = [
+        guide.warm_up(
+            config, routing(router=config), guide.WarmupSettings(4, 8, 1e-2), router_params(config),
+            guide.GuideData(rows.context, rows.length, *inputs, scores), SCHEDULE, 0, frozen=parameters,
+            remat_policy="full",
+        )
+        for config in (PER_BLOCK, OF_NEW_TOKENS)
+    ]
+    assert all(leaf.is_fully_replicated for weights, _ in warm for leaf in jax.tree.leaves(weights))
     maps = fitting.fit(MODEL, parameters, rows, 8, rank=MODEL.hidden_size, ridge=0.1, dtype=np.float32)
     moved = maps["bias"], maps["down"] @ maps["up"]  # the axes of a part of the rank may turn with rounding
     return inputs[1], (

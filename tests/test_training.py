@@ -88,13 +88,13 @@ def test_sparsity_loss_by_hand():
   np.testing.assert_allclose(losses.sparsity_loss(asked, achieved, True), 0.45, rtol=1e-6)
 
 
-def test_skipped_share_counts_context_tokens_alone():
+def test_skipped_share_counts_the_tokens_that_are_named():
   gate = jnp.array([[[1.0, 0.0, 0.5, 0.0], [1.0, 1.0, 1.0, 0.0]]])
   in_context = jnp.array([[True, True, True, False], [True, False, False, False]])
   np.testing.assert_allclose(losses.skipped_share(gate, in_context), [1.5 / 4])
 
 
-def test_guide_loss_by_hand_over_context_tokens_of_blocks_that_skip():
+def test_guide_loss_by_hand_over_guided_tokens_of_blocks_that_skip():
   margin = jnp.array([[[9.0, -9.0, 9.0]], [[0.0, np.log(3.0), 9.0]]])
   target = jnp.array([[[0.0, 1.0, 0.0]], [[1.0, 0.0, 0.0]]])
   in_context = jnp.array([[True, True, False]])
@@ -221,20 +221,23 @@ def test_new_tokens_learn_what_is_asked_of_them_where_they_are_trained():
     batch = step.Batch(*rows, np.where(after[None], new_token_score, scores).astype(np.float32))
     loss = functools.partial(step.loss_fn, spec, frozen_params(CONFIG))
     (_, parts), gradient = jax.value_and_grad(loss, has_aux=True)(new_router(config), batch, SCHEDULE, 0)
-    return parts, np.abs(np.concatenate([leaf.ravel() for leaf in jax.tree.leaves(gradient)]))
+    return parts, np.concatenate([leaf.ravel() for leaf in jax.tree.leaves(gradient)])
 
   strict, trained = RoutingConfig(), RoutingConfig(decode_sparsity=0.15)
   guides = {(r.decode_sparsity, s): float(figures(r, s)[0]["guide"]) for r in (strict, trained) for s in (0.0, 1.0)}
   assert guides[0.0, 0.0] == guides[0.0, 1.0] and abs(guides[0.15, 0.0] - guides[0.15, 1.0]) > 0.01
   only = dict(guide_weight=0.0, sparsity_weight=1.0)
   parts, gradient = figures(trained, **only)
-  expected = figures(strict, **only)[0]["sparsity"]
+  of_context, of_context_gradient = figures(strict, **only)
+  expected = of_context["sparsity"]
   assert 0 < parts["decode_achieved"] < 0.5 and figures(strict)[0]["decode_achieved"] == 0
+  quantile = figures(dataclasses.replace(trained, decode_rule="quantile"), **only)[0]
+  assert 0 < quantile["decode_achieved"] < 0.5 and quantile["sparsity"] == expected
   router = routers.Router("dynamic", config, new_router(config))
   margin = masked.forward(CONFIG, trained, frozen_params(CONFIG), router, *rows, SCHEDULE).margin_LxBxT
   soft = np.mean((1 / (1 + np.exp(margin)))[:, after] * (SCHEDULE > 0)[:, None])
   np.testing.assert_allclose(parts["sparsity"] - expected, abs(0.15 - soft), rtol=1e-4)
-  assert gradient.max() > 0
+  assert np.abs(gradient - of_context_gradient).max() > 1e-3
 
 
 def test_a_warm_up_teaches_new_tokens_to_skip_and_tells_them_from_the_context():
@@ -718,7 +721,7 @@ def test_fisher_scores_against_the_exact_expectation(kv_mode, buckets):
 
 def test_scores_of_new_tokens_become_what_they_are_to_do():
   score = np.arange(2.0 * 2 * 6).reshape(2, 2, 6)  # (L, N, T)
-  decide = lambda schedule, **routing: guide.decided_scores(
+  decide = lambda schedule, **routing: guide.with_new_tokens(
       score, np.array([2, 3]), np.array([6, 5]), np.array(schedule), RoutingConfig(**routing)
   )
   assert decide([0.5, 0.5]) is score and decide([0.5, 0.5], decode_sparsity=0.5, decode_rule="quantile") is score
@@ -729,8 +732,12 @@ def test_scores_of_new_tokens_become_what_they_are_to_do():
   assert decided[:, 0, 2:5].tolist() == [[0, 0, 0], [1, 1, 1]] and decided[:, 1, 3].tolist() == [0, 1]
   decided = decide([0, 0.5], decode_sparsity=0.375)  # three of the four pairs of block 1, which alone may be skipped
   assert decided[1, 0, 2:5].tolist() == [0, 0, 0] and decided[1, 1, 3] == 1
-  with pytest.raises(UserError, match="decode_sparsity=0.6 is more than the 1 blocks"):
-    decide([0, 0.5], decode_sparsity=0.6)
+  for asked in (0.5, 0.6):
+    with pytest.raises(UserError, match=f"decode_sparsity={asked} would take all of the 1 blocks"):
+      decide([0, 0.5], decode_sparsity=asked)
+  score[:, 1, 3:] = 0  # as of an earlier version, which scored contexts alone
+  with pytest.raises(UserError, match="know of contexts alone"):
+    decide([0.5, 0.5], decode_sparsity=0.5)
 
 
 def test_joint_scores_by_hand():

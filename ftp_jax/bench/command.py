@@ -41,6 +41,8 @@ def run(arguments: argparse.Namespace) -> None:
     if torch:
       machine |= {name: torch.info[name] for name in ("torch", "torch_threads")}
     found = _BENCHES[settings.kind](model, cases, settings, torch)
+  if settings.text:
+    found = [record | {"text": settings.text} for record in found]
   print(records.format_table(found))
   if settings.kind == "crossover":
     _report_crossover(crossover.write(found, settings, machine), settings)

@@ -13,6 +13,7 @@ KINDS = ("prefill", "decode", "overhead", "compile", "crossover")
 PLOTTED = ("prefill", "decode", "crossover")
 WITH_TORCH = ("prefill", "decode")
 WITH_BASELINES = ("prefill",)
+WITH_TEXT = ("prefill", "decode", "overhead")
 SHAPES = ("middle", "late")
 ROUTERS = ("static", "dynamic", "factors")
 MAX_SPARSITY = 0.975  # of a block in the built-in schedules
@@ -98,8 +99,8 @@ def read(arguments: argparse.Namespace) -> Settings:
         f"--sparsity={sparsity[-1]:g} is out of reach; choose one between 0 and {MAX_SPARSITY}, the most that a block "
         "skips here."
     )
-  if arguments.text and kind == "compile":
-    raise UserError("bench compile reads no text; leave out --text.")
+  if arguments.text and kind not in WITH_TEXT:
+    raise UserError(f"bench {kind} reads no text; leave out --text.")
   if arguments.text and not pathlib.Path(arguments.text).is_file():
     raise UserError(f"--text={arguments.text} is no file; name a text, or leave it out for random tokens.")
   if arguments.baseline and kind not in WITH_BASELINES:

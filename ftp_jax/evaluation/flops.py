@@ -13,7 +13,7 @@ every token counts as one without gates, even where something was asked of it, a
 import numpy as np
 
 from ftp_jax.models.config import ModelConfig
-from ftp_jax.routing.config import RouterConfig, RoutingConfig
+from ftp_jax.routing.config import SCORE_FACTORS, RouterConfig, RoutingConfig
 
 
 def computed_flops(config: ModelConfig, query_LxT: np.ndarray, mlp_LxT: np.ndarray, key_LxT: np.ndarray) -> float:
@@ -69,7 +69,7 @@ def prefill_flops(
   inputs = len(router.factors) + router.hidden_states * config.hidden_size + recurrent * router.hidden_size
   asked = len(keep_LxT) if recurrent else routed_L.sum()
   total += 2.0 * context * router.hidden_size * (inputs + 2) * asked
-  if {"score", "rank"} & set(router.factors):
+  if not SCORE_FACTORS.isdisjoint(router.factors):
     width, rows = config.num_heads * config.head_dim, min(routing.score_window, context)
     for key in key_LxT[routing.scored_blocks(routed_L, recurrent)]:
       total += 2.0 * width * (config.hidden_size * rows + _visible(config, key)[context - rows :].sum())
@@ -89,4 +89,5 @@ def skipped_share(keep_LxNxT, end_N, begin_N=None) -> float:
   """Achieved sparsity: share of (token, block) pairs that were skipped, of tokens from `begin_N`, or the first, on."""
   begin_N = np.zeros_like(end_N) if begin_N is None else begin_N
   computed = sum(keep_LxNxT[:, n, begin:end].sum() for n, (begin, end) in enumerate(zip(begin_N, end_N)))
-  return float(1 - computed / (len(keep_LxNxT) * np.sum(end_N - begin_N)))
+  pairs = len(keep_LxNxT) * np.sum(end_N - begin_N)
+  return float(1 - computed / pairs) if pairs else 0.0

@@ -2,7 +2,8 @@
 
 A record holds quality (continuation KL to dense, NLL, next-token agreement, all-position perplexity
 under the causal view) and the three sparsities: asked, achieved, FLOPs saved; where continuation tokens may skip,
-`decode_achieved` as well, the share of their (token, block) pairs that did.
+`decode_achieved` as well, the share of their (token, block) pairs that did (of the last
+token nothing is read).
 """
 
 from typing import Any
@@ -83,7 +84,7 @@ class Bench:
     achieved = flops.skipped_share(quality.keep_LxNxT, context)
     record = self._record(method, sparsity, seed, quality, perplexity, achieved, saved, perplexity_achieved)
     if judge.routing.decode_sparsity:
-      record["decode_achieved"] = flops.skipped_share(quality.keep_LxNxT, judge.prompts.length, context)
+      record["decode_achieved"] = flops.skipped_share(quality.keep_LxNxT, judge.prompts.length - 1, context)
     return record
 
   def _record(

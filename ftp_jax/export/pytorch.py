@@ -25,7 +25,8 @@ _BESIDE = (
 _FIGURES = """\
 On prompts that no stage had seen; `kl` (to the dense model) and `nll` in nats a token of their continuations,
 `agreement` with the dense next token, `perplexity` over all positions of a text; `asked`, `achieved` and `flops_saved`
-are shares: of (prompt token, block) pairs that should skip and did, and of the operations of a dense prefill.
+are shares: of (prompt token, block) pairs that should skip and did, and of the operations of a dense prefill;
+`decode_achieved` is the share of (new token, block) pairs that skipped.
 
 | figure | value |
 |---|---|

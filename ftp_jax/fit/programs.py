@@ -200,9 +200,10 @@ def _warmup(case: Case, mesh: Mesh) -> Traced:
   state = jax.tree.map(lambda a: _like(mesh, a.shape, a.dtype), state)
   of_blocks = lambda shape, dtype: _like(mesh, (blocks, *shape), dtype, None, "batch")
   hidden = of_blocks((*rows, case.model.hidden_size), jnp.float16) if case.router.hidden_states else None
+  asked = _like(mesh, (blocks,), jnp.float32)
   traced = _trace(
-      mesh, warmup, params, state, _rows(case, mesh)[1], of_blocks(rows, jnp.float32), hidden,
-      of_blocks(rows, jnp.float32), _like(mesh, (blocks,), jnp.float32),
+      mesh, warmup, params, state, *_rows(case, mesh)[1:], of_blocks(rows, jnp.float32), hidden,
+      of_blocks(rows, jnp.float32), asked, asked,
   )
   held = lambda a: math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize
   return Traced(traced, beside=sum(map(held, jax.tree.leaves(params_of(case, mesh)))))

@@ -125,7 +125,7 @@ def warm_up(run: RunDirectory, router: Any, schedule: np.ndarray, seed: int) -> 
   c = run.config.train
   settings = guide.WarmupSettings(c.warmup_guide_steps, c.batch, c.warmup_guide_learning_rate)
   bar = functools.partial(tqdm.tqdm, desc="guided warm-up")
-  scores = run.decided_scores(schedule)[:, : len(run.guide_data.context_N)]
+  scores = run.training_scores(schedule)[:, : len(run.guide_data.context_N)]
   return guide.warm_up(
       run.router_config, run.routing, settings, router, run.guide_data._replace(fisher_LxNxT=scores), schedule, seed,
       bar, run.frozen.params, run.config.model.remat,
@@ -135,6 +135,8 @@ def warm_up(run: RunDirectory, router: Any, schedule: np.ndarray, seed: int) -> 
 def fit(run: RunDirectory, directory: pathlib.Path, weights: Any, schedule: np.ndarray, seed: int) -> None:
   """Trains a router, and maps that are beside it, with the three losses and writes them to `directory`."""
   c = run.config
+  if run.routing.trains_continuation:
+    guide.share_of_new_tokens(schedule, run.routing.decode_sparsity)
 
   def validate(weights: Any) -> float:
     router, model = run.trained(weights)
@@ -148,7 +150,7 @@ def fit(run: RunDirectory, directory: pathlib.Path, weights: Any, schedule: np.n
   result = train_router(
       directory=str(directory), spec=spec, params=run.frozen.params, router_params=weights,
       prompts=run.prompts("train"),
-      fisher_LxNxT=run.decided_scores(schedule) if c.train.guide == "fisher" else None,
+      fisher_LxNxT=run.training_scores(schedule) if c.train.guide == "fisher" else None,
       schedule_L=schedule, batch_size=c.train.batch, seed=seed,
       validate=validate, validate_every=c.train.validate_every, checkpoint_every=c.train.checkpoint_every,
       length_buckets=c.data.length_buckets,

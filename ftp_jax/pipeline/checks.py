@@ -68,6 +68,12 @@ def check_config(config) -> None:
           "finetune.rounds=0 would keep a schedule that the router is not trained for; set train.fisher_share=0, "
           "search.schedule='fisher' or finetune.rounds=1."
       )
+  r = config.routing
+  if r.decode_sparsity and r.decode_rule == "threshold" and r.decode_threshold != 0.5:
+    raise UserError(
+        f"routing.decode_threshold={r.decode_threshold:g} is not what new tokens are trained for, 0.5; keep that here "
+        "and give another one to what runs the artifact."
+    )
   if config.stand_in.rank < 0 or config.stand_in.ridge <= 0:
     raise UserError(
         f"stand_in.rank={config.stand_in.rank} must be at least 0, and stand_in.ridge={config.stand_in.ridge} positive."

@@ -208,10 +208,10 @@ class RunDirectory:
     nested = self.router_config.kind == "global"  # one ranking; others rank the tokens anew for each block
     return guide.joint_scores(self.fisher, self.routing.one_pass_block) if nested else self.fisher
 
-  def decided_scores(self, schedule: np.ndarray) -> np.ndarray:
+  def training_scores(self, schedule: np.ndarray) -> np.ndarray:
     """The gate scores of the training prompts as training takes them under a schedule."""
     train = self.prompts("train")
-    return guide.decided_scores(self.guide_scores, train.context, train.length, schedule, self.routing)
+    return guide.with_new_tokens(self.guide_scores, train.context, train.length, schedule, self.routing)
 
   @functools.cached_property
   def guide_data(self) -> guide.GuideData:

@@ -25,7 +25,8 @@ HEADINGS = (
 )
 NOTE = (
     "mean ± sample standard deviation over seeds; KL to the dense model, NLL and next-token agreement on the "
-    "continuation, perplexity over all positions with the causal view; time saved is not measured here"
+    "continuation, perplexity over all positions with the causal view, where all but truncation skip "
+    "routing.decode_sparsity, or S where that is 0; time saved is not measured here"
 )
 
 

@@ -56,7 +56,7 @@ class RoutingConfig:
     bucket_multiple: capacities are rounded up to a multiple of this many tokens.
     score_window: number of last context queries whose attention scores the context tokens.
     decode_sparsity: sparsity asked of continuation tokens, the schedule scaled to this mean; 0 computes
-      them all (strict).
+      them all (strict). In training it is what routers learn to skip of them.
     decode_rule: when the dynamic router lets a continuation token skip: `threshold` (the paper's: its skip probability
       is above `decode_threshold`) or `quantile` (causal router: its margin is below those of the context tokens that
       would be kept at the sparsity asked of continuation tokens).
@@ -101,7 +101,7 @@ class RoutingConfig:
 
   @property
   def trains_continuation(self) -> bool:
-    """Whether guide and sparsity loss reach continuation tokens: their gates are decided by the margin's sign."""
+    """Whether guide and sparsity loss reach continuation tokens, whose gates then follow the margin's sign."""
     return self.decode_sparsity > 0 and self.decode_rule == "threshold"
 
   @property

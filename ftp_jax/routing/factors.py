@@ -6,7 +6,7 @@ everything as it stands when the token is the newest one, so its own attention r
 
 A table holds every token's latest score: a token skipped in a block keeps the score it had.
 The causal view of a continuation token needs the scores of all tokens as it saw them, hence a
-row of scores for each, which only exists when continuation tokens may skip.
+row of scores for each, which only exists when continuation tokens may skip and the router reads scores.
 """
 
 import jax

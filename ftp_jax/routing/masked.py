@@ -298,7 +298,7 @@ def forward(
   if entry is None:
     x = decoder.embed(config, params, tokens_BxT, dtype)
   else:
-    assert start == late_start(routing, router, start)
+    assert start == late_start(routing, router, start) and not (start and causal_view and scored)
     x, scores = entry.x_BxTxD, scores._replace(prefill_BxT=entry.score_BxT)
   state = routers.init_state(router, batch, num_positions) if dynamic else None
   xs = (

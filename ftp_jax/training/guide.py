@@ -2,7 +2,7 @@
 
 The router's inputs are collected once in a dense pass and stay in host memory, so a step costs the
 router alone and a few hundred steps take seconds. The target of a block is the set of tokens of highest
-Fisher score that fills its capacity.
+Fisher score that fills its capacity; what new tokens are to do, where they are trained, `with_new_tokens` says.
 """
 
 import dataclasses
@@ -36,7 +36,7 @@ class GuideData(NamedTuple):
     context_N, length_N: lengths of contexts and in all.
     score_UxNxT: prefill attention scores that enter each of these blocks in the dense model.
     hidden_UxNxTxD: root-mean-square normed hidden states, float16; None for routers without them.
-    fisher_LxNxT: gate scores, for a global router as `joint_scores` gives them; to `warm_up` as `decided_scores` does.
+    fisher_LxNxT: gate scores, for a global router as `joint_scores` gives them; to `warm_up` as `with_new_tokens` does.
   """
 
   context_N: np.ndarray
@@ -130,27 +130,43 @@ def joint_scores(fisher_LxNxT: np.ndarray, one_pass_block: int) -> np.ndarray:
   return onward[np.minimum(np.arange(len(onward)), one_pass_block)]
 
 
-def decided_scores(
-    scores_LxNxT: np.ndarray, context_N: np.ndarray, length_N: np.ndarray, schedule_L: np.ndarray,
-    routing: RoutingConfig,
-) -> np.ndarray:
-  """Scores as training takes them: with continuation tokens, where they are trained, 1 or 0: computed or skipped.
-
-  Of all their pairs in blocks of which the schedule asks anything those with the lowest scores skip: a share
-  `decode_sparsity` of the pairs of all blocks.
+def share_of_new_tokens(schedule_L: np.ndarray, decode_sparsity: float) -> float:
+  """What new tokens skip of the blocks of which a schedule asks anything, where they skip `decode_sparsity` of all.
 
   Raises:
     UserError: these blocks are too few.
+  """
+  routed = int(np.sum(np.asarray(schedule_L) > 0))
+  if decode_sparsity * len(schedule_L) >= routed:
+    raise UserError(
+        f"routing.decode_sparsity={decode_sparsity:g} would take all of the {routed} blocks that the schedule lets "
+        "tokens skip, or more; choose a smaller one."
+    )
+  return decode_sparsity * len(schedule_L) / routed
+
+
+def with_new_tokens(
+    scores_LxNxT: np.ndarray, context_N: np.ndarray, length_N: np.ndarray, schedule_L: np.ndarray,
+    routing: RoutingConfig,
+) -> np.ndarray:
+  """Scores as training takes them: those of new tokens, where these are trained, become 1, computed, or 0, skipped.
+
+  Of their pairs in blocks of which the schedule asks anything those with the lowest scores skip, as many as
+  `share_of_new_tokens` says.
+
+  Raises:
+    UserError: these blocks are too few, or the scores are of contexts alone.
   """
   if not routing.trains_continuation:
     return scores_LxNxT
   routed_L, t = np.asarray(schedule_L) > 0, np.arange(scores_LxNxT.shape[2])[None]
   after_NxT = (t >= context_N[:, None]) & (t < length_N[:, None] - 1)
-  share = routing.decode_sparsity * len(routed_L) / max(routed_L.sum(), 1)
-  if share >= 1:
+  share = share_of_new_tokens(schedule_L, routing.decode_sparsity)
+  known_N = (scores_LxNxT * after_NxT[None]).any(axis=(0, 2))
+  if not known_N[after_NxT.any(axis=1)].all():
     raise UserError(
-        f"routing.decode_sparsity={routing.decode_sparsity:g} is more than the {routed_L.sum()} blocks that the "
-        "schedule lets tokens skip can hold; choose a smaller one."
+        "The gate scores know of contexts alone, as earlier versions made them, and routing.decode_sparsity trains new "
+        "tokens as well; delete the folder importance and those of later stages, or give another --workdir."
     )
   least = np.quantile(scores_LxNxT[routed_L][:, after_NxT], share)
   return np.where(t >= context_N[:, None], scores_LxNxT >= least, scores_LxNxT).astype(np.float32)

@@ -63,8 +63,8 @@ def train_router(
 ) -> TrainResult:
   """Trains a router for `spec.train.steps` steps; continues exactly where an earlier call was stopped.
 
-  A line of metrics.jsonl is either a step (its losses before the update, and the sparsity asked of and
-  achieved by every block on its batch) or a validation of the router after so many steps. With several
+  A line of metrics.jsonl is either a step (its losses before the update, and the sparsity asked of and achieved by
+  every block on its batch, and by all on new tokens) or a validation of the router after so many steps. With several
   processes all call this with the same arguments; only the first reads and writes the directory.
 
   Args:
@@ -73,7 +73,7 @@ def train_router(
     params: the frozen model; never written, changed or donated.
     router_params: the router to start from, and maps to be trained with it (`routing.stand_in.join`).
     prompts: N training prompts.
-    fisher_LxNxT: gate scores of all of them, as `guide.decided_scores` gives them; read if the guide is `fisher`.
+    fisher_LxNxT: gate scores of all of them, as `guide.with_new_tokens` gives them; read if the guide is `fisher`.
     schedule_L: sparsity asked of each block.
     batch_size: prompts a step.
     seed: of the order of the prompts.

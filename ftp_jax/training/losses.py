@@ -44,7 +44,7 @@ def guided_tokens(context_B, length_B, num_positions: int, routing: RoutingConfi
 def targets(score_LxBxT, schedule_L, context_B, bucket_multiple: int) -> jax.Array:
   """Guide targets (L,B,T): 1 for the context tokens of highest score that fill each block's capacity.
 
-  Of the other tokens for those with a score above 0.
+  Of other tokens: 1 where the score is above 0.
   """
   num_positions = score_LxBxT.shape[-1]
   in_context = jnp.arange(num_positions)[None] < context_B[:, None]

@@ -70,7 +70,7 @@ class TrainState(flax.struct.PyTreeNode):
 
 
 class Batch(flax.struct.PyTreeNode):
-  """Prompts of one step. fisher_LxBxT: gate scores (`guide.decided_scores`), None when the guide is static."""
+  """Prompts of one step. fisher_LxBxT: gate scores (`guide.with_new_tokens`), None when the guide is static."""
 
   tokens_BxT: jax.Array
   context_B: jax.Array
@@ -162,8 +162,9 @@ def loss_fn(spec: StepSpec, params: Any, router: Any, batch: Batch, schedule_L, 
   skipping = (schedule_L > 0).astype(jnp.float32)
   soft_share = lambda tokens: losses.skipped_share(jax.nn.sigmoid(out.margin_LxBxT), tokens) * skipping
   sparsity = losses.sparsity_loss(schedule_L * skipping, soft_share(in_context), spec.train.sparsity_two_sided)
-  if spec.routing.trains_continuation:  # nothing bounds what they skip, so that too much costs as well
-    sparsity += jnp.abs(spec.routing.decode_sparsity - jnp.mean(soft_share(guided & ~in_context)))
+  after = ~in_context & (jnp.arange(tokens.shape[1])[None] < length[:, None] - 1)
+  if spec.routing.trains_continuation:  # no capacity bounds what they skip, so that too much costs as well
+    sparsity += jnp.abs(spec.routing.decode_sparsity - jnp.mean(soft_share(after)))
   target = losses.targets(guide_scores(spec, batch), schedule_L, context, spec.routing.bucket_multiple)
   guide = losses.guide_loss(out.margin_LxBxT, target, schedule_L, guided)
   weight_g = guide_weight(spec.train, step)
@@ -176,7 +177,7 @@ def loss_fn(spec: StepSpec, params: Any, router: Any, batch: Batch, schedule_L, 
       "guide_weight": weight_g,
       "asked": schedule_L,
       "achieved": losses.skipped_share(out.keep_LxBxT.astype(jnp.float32), in_context),
-      "decode_achieved": jnp.mean(losses.skipped_share(out.keep_LxBxT.astype(jnp.float32), guided & ~in_context)),
+      "decode_achieved": jnp.mean(losses.skipped_share(out.keep_LxBxT.astype(jnp.float32), after)),
   }
 
 
