@@ -111,7 +111,7 @@ ROUTED = (
     ),
     Case(
         "per_block_told_new_tokens", GQA, RouterConfig("per_block", ("sparsity", "position"), hidden_states=True),
-        RoutingConfig("project", decode_sparsity=0.3, one_pass_block=2), (DENSE, DENSE, 5, 8), rank=4,
+        RoutingConfig("project", decode_sparsity=0.3, one_pass_block=1), (DENSE, 5, 8, DENSE), rank=4,
     ),
     Case("static_maps", GQA, "static", RoutingConfig("evict"), (DENSE, 6, 9, 6), at_once=False, rank=3),
     Case(

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ftp_jax import hardware
 from ftp_jax.models import decoder
@@ -148,15 +149,16 @@ def extend(
 ) -> Extended:
   """Runs C further tokens of every row; `recent` must have room for them.
 
-  A block that all of the new tokens skip is not computed: its weights are not even read.
+  A block that all of the new tokens skip is not computed: its weights are not even read. Blocks before and after all of
+  which the schedule asks anything ask no router.
   """
   batch, num_new = tokens_BxC.shape
   new = Continuation(config, routing, plan, params, router, cache, recent, num_new)
 
-  def body(plan_from, evict, sizes, carry, inputs):
+  def body(routes, plan_from, evict, sizes, carry, inputs):
     x, seen, state = carry
     index, keep = inputs["index"], jnp.ones((batch, num_new), bool)
-    if new.routes:
+    if routes:
       keep, state = new.decide(*(plan_from or (x, seen)), state, inputs)
     computed = jax.lax.dynamic_update_slice_in_dim(inputs["computed"], keep, recent.count, 1)
     projected = None if evict else new.keys_values(index, x)
@@ -167,13 +169,15 @@ def extend(
       if new.scored:
         known = jnp.concatenate([inputs["keep"], computed], axis=1)
         seen = jnp.where(keep[:, :, None] & known[:, None, :], paid, seen)
-      return jnp.where(keep[:, :, None], y, new.moved(index, x)) if new.routes else y, seen, k, v
+      if routes and batch * num_new > 1:  # a single one is computed here
+        y = jnp.where(keep[:, :, None], y, new.moved(index, x))
+      return y, seen, k, v
 
     def skip(x, seen):
       k, v = projected or (jnp.zeros((batch, config.num_kv_heads, num_new, config.head_dim), x.dtype),) * 2
       return new.moved(index, x), seen, k, v
 
-    x, seen, k, v = jax.lax.cond(jnp.any(keep), compute, skip, x, seen) if new.routes else compute(x, seen)
+    x, seen, k, v = jax.lax.cond(jnp.any(keep), compute, skip, x, seen) if routes else compute(x, seen)
     return (x, seen, state), (keep, k, v)
 
   inputs = {
@@ -193,13 +197,17 @@ def extend(
   plan_from, parts = None, []
   slots = plan.cache_slots
   cuts = [] if hardware.platform() == "cpu" else changes(slots)
+  routed = np.array(plan.routed) | router.recurrent  # whose state goes through all blocks
+  if new.routes and routed.any():
+    cuts = [*cuts, np.flatnonzero(routed)[0], np.flatnonzero(routed)[-1] + 1]
   for begin, end in routing.phases(config.num_blocks, more=cuts):
     if begin == routing.one_pass_block:
       plan_from = carry[:2]
     some, evict = jax.tree.map(lambda a: a[begin:end], inputs), begin >= routing.first_evicting(config.num_blocks)
     sizes = sorted(set(slots[begin:end]))
     some["size"] = jnp.asarray([sizes.index(s) for s in slots[begin:end]], jnp.int32)
-    carry, part = jax.lax.scan(functools.partial(body, plan_from, evict, sizes), carry, some)
+    routes = new.routes and routed[begin:end].any()
+    carry, part = jax.lax.scan(functools.partial(body, routes, plan_from, evict, sizes), carry, some)
     parts.append(part)
   x = carry[0]
   keep, k, v = jax.tree.map(lambda *a: jnp.concatenate(a), *parts) if len(parts) > 1 else parts[0]
