@@ -242,9 +242,9 @@ def test_readme_says_what_the_records_say(figures):
     lines = [line.strip("|").split("|") for line in text.splitlines() if line.startswith("|")]
     return [[re.sub(r"\*|\(.*?\)|:.*", "", cell).strip() for cell in line] for line in lines if len(line) == 4]
 
-  def shown(entry):
-    spread = entry["kl_spread"]
-    return f"{entry['kl']:.3f}" + (f" ± {spread:.3f}" if spread is not None else "")
+  def shown(entry, figure="kl"):
+    spread = entry[f"{figure}_spread"]
+    return f"{entry[figure]:.3f}" + (f" ± {spread:.3f}" if spread is not None else "")
 
   readme = rows((root / "README.md").read_text())
   of_name = lambda name: [figures for first, *figures in readme if first == name]
@@ -260,6 +260,12 @@ def test_readme_says_what_the_records_say(figures):
     speed = f"{entry['speedup_2048']:.2f} (" if method != "dense" else "-"
     found = [line for line in lines if len(line) == 10 and line[:2] == [method, f"{asked:.2f}"]]
     assert [line[4] for line in found] == [shown(entry)] and found[0][8].startswith(speed), (method, asked)
+  tasks = {key: entry for key, entry in at.items() if entry["choice_kl_interval"]}
+  for (method, asked), entry in tasks.items():
+    low, high = entry["choice_kl_interval"]
+    found = [line for line in lines if len(line) == 9 and line[:2] == [method, f"{asked:.2f}"]]
+    assert [line[6] for line in found] == [f"{shown(entry, 'choice_kl')} [{low:.3f} to {high:.3f}]"], (method, asked)
+  assert {(name, s) for name in ("ftp", "late_maps", "truncation") for s in (0.22, 0.3, 0.4)} <= set(tasks)
   speeds = [f"{at['ftp', s]['speedup_2048']:.2f} x" for s in (0.22, 0.3, 0.4)]
   assert speeds in of_name("its prefill speed at 2,048 tokens, one seed")
   assert [f"{100 * at['ftp', s]['agreement']:.1f} %" for s in (0.22, 0.3, 0.4)] in of_name(
