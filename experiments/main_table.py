@@ -105,8 +105,9 @@ class Table:
     rows = _METHODS.value or self.methods
     check_known("methods", rows, self.methods)
     self.config = run_config(self.run)
-    for other in self.runs.values():
-      self.check_same_prompts(other)
+    for run in self.runs.values():
+      self.check_new_tokens(run)
+      self.check_same_prompts(run)
     self.dtype = self.config["model"]["dtype"]
     self.model: Model = load_model(self.config["model"]["source"], self.dtype)
     prompts = lambda split: Prompts(**load_arrays(self.run / "data" / f"{split}.npz"))
@@ -138,6 +139,12 @@ class Table:
 
   def directory(self, method: str, sparsity: float, seed: int) -> pathlib.Path:
     return self.out / f"S{sparsity:.2f}" / f"{method}-seed{seed}"
+
+  @staticmethod
+  def check_new_tokens(run: pathlib.Path) -> None:
+    """UserError if a run trained routers for new tokens: rows compare contexts, and new tokens count as computed."""
+    if run_config(run)["routing"]["decode_sparsity"]:
+      raise UserError(f"New tokens of {run} may skip, those of other rows may not; name a run of decode_sparsity=0.")
 
   def check_same_prompts(self, run: pathlib.Path) -> None:
     """UserError unless a run has the test prompts, windows and model of --run."""

@@ -173,6 +173,14 @@ def test_another_run_has_the_same_prompts_and_model(script, tmp_path, monkeypatc
     table.check_same_prompts(other)
 
 
+def test_a_run_whose_new_tokens_skip_is_refused(script, tmp_path, monkeypatch):
+  asked = {"strict": 0.0, "skipping": 0.1}
+  monkeypatch.setattr(script, "run_config", lambda run: {"routing": {"decode_sparsity": asked[run.name]}})
+  script.Table.check_new_tokens(tmp_path / "strict")
+  with pytest.raises(UserError, match="New tokens of .*skipping may skip"):
+    script.Table.check_new_tokens(tmp_path / "skipping")
+
+
 def test_a_later_call_keeps_the_times_of_earlier_cells_and_measures_in_the_runs_dtype(script, tmp_path, monkeypatch):
   measured = []
   monkeypatch.setattr(script, "random_tokens", lambda *_: None)

@@ -101,6 +101,8 @@ def read(arguments: argparse.Namespace) -> Settings:
     )
   if arguments.text and kind not in WITH_TEXT:
     raise UserError(f"bench {kind} reads no text; leave out --text.")
+  if arguments.text == "":
+    raise UserError("--text= has an empty name; give a file, or leave it out for random tokens.")
   if arguments.text and not pathlib.Path(arguments.text).is_file():
     raise UserError(f"--text={arguments.text} is no file; name a text, or leave it out for random tokens.")
   if arguments.baseline and kind not in WITH_BASELINES:

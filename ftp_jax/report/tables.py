@@ -25,7 +25,7 @@ HEADINGS = (
 )
 NOTE = (
     "mean ± sample standard deviation over seeds; KL to the dense model, NLL and next-token agreement on the "
-    "continuation, perplexity over all positions with the causal view, where all but truncation skip "
+    "continuation, perplexity over all positions with the causal view, of which routers are asked to skip "
     "routing.decode_sparsity, or S where that is 0; time saved is not measured here"
 )
 

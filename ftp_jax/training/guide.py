@@ -159,8 +159,8 @@ def with_new_tokens(
   """
   if not routing.trains_continuation:
     return scores_LxNxT
-  routed_L, t = np.asarray(schedule_L) > 0, np.arange(scores_LxNxT.shape[2])[None]
-  after_NxT = (t >= context_N[:, None]) & (t < length_N[:, None] - 1)
+  routed_L, num_positions = np.asarray(schedule_L) > 0, scores_LxNxT.shape[2]
+  after_NxT = np.asarray(losses.new_tokens(context_N, length_N, num_positions))
   share = share_of_new_tokens(schedule_L, routing.decode_sparsity)
   known_N = (scores_LxNxT * after_NxT[None]).any(axis=(0, 2))
   if not known_N[after_NxT.any(axis=1)].all():
@@ -169,7 +169,8 @@ def with_new_tokens(
         "tokens as well; delete the folder importance and those of later stages, or give another --workdir."
     )
   least = np.quantile(scores_LxNxT[routed_L][:, after_NxT], share)
-  return np.where(t >= context_N[:, None], scores_LxNxT >= least, scores_LxNxT).astype(np.float32)
+  in_context = np.arange(num_positions)[None] < context_N[:, None]
+  return np.where(in_context, scores_LxNxT, scores_LxNxT >= least).astype(np.float32)
 
 
 def fisher_schedule(

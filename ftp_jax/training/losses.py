@@ -31,14 +31,16 @@ def sparsity_loss(asked_L, achieved_L, two_sided: bool) -> jax.Array:
   return jnp.sum(jnp.abs(short) if two_sided else jnp.maximum(short, 0.0))
 
 
-def guided_tokens(context_B, length_B, num_positions: int, routing: RoutingConfig) -> jax.Array:
-  """Tokens (B,T) whose gates the guide knows of: the context's and, if they are trained, the continuation's.
-
-  The last token of all leads to no scored prediction, so that nothing is known of its gates.
-  """
+def new_tokens(context_B, length_B, num_positions: int) -> jax.Array:
+  """Continuation tokens (B,T) but for the last, which leads to no scored prediction: nothing is known of its gates."""
   t = jnp.arange(num_positions)[None]
-  in_context = t < context_B[:, None]
-  return in_context | (t < length_B[:, None] - 1) if routing.trains_continuation else in_context
+  return (t >= context_B[:, None]) & (t < length_B[:, None] - 1)
+
+
+def guided_tokens(context_B, length_B, num_positions: int, routing: RoutingConfig) -> jax.Array:
+  """Tokens (B,T) whose gates the guide knows of: the context's and, if they are trained, `new_tokens`."""
+  in_context = jnp.arange(num_positions)[None] < context_B[:, None]
+  return in_context | new_tokens(context_B, length_B, num_positions) if routing.trains_continuation else in_context
 
 
 def targets(score_LxBxT, schedule_L, context_B, bucket_multiple: int) -> jax.Array:

@@ -162,7 +162,7 @@ def loss_fn(spec: StepSpec, params: Any, router: Any, batch: Batch, schedule_L, 
   skipping = (schedule_L > 0).astype(jnp.float32)
   soft_share = lambda tokens: losses.skipped_share(jax.nn.sigmoid(out.margin_LxBxT), tokens) * skipping
   sparsity = losses.sparsity_loss(schedule_L * skipping, soft_share(in_context), spec.train.sparsity_two_sided)
-  after = ~in_context & (jnp.arange(tokens.shape[1])[None] < length[:, None] - 1)
+  after = losses.new_tokens(context, length, tokens.shape[1])
   if spec.routing.trains_continuation:  # no capacity bounds what they skip, so that too much costs as well
     sparsity += jnp.abs(spec.routing.decode_sparsity - jnp.mean(soft_share(after)))
   target = losses.targets(guide_scores(spec, batch), schedule_L, context, spec.routing.bucket_multiple)
