@@ -18,6 +18,7 @@ import jax
 import numpy as np
 import pytest
 import tokenizers
+import transformers
 from safetensors import numpy as safetensors_numpy
 
 from ftp_jax.errors import UserError
@@ -49,21 +50,22 @@ def permute(weight: np.ndarray, heads: int) -> np.ndarray:
 
 
 def write_gguf(path: pathlib.Path, *, tied=True, extra_tensor="", **changes) -> dict[str, np.ndarray]:
-  """Writes a tiny random Llama; `changes` replace metadata ("__" for "."), None drops one.
+  """Writes a tiny random model; `changes` replace metadata ("__" for "."), None drops one.
 
   Returns the checkpoint in Hugging Face names that conversion must give exactly.
   """
-  writer = gguf.GGUFWriter(path, changes.pop("architecture", "llama"))
+  architecture = changes.pop("architecture", "llama")
+  writer = gguf.GGUFWriter(path, architecture)
   metadata = {
-      "llama.block_count": BLOCKS,
-      "llama.context_length": 128,
-      "llama.embedding_length": D,
-      "llama.feed_forward_length": F,
-      "llama.attention.head_count": HEADS,
-      "llama.attention.head_count_kv": KV_HEADS,
-      "llama.rope.dimension_count": D // HEADS,
-      "llama.rope.freq_base": 100000.0,
-      "llama.attention.layer_norm_rms_epsilon": 1e-5,
+      f"{architecture}.block_count": BLOCKS,
+      f"{architecture}.context_length": 128,
+      f"{architecture}.embedding_length": D,
+      f"{architecture}.feed_forward_length": F,
+      f"{architecture}.attention.head_count": HEADS,
+      f"{architecture}.attention.head_count_kv": KV_HEADS,
+      f"{architecture}.attention.key_length": D // HEADS,
+      f"{architecture}.rope.freq_base": 100000.0,
+      f"{architecture}.attention.layer_norm_rms_epsilon": 1e-5,
       "tokenizer.ggml.model": "gpt2",
       "tokenizer.ggml.pre": "smollm",
       "tokenizer.ggml.tokens": TOKENS,
@@ -84,7 +86,7 @@ def write_gguf(path: pathlib.Path, *, tied=True, extra_tensor="", **changes) -> 
       adders[type(value)](name, value)
 
   rng = np.random.default_rng(0)
-  expected = {}
+  expected, vocabulary = {}, len(metadata["tokenizer.ggml.tokens"])
 
   def add(name, hf_name, shape, kind, heads=0):
     values = rng.normal(size=shape).astype(np.float32)
@@ -95,15 +97,15 @@ def write_gguf(path: pathlib.Path, *, tied=True, extra_tensor="", **changes) -> 
     # Quantisation works along rows, so the order of the rows does not change their values.
     quantised = gguf.quants.quantize(values, kind)
     expected[hf_name] = gguf.quants.dequantize(quantised, kind)
-    if heads:
+    if heads and architecture == "llama":
       quantised = gguf.quants.quantize(permute(values, heads), kind)
     writer.add_tensor(name, quantised, raw_dtype=kind)
 
   types = gguf.GGMLQuantizationType
-  add("token_embd.weight", "model.embed_tokens.weight", (len(TOKENS), D), types.Q8_0)
+  add("token_embd.weight", "model.embed_tokens.weight", (vocabulary, D), types.Q8_0)
   add("output_norm.weight", "model.norm.weight", (D,), types.F32)
   if not tied:
-    add("output.weight", "lm_head.weight", (len(TOKENS), D), types.Q8_0)
+    add("output.weight", "lm_head.weight", (vocabulary, D), types.Q8_0)
   if extra_tensor:
     add(extra_tensor, "extra", (D,), types.F32)
   kv = D // HEADS * KV_HEADS
@@ -118,8 +120,14 @@ def write_gguf(path: pathlib.Path, *, tied=True, extra_tensor="", **changes) -> 
         ("ffn_down", "mlp.down_proj", (D, F), 0),
     ):
       add(f"blk.{i}.{name}.weight", f"model.layers.{i}.{hf_name}.weight", shape, types.Q4_1, heads)
-    for name, hf_name in (("attn_norm", "input_layernorm"), ("ffn_norm", "post_attention_layernorm")):
-      add(f"blk.{i}.{name}.weight", f"model.layers.{i}.{hf_name}.weight", (D,), types.F32)
+    norms = {"attn": "input_layernorm", "ffn": "post_attention_layernorm"}
+    vectors = {f"{part}_norm.weight": (f"{norm}.weight", D) for part, norm in norms.items()}
+    if architecture == "qwen2":
+      vectors |= {f"attn_{part}.bias": (f"self_attn.{part}_proj.bias", D if part == "q" else kv) for part in "qkv"}
+    if architecture == "qwen3":
+      vectors |= {f"attn_{part}_norm.weight": (f"self_attn.{part}_norm.weight", D // HEADS) for part in "qk"}
+    for name, (hf_name, size) in vectors.items():
+      add(f"blk.{i}.{name}", f"model.layers.{i}.{hf_name}", (size,), types.F32)
   writer.write_header_to_file()
   writer.write_kv_data_to_file()
   writer.write_tensors_to_file()
@@ -164,6 +172,21 @@ def test_gguf_config(tiny):
   )
 
 
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+def test_gguf_of_other_families(family, tmp_path):
+  expected = write_gguf(tmp_path / "m.gguf", architecture=family)
+  convert_gguf(tmp_path / "m.gguf", tmp_path / "m")
+  found = safetensors_numpy.load_file(tmp_path / "m/model.safetensors")
+  assert found.keys() == expected.keys()
+  for name, value in expected.items():
+    np.testing.assert_array_equal(found[name], value, err_msg=name)
+  config = load_model(str(tmp_path / "m")).config
+  assert (config.family, config.head_dim, config.rope_theta) == (family, D // HEADS, 1e5)
+  assert (config.qkv_bias, config.qk_norm) == (family == "qwen2", family == "qwen3")
+  reference = transformers.AutoConfig.from_pretrained(tmp_path / "m")
+  assert reference.architectures == [type(transformers.AutoModelForCausalLM.from_config(reference)).__name__]
+
+
 def test_untied_gguf_has_its_own_head(tmp_path):
   expected = write_gguf(tmp_path / "m.gguf", tied=False)
   convert_gguf(tmp_path / "m.gguf", tmp_path / "m")
@@ -179,6 +202,8 @@ def test_untied_gguf_has_its_own_head(tmp_path):
         (dict(llama__rope__dimension_count=8), "rotates 8 of 16"),
         (dict(llama__rope__scaling__type="yarn"), "rope scaling"),
         (dict(llama__expert_count=8), "experts"),
+        (dict(llama__attention__sliding_window=64), "sliding window"),
+        (dict(architecture="qwen2", extra_tensor="blk.0.attn_q_norm.weight"), "blk.0.attn_q_norm.weight"),
         (dict(llama__embedding_length=None), "llama.embedding_length"),
         (dict(llama__attention__head_count_kv=3), "multiple"),
         (dict(extra_tensor="rope_freqs.weight"), "rope_freqs.weight"),
@@ -231,12 +256,32 @@ def test_tokenizer_merges_and_splits_digits(tiny):
   assert ids == (1, 2, 2, 0)
 
 
-@pytest.mark.parametrize(
-    "text", ["", " a  b ", "\n\n\tx\r\n", "don't , stop .", "Größe 日本語 🙂", "3.14e-10", "\x00\x7f"]
-)
+TEXTS = ["", " a  b ", "\n\n\tx\r\n", "don't , stop .", "Größe 日本語 🙂", "3.14e-10", "\x00\x7f"]
+
+
+@pytest.mark.parametrize("text", TEXTS)
 def test_tokenizer_round_trips_any_text(tiny, text):
   tokenizer = load_tokenizer(tiny[2])
   assert tokenizer.decode(tokenizer(text).input_ids) == text
+
+
+@pytest.mark.parametrize("text", [*TEXTS, "We'LL hello\thello 12 (hello)\r\n\n  hello!?\n", "e\u0301<|im_start|>hello"])
+def test_tokenizer_of_qwen_is_that_of_transformers(text, tmp_path):
+  # Merges across what must be split, and of what the normal form joins.
+  merges = [*MERGES, "' L", "'L L", "Ġ Ġ", "ĉ h", "! ?", "!? Ċ", "Ċ Ċ", "( h", "Ã ©"]
+  tokens = SPECIALS + BYTES + [merge.replace(" ", "") for merge in merges]
+  types = [3] * len(SPECIALS) + [1] * (len(tokens) - len(SPECIALS))
+  changes = {"tokens": tokens, "merges": merges, "token_type": types, "pre": "qwen2"}
+  renamed = {f"tokenizer__ggml__{name}": value for name, value in changes.items()}
+  write_gguf(tmp_path / "m.gguf", architecture="qwen2", **renamed)
+  convert_gguf(tmp_path / "m.gguf", tmp_path / "m")
+  reference = transformers.Qwen2Tokenizer(
+      vocab={token: i for i, token in enumerate(tokens)}, merges=[tuple(merge.split(" ")) for merge in merges],
+      unk_token="<|endoftext|>", eos_token="<|im_end|>", pad_token="<|im_start|>",
+  )
+  expected = reference(text).input_ids
+  assert tokenizers.Tokenizer.from_file(str(tmp_path / "m/tokenizer.json")).encode(text).ids == expected
+  assert load_tokenizer(tmp_path / "m")(text).input_ids == expected
 
 
 def test_chat_template(tiny):

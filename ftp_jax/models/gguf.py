@@ -1,7 +1,7 @@
-"""GGUF files: dequantised into a Hugging Face directory, tokenizer included.
+"""GGUF files of Llama, Qwen1.5/2/2.5 and Qwen3: dequantised into a Hugging Face directory, tokenizer included.
 
-Only architecture "llama" is read. Its converter permutes the rows of the query and key weights
-(interleaved rotary pairs instead of halves); they are put back here.
+The converter of "llama" permutes the rows of the query and key weights (interleaved rotary pairs instead of halves);
+they are put back here. That of the others does not.
 """
 
 import contextlib
@@ -22,15 +22,21 @@ from ftp_jax.models.tokenizer import build_tokenizer, tokenizer_config
 
 # GGUF name of a block's tensor -> its name in a Hugging Face checkpoint.
 _BLOCK = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
+    "attn_norm.weight": "input_layernorm.weight",
+    "attn_q.weight": "self_attn.q_proj.weight",
+    "attn_k.weight": "self_attn.k_proj.weight",
+    "attn_v.weight": "self_attn.v_proj.weight",
+    "attn_output.weight": "self_attn.o_proj.weight",
+    "ffn_norm.weight": "post_attention_layernorm.weight",
+    "ffn_gate.weight": "mlp.gate_proj.weight",
+    "ffn_up.weight": "mlp.up_proj.weight",
+    "ffn_down.weight": "mlp.down_proj.weight",
+}
+# GGUF architecture, which is also the `model_type` -> class of the checkpoint, and tensors that only its blocks have.
+_ARCHITECTURES = {
+    "llama": ("LlamaForCausalLM", {}),
+    "qwen2": ("Qwen2ForCausalLM", {f"attn_{part}.bias": f"self_attn.{part}_proj.bias" for part in "qkv"}),
+    "qwen3": ("Qwen3ForCausalLM", {f"attn_{part}_norm.weight": f"self_attn.{part}_norm.weight" for part in "qk"}),
 }
 _OUTSIDE = {
     "token_embd.weight": "model.embed_tokens.weight",
@@ -77,34 +83,35 @@ def convert_gguf(gguf_path: str | os.PathLike, out_dir: str | os.PathLike) -> No
 def _hf_config(metadata: Mapping[str, Any], tied: bool) -> dict[str, Any]:
   """`config.json` of the model that the metadata describe."""
   architecture = metadata.get("general.architecture")
-  if architecture != "llama":
+  if architecture not in _ARCHITECTURES:
     raise UserError(
-        f"the GGUF file holds architecture {architecture!r}, but only 'llama' is read from GGUF; "
+        f"the GGUF file holds architecture {architecture!r}, but only {', '.join(_ARCHITECTURES)} are read from GGUF; "
         "use the model's Hugging Face directory or hub id."
     )
-  if metadata.get("llama.rope.scaling.type", "none") != "none" or metadata.get("llama.expert_count"):
+  option = lambda name, default=None: metadata.get(f"{architecture}.{name}", default)
+  if option("rope.scaling.type", "none") != "none" or option("expert_count") or option("attention.sliding_window"):
     raise UserError(
-        "the GGUF file asks for rope scaling or experts, which are not read from GGUF; "
+        "the GGUF file asks for rope scaling, experts or a sliding window, which are not read from GGUF; "
         "use the model's Hugging Face directory or hub id."
     )
   try:
-    value = lambda name: metadata[f"llama.{name}"]
+    value = lambda name: metadata[f"{architecture}.{name}"]
     heads, hidden = value("attention.head_count"), value("embedding_length")
     config = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
+        "architectures": [_ARCHITECTURES[architecture][0]],
+        "model_type": architecture,
         "vocab_size": len(metadata["tokenizer.ggml.tokens"]),
         "hidden_size": hidden,
         "intermediate_size": value("feed_forward_length"),
         "num_hidden_layers": value("block_count"),
         "num_attention_heads": heads,
-        "num_key_value_heads": metadata.get("llama.attention.head_count_kv", heads),
-        "head_dim": metadata.get("llama.attention.key_length", hidden // heads),
+        "num_key_value_heads": option("attention.head_count_kv", heads),
+        "head_dim": option("attention.key_length", hidden // heads),
         "hidden_act": "silu",
         "max_position_embeddings": value("context_length"),
         # Stored in fp32: the shortest decimal that rounds to it is the number that was meant.
         "rms_norm_eps": float(str(np.float32(value("attention.layer_norm_rms_epsilon")))),
-        "rope_theta": float(metadata.get("llama.rope.freq_base", 10_000.0)),
+        "rope_theta": float(option("rope.freq_base", 10_000.0)),
         "tie_word_embeddings": tied,
         "attention_bias": False,
         "mlp_bias": False,
@@ -112,7 +119,7 @@ def _hf_config(metadata: Mapping[str, Any], tied: bool) -> dict[str, Any]:
     }
   except KeyError as missing:
     raise UserError(f"the GGUF file has no {missing} in its metadata; download it again.") from None
-  rotary = metadata.get("llama.rope.dimension_count", config["head_dim"])
+  rotary = option("rope.dimension_count", config["head_dim"])
   if rotary != config["head_dim"]:
     raise UserError(
         f"the GGUF file rotates {rotary} of {config['head_dim']} dimensions of a head, which is not supported; "
@@ -129,16 +136,18 @@ def _hf_config(metadata: Mapping[str, Any], tied: bool) -> dict[str, Any]:
 def _entry(tensor: gguf.ReaderTensor, config: Mapping[str, Any]):
   """What `write_checkpoint` takes: name, bytes in fp32 and a function that makes the array."""
   name = _OUTSIDE.get(tensor.name)
-  kind = ""
-  if tensor.name.startswith("blk.") and tensor.name.endswith(".weight"):
-    _, block, kind, _ = tensor.name.split(".")
-    name = f"model.layers.{block}.{_BLOCK[kind]}.weight" if kind in _BLOCK else None
+  part = ""
+  if tensor.name.startswith("blk."):
+    _, block, part = tensor.name.split(".", 2)
+    in_block = (_BLOCK | _ARCHITECTURES[config["model_type"]][1]).get(part)
+    name = in_block and f"model.layers.{block}.{in_block}"
   if name is None:
     raise UserError(
         f"the GGUF file holds {tensor.name}, which is not read from GGUF; "
         "use the model's Hugging Face directory or hub id."
     )
-  heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}.get(kind)
+  permuted = {"attn_q.weight": "num_attention_heads", "attn_k.weight": "num_key_value_heads"}
+  heads = config[permuted[part]] if config["model_type"] == "llama" and part in permuted else None
 
   def make():
     weight = gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float32, copy=False)

@@ -6,7 +6,7 @@ from typing import Any
 
 import tokenizers
 import transformers
-from tokenizers import decoders, models, pre_tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from ftp_jax.errors import UserError, brief
 
@@ -18,11 +18,25 @@ def _byte_level():
   return pre_tokenizers.ByteLevel(add_prefix_space=False)
 
 
+def _qwen2():
+  """Contractions, words with the sign before them, single digits, other signs, and whitespace by lines."""
+  words = (
+      r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+      r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+  )
+  return pre_tokenizers.Sequence([
+      pre_tokenizers.Split(tokenizers.Regex(words), "isolated"),
+      pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+  ])
+
+
 # What `tokenizer.ggml.pre` stands for; the merges are only right behind their own pre-tokenizer.
 _PRE_TOKENIZERS = {
     "smollm": lambda: pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), _byte_level()]),
     "gpt-2": _byte_level,
+    "qwen2": _qwen2,
 }
+_NORMALIZERS = {"qwen2": normalizers.NFC}
 
 
 def build_tokenizer(metadata: Mapping[str, Any]) -> tokenizers.Tokenizer:
@@ -43,6 +57,8 @@ def build_tokenizer(metadata: Mapping[str, Any]) -> tokenizers.Tokenizer:
     raise UserError("the GGUF file's tokens, token types and merges are incomplete; download the file again.")
   vocab = {token: i for i, token in enumerate(tokens)}
   tokenizer = tokenizers.Tokenizer(models.BPE(vocab, [tuple(merge.split(" ")) for merge in merges]))
+  if pre in _NORMALIZERS:
+    tokenizer.normalizer = _NORMALIZERS[pre]()
   tokenizer.pre_tokenizer = _PRE_TOKENIZERS[pre]()
   tokenizer.decoder = decoders.ByteLevel()
   added = lambda wanted, special: [
