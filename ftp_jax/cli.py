@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 from ftp_jax import distributed, launch
 from ftp_jax.errors import UserError, brief, check_target, out_of_memory
+from ftp_jax.files import replacing
 
 _OVERRIDES = """\
 Every key of the config can be set: --config.train.steps=20 --config.sparsities="(0.3, 0.4)".
@@ -70,8 +71,8 @@ def outcome(error: BaseException, saves: bool = True) -> tuple[int, str] | None:
     reason = f"{error.filename or 'a file'}: {error.strerror or error}"
     return 2, f"{reason}; free space or choose another place."
   if out_of_memory(error):
-    return 2, ("there is not enough memory; lower train.batch, search.batch or evaluation.batch, or set "
-               "model.remat=full.")
+    return 2, ("there is not enough memory; set model.remat=full, or begin in another --workdir with a smaller "
+               "train.batch, search.batch or evaluation.batch.")
   if isinstance(error, KeyboardInterrupt):
     return 130, f"stopped{saved}."
   if isinstance(error, distributed.Stopped):
@@ -295,7 +296,8 @@ def _run_stages(name: str, config, workdir: str, target: pathlib.Path | None) ->
   if name == "evaluate":
     print(tables.format_table(report.results(workdir, config)["aggregated"]))
   if target:
-    target.write_text(json.dumps(report.results(workdir, config), indent=2), encoding="utf-8")
+    with replacing(target) as file:
+      file.write(json.dumps(report.results(workdir, config), indent=2).encode())
 
 
 if __name__ == "__main__":

@@ -153,7 +153,7 @@ def run_stage(
     return
   try:
     work(directory)
-  except UserError:
+  except Exception:  # nothing was made: other settings may begin it
     if distributed.is_first() and [path.name for path in directory.iterdir()] == [SETTINGS]:
       (directory / SETTINGS).unlink()
     raise

@@ -9,6 +9,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from ftp_jax.config import get_config
+from ftp_jax.data import sources
 from ftp_jax.data.encoding import chat_turn
 from ftp_jax.data.prompts import Prompts, batches, buckets_of, indices_at, pack, put_back, shuffled, take, turns
 from ftp_jax.data.records import embedded_documents, read_documents
@@ -329,6 +330,21 @@ def test_equal_prompts_belong_to_the_document_that_is_named_first(tmp_path, toke
   named = [{"context": f"q{n % 6}", "continuation": f"a{n}", "document": f"d{n}"} for n in range(12)]
   _, documents, _ = load_prompts(data_config(path=write_jsonl(tmp_path / "a.jsonl", named)), tokenizer)
   assert documents.tolist() == [0, 1, 2, 3, 4, 5] * 2
+
+
+def test_finding_the_document_of_many_prompts_takes_few_steps_each():
+  class Counted(dict):
+    steps = 0
+
+    def setdefault(self, *item):
+      self.steps += 1
+      return super().setdefault(*item)
+
+  joined, count = Counted(), 2000
+  for n in range(count):
+    joined[sources._first(joined, "document")] = sources._first(joined, n)
+  assert {sources._first(joined, n) for n in range(count)} == {count - 1}
+  assert joined.steps < 20 * count  # without shortcuts a thousand steps each
 
 
 def test_documents_that_share_a_prompt_are_one(tmp_path, tokenizer):

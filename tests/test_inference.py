@@ -310,7 +310,17 @@ def test_a_prompt_that_fits_the_largest_bucket_is_run_whatever_its_padding(engin
   )
 
 
-def test_the_tokenizer_names_the_default_stops(engine):
+@pytest.mark.parametrize("stops", [
+    dict(stop_tokens="ab"), dict(stop_tokens=["a"]), dict(stop_tokens=[None]), dict(stop_tokens=[2**31]),
+    dict(stop_tokens=1.0), dict(stop_strings=None), dict(stop_strings=[3]),
+])
+def test_stops_of_another_type_are_one_sentence(engine, stops, monkeypatch):
+  monkeypatch.setattr(programs, "prefill", None)  # before any work
+  with pytest.raises(UserError, match=f"{next(iter(stops))}=.* must be"):
+    engine.generate(PROMPTS, 18, **stops)
+
+
+def test_tokenizer_and_checkpoint_name_the_default_stops(engine, monkeypatch):
   free = engine.generate(PROMPTS, 18)
   letter = free[0].text[6]
   end = free[0].text.index(letter)
@@ -326,6 +336,12 @@ def test_the_tokenizer_names_the_default_stops(engine):
   assert engine.generate(PROMPTS, 18, stop_strings=free[0].text[5:8]) == engine.generate(
       PROMPTS, 18, stop_strings=[free[0].text[5:8]]
   )
+  with monkeypatch.context() as patch:
+    patch.setattr(engine_module, "generation_ends", lambda directory: (free[0].tokens[3],))
+    ends = build(tokenizer=tokenizer)
+    assert ends.stop_tokens == (free[0].tokens[6], free[0].tokens[3])
+  first = next(n for n, token in enumerate(free[0].tokens, 1) if token in ends.stop_tokens)
+  assert ends.generate(PROMPTS, 18)[0].tokens == free[0].tokens[:first]
   # A string that is a token of its own stops as one: its text is not in the decoded text.
   assert own.generate(PROMPTS, 18, stop_tokens=(), stop_strings=[letter])[0] == done
   # As it does where other tokens spell it.

@@ -17,7 +17,7 @@ from ftp_jax.evaluation.baselines import Yardstick, from_artifact
 from ftp_jax.export import artifact
 from ftp_jax.models.huggingface import fingerprint, save_params
 from ftp_jax.models.sources import load_model
-from ftp_jax.pipeline import cells, checks
+from ftp_jax.pipeline import cells, checks, preparation
 from ftp_jax.pipeline.directory import RunDirectory
 from ftp_jax.routing import masked, routers, stand_in
 from ftp_jax.stages import alone_in, load_arrays
@@ -409,6 +409,23 @@ def test_routers_a_block_learn_the_scores_of_their_blocks_whichever_block_evicts
     (lambda c: c.routing.update(kv_mode="evict", evict_from=99), "evict_from=99 does not exist"),
     (lambda c: c.routing.update(one_pass_block=99), "one_pass_block=99 does not exist"),
     (lambda c: c.routing.update(decode_sparsity=0.1, decode_threshold=0.6), "decode_threshold=0.6 is not what"),
+    (lambda c: (c.search.update(schedule="fisher"), c.routing.update(decode_sparsity=0.8, one_pass_block=1)),
+     "decode_sparsity=0.8 would take all of the 3 blocks that can skip"),
+    (lambda c: (c.data.update(continuation=1, min_continuation=1), c.routing.update(decode_sparsity=0.1)),
+     "data.continuation=1 leaves no new token"),
+    (lambda c: c.routing.update(bucket_multiple=16), "bucket_multiple=16 .* nothing skips"),
+    (lambda c: c.update(seeds=(2**32,)), "seeds=.* must be whole numbers from 0 to"),
+    (lambda c: c.data.update(seed=2**63), "data.seed=.* must be less than"),
+    (lambda c: c.data.update(source="foo"), "data.source='foo' is unknown"),
+    (lambda c: c.data.update(continuation=0), "data.continuation=0 are not in order"),
+    (lambda c: c.data.update(source="text", path="nowhere.txt"), "nowhere.txt cannot be read"),
+    (lambda c: c.evaluation.update(perplexity_path="nowhere.txt"), "nowhere.txt cannot be read"),
+    (lambda c: c.evaluation.update(perplexity_windows=0), "0 perplexity windows"),
+    (lambda c: c.train.update(clip=float("nan")), "train.clip=nan; give it a value, such as 1.0"),
+    (lambda c: c.train.update(guide_weight=-1.0), "train.guide_weight=-1.0 must be at least 0"),
+    (lambda c: c.train.update(warmup_guide_learning_rate=-1.0), "warmup_guide_learning_rate=-1.0 must be at least 0"),
+    (lambda c: c.train.update(warmup_guide_prompts=10**12, batch=4) or c.data.update(num_train=10**12),
+     "hidden states of train.warmup_guide_prompts=1000000000000 take .* GB of this machine's"),
 ])
 def test_impossible_settings_are_one_sentence(model_directory, tmp_path, change, named):
   config = tiny_run(model_directory)
@@ -416,6 +433,41 @@ def test_impossible_settings_are_one_sentence(model_directory, tmp_path, change,
   with pytest.raises(UserError, match=named) as error:
     pipeline.run(config, str(tmp_path), pipeline.STAGES[:3])
   assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("section,key", [("train", "steps"), ("evaluation", "perplexity_path"), ("routing", "kv_mode")])
+def test_keys_without_a_value_are_one_sentence(model_directory, tmp_path, section, key):
+  config = tiny_run(model_directory)
+  with config[section].ignore_type():
+    config[section][key] = None
+  with pytest.raises(UserError, match=f"The config has {section}.{key}=None; give it a value"):
+    pipeline.run(config, str(tmp_path))
+
+
+@pytest.mark.parametrize("change", [
+    lambda c: c.data.update(source="prompts", path="nowhere.jsonl"),
+    lambda c: c.data.update(min_context=17),
+    lambda c: c.evaluation.update(perplexity_path="nowhere.txt"),
+])
+def test_what_is_wrong_with_the_data_shows_before_a_model_is_fetched(tmp_path, change):
+  config = tiny_run("no/such-model-anywhere")
+  change(config)
+  with pytest.raises(UserError, match="nowhere|not in order"):
+    pipeline.run(config, str(tmp_path))
+
+
+def test_a_stage_that_made_nothing_may_begin_with_other_settings(model_directory, tmp_path, monkeypatch):
+  config = tiny_run(model_directory)
+
+  def full(*arguments, **named):
+    raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+
+  with monkeypatch.context() as patch:
+    patch.setattr(preparation.redundancy, "token_similarity", full)
+    with pytest.raises(RuntimeError):
+      pipeline.run(config, str(tmp_path), ("data", "importance"))
+  config.train.batch = 2
+  pipeline.run(config, str(tmp_path), ("data", "importance"))
 
 
 def test_a_foreign_config_is_not_overwritten(finished, model_directory, tmp_path):

@@ -1,6 +1,7 @@
 """The report of a hand-made run directory."""
 
 import csv
+import errno
 import json
 import math
 import re
@@ -10,10 +11,10 @@ import matplotlib.image
 import numpy as np
 import pytest
 
-from ftp_jax import report
+from ftp_jax import files, report
 from ftp_jax.config import get_config
 from ftp_jax.errors import UserError
-from ftp_jax.report import plots, tables
+from ftp_jax.report import html, plots, tables
 from ftp_jax.report.rundir import cell_directory, read_run
 
 BLOCKS, CONTEXT = 12, 14
@@ -148,6 +149,28 @@ def test_results_files(run):
     rows = list(csv.DictReader(file))
   assert len(rows) == len(results["aggregated"])
   assert float(rows[-1]["kl"]) == results["aggregated"][-1]["kl"] and rows[0]["kl_std"] == ""
+
+
+def test_a_full_disk_leaves_the_report_of_before(run, tmp_path, monkeypatch):
+  workdir, config, _ = run
+  shutil.copytree(workdir, tmp_path / "run")
+  report.write_report(str(tmp_path / "run"), config)
+  names = "results.json", "results.csv", "redundancy.csv", "report.html"
+  before = {name: (tmp_path / "run" / name).read_bytes() for name in names}
+
+  def full(descriptor):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+  monkeypatch.setattr(files.os, "fsync", full)
+  writers = (
+      lambda path: report.write_report(str(tmp_path / "run"), config), lambda path: tables.write_csv([{"a": 1}], path),
+      lambda path: tables.write_redundancy(read_run(workdir, config).redundancy, path),
+      lambda path: html.write_html(report.results(str(workdir), config), read_run(workdir, config), [], path),
+  )
+  for name, write in zip(names, writers):
+    with pytest.raises(UserError, match=f"no space left to write to .*{name}"):
+      write(str(tmp_path / "run" / name))
+  assert {name: (tmp_path / "run" / name).read_bytes() for name in names} == before
 
 
 def test_plots_are_drawn(run):

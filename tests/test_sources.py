@@ -28,7 +28,7 @@ from ftp_jax.models.decoder import abstract_params
 from ftp_jax.models.fetch import Wheel, fetch
 from ftp_jax.models.gguf import convert_gguf
 from ftp_jax.models.sources import load_model, resolve
-from ftp_jax.models.tokenizer import load_tokenizer
+from ftp_jax.models.tokenizer import generation_ends, load_tokenizer
 
 D, F, HEADS, KV_HEADS, BLOCKS = 64, 96, 4, 2, 2
 SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -211,6 +211,11 @@ def test_untied_gguf_has_its_own_head(tmp_path):
         (dict(tokenizer__ggml__pre="tekken"), "pre='tekken'"),
         (dict(tokenizer__ggml__model="llama"), "model='llama'"),
         (dict(tokenizer__ggml__merges=None), "incomplete"),
+        (dict(tokenizer__ggml__merges=["h e", "no where"]), "merges do not fit its tokens"),
+        (dict(tokenizer__ggml__merges=["h e l"]), "merges do not fit its tokens"),
+        (dict(split__count=2), "is one of 2 parts of a model; merge them"),
+        (dict(llama__attention__head_count=0, llama__attention__key_length=None), "sizes cannot be read"),
+        (dict(llama__attention__head_count=[4, 2], llama__attention__key_length=None), "sizes cannot be read"),
         (dict(tokenizer__ggml__token_type=[1, 1]), "incomplete"),
         (dict(tokenizer__ggml__add_bos_token=True), "begin-of-text"),
     ],
@@ -221,6 +226,28 @@ def test_gguf_that_is_not_understood_is_refused(changes, named, tmp_path):
     convert_gguf(tmp_path / "m.gguf", tmp_path / "m")
   assert "\n" not in str(error.value)
   assert [p.name for p in tmp_path.iterdir()] == ["m.gguf"]
+
+
+def test_a_quantisation_that_cannot_be_undone_is_refused_before_anything_is_written(tiny, tmp_path, monkeypatch):
+  def dequantize(data, kind):
+    raise NotImplementedError(f"Dequantization for {kind.name} is not yet implemented")
+
+  monkeypatch.setattr(gguf.quants, "dequantize", dequantize)
+  with pytest.raises(UserError, match="holds token_embd.weight as Q8_0, which cannot be dequantised; use another"):
+    convert_gguf(tiny[0], tmp_path / "m")
+  assert not list(tmp_path.iterdir())
+
+
+def test_ends_of_a_gguf(tiny, tmp_path):
+  assert generation_ends(tiny[2]) == (2,)
+  write_gguf(tmp_path / "m.gguf", tokenizer__ggml__eot_token_id=1)
+  convert_gguf(tmp_path / "m.gguf", tmp_path / "m")
+  assert generation_ends(tmp_path / "m") == (2, 1)
+  write_gguf(tmp_path / "q.gguf", architecture="qwen2", tokenizer__ggml__pre=None)  # as files had it before the key
+  convert_gguf(tmp_path / "q.gguf", tmp_path / "q")
+  assert generation_ends(tmp_path / "q") == (2, 0)
+  assert load_tokenizer(tmp_path / "q").tokenize("12") == ["1", "2"]
+  assert generation_ends(tmp_path) == ()
 
 
 def test_truncated_gguf_is_refused_and_leaves_nothing(tiny, tmp_path):

@@ -44,9 +44,9 @@ def run(arguments: argparse.Namespace) -> None:
   if settings.text:
     found = [record | {"text": settings.text} for record in found]
   print(records.format_table(found))
+  _write(machine, found, settings)
   if settings.kind == "crossover":
     _report_crossover(crossover.write(found, settings, machine), settings)
-  _write(machine, found, settings)
 
 
 def _torch(model: Model, settings: Settings) -> contextlib.AbstractContextManager[TorchDense | None]:

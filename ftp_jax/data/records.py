@@ -41,12 +41,30 @@ def read_source(data) -> list[str] | list[Pair]:
   Raises:
     UserError: the source is unknown, missing, empty or malformed.
   """
-  if data.source not in _SOURCES:
-    raise UserError(f"data.source={data.source!r} is unknown; use one of {', '.join(_SOURCES)}.")
+  check_source(data)
   records = _SOURCES[data.source](data)
   if not records:
     raise UserError(f"data.path={data.path!r} holds no records; set it to a {data.source} source that has some.")
   return records
+
+
+def check_source(data) -> None:
+  """Raises UserError where the source is unknown, or a file that it would read cannot be opened."""
+  if data.source not in _SOURCES:
+    raise UserError(f"data.source={data.source!r} is unknown; use one of {', '.join(_SOURCES)}.")
+  if data.source in ("prompts", "text"):
+    check_file(data.path)
+
+
+def check_file(path: str) -> None:
+  """Raises UserError for a file that cannot be opened."""
+  if not path:
+    raise UserError("data.path is empty; set it to the file to read.")
+  try:
+    with open(path, "rb"):
+      pass
+  except OSError as error:
+    raise UserError(f"{path} cannot be read ({error.strerror}); name a readable file.") from None
 
 
 def embedded_documents(held: bool) -> list[str]:
@@ -127,12 +145,9 @@ def _field(record: dict[str, Any], name: str, where: str) -> str:
 
 def read_text(path: str) -> str:
   """The text of a UTF-8 file, with or without a byte order mark; UserError if it cannot be read."""
-  if not path:
-    raise UserError("data.path is empty; set it to the file to read.")
+  check_file(path)
   try:
     return pathlib.Path(path).read_text(encoding="utf-8-sig")
-  except OSError as error:
-    raise UserError(f"{path} cannot be read ({error.strerror}); name a readable file.") from None
   except UnicodeDecodeError as error:
     raise UserError(f"{path} is not UTF-8 text (byte {error.start}); convert it to UTF-8.") from None
 

@@ -42,7 +42,7 @@ def load_splits(data, tokenizer) -> dict[str, Prompts]:
   Raises:
     UserError: a setting is out of range, the data cannot be read, or there is too little of it.
   """
-  _check(data)
+  check_lengths(data)
   prompts, documents, found = load_prompts(data, tokenizer, data.train_min_context or data.min_context)
   # Windows are all of one length; prompts that only the training set may have come last.
   held = np.count_nonzero(prompts.context >= data.min_context)
@@ -108,6 +108,7 @@ def _pair_rows(pairs, encoded, data, shortest):
 def _first(joined: dict, key):
   """The key that stands for all that are joined with it."""
   while joined.setdefault(key, key) != key:
+    joined[key] = joined[joined[key]]  # half the way for whoever asks next
     key = joined[key]
   return key
 
@@ -154,7 +155,8 @@ def _by_position(documents: np.ndarray, counts: dict[str, int], seed: int) -> di
   return indices
 
 
-def _check(data) -> None:
+def check_lengths(data) -> None:
+  """Raises UserError for numbers of `config.data` that no data could meet."""
   if data.seed < 0 or min(data.num_search, data.num_train, data.num_validation, data.num_test) < 0:
     raise UserError("data.seed or a data.num_* setting is negative; use 0 or more.")
   if not 1 <= data.min_context <= data.max_context:

@@ -13,6 +13,12 @@ def running_text(documents: Iterable[str], tokenizer) -> list[int]:
   return bos_ids(tokenizer) + tokenizer("\n\n".join(documents), add_special_tokens=False, verbose=False).input_ids
 
 
+def check_windows(num_windows: int, length: int) -> None:
+  """Raises UserError for windows that score nothing."""
+  if num_windows < 1 or length < 2:
+    raise UserError(f"{num_windows} perplexity windows of {length} tokens score nothing; use 1 or more of 2 or more.")
+
+
 def perplexity_windows(path: str, tokenizer, num_windows: int, length: int) -> Prompts:
   """The first `num_windows` consecutive windows of `length` tokens of a text, every one causal.
 
@@ -27,8 +33,7 @@ def perplexity_windows(path: str, tokenizer, num_windows: int, length: int) -> P
   Raises:
     UserError: the text cannot be read or is too short.
   """
-  if num_windows < 1 or length < 2:
-    raise UserError(f"{num_windows} perplexity windows of {length} tokens score nothing; use 1 or more of 2 or more.")
+  check_windows(num_windows, length)
   ids = running_text(read_documents(path) if path else embedded_documents(held=True), tokenizer)
   if len(ids) < num_windows * length:
     raise UserError(

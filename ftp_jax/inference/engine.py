@@ -15,7 +15,7 @@ import contextlib
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -37,6 +37,7 @@ from ftp_jax.models.config import ModelConfig
 from ftp_jax.models.decoder import param_shardings
 from ftp_jax.models.huggingface import fingerprint
 from ftp_jax.models.sources import DTYPES, Model, load_model
+from ftp_jax.models.tokenizer import generation_ends
 from ftp_jax.routing import routers, stand_in
 from ftp_jax.routing.bucketed import Prefilled
 from ftp_jax.routing.cache import empty_recent
@@ -242,9 +243,14 @@ class Engine:
 
   @functools.cached_property
   def stop_tokens(self) -> tuple[int, ...]:
-    """Ids that end a row by default: the tokenizer's end of sequence, and what ends a turn of its chat template."""
+    """Ids that end a row by default.
+
+    The tokenizer's end of sequence, those of the checkpoint's `generation_config.json`, and what ends a turn of its
+    chat template.
+    """
     tokenizer = self.model.tokenizer
     ends = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
+    ends += generation_ends(self.model.directory)
     try:
       ends += chat_turn(tokenizer).end if tokenizer.chat_template else ()
     except UserError:  # a template that cannot be read has no known end
@@ -311,24 +317,33 @@ class Engine:
         are pruned come before those computed densely.
 
     Raises:
-      UserError: as `prefill`, or the prompt and the new tokens together exceed the model's positions.
+      UserError: as `prefill`, or the prompt and the new tokens together exceed the model's positions, or a stop is of
+        another type.
     """
+    stops = self._stops(stop_tokens, stop_strings)
     if not isinstance(prompts, Prefix):
       self.check(prompts, max_new_tokens)  # before the work
       prompts = self.prefill(prompts)
     self._check_room(max(prompts.lengths), max_new_tokens)
-    stop_strings = (stop_strings,) if isinstance(stop_strings, str) else tuple(stop_strings)
-    added = self.model.tokenizer.get_added_vocab() if stop_strings else {}
-    stop_tokens = self.stop_tokens if stop_tokens is None else stop_tokens
-    stop_tokens = {stop_tokens} if isinstance(stop_tokens, int | np.integer) else {*stop_tokens}
-    stop_tokens |= {added[text] for text in stop_strings if text in added}
-    stops = _Stops(frozenset(stop_tokens), tuple(filter(None, stop_strings)))
     results: list[Generation | None] = [None] * len(prompts.lengths)
     for group in prompts.groups:
       rows = self._generate(group, max_new_tokens, sampling, stops, seed, stream)
       for index, result in zip(group.index, rows):
         results[index] = result
     return results
+
+  def _stops(self, tokens: int | Sequence[int] | None, strings: str | Sequence[str]) -> "_Stops":
+    """The stops of `generate`; UserError where they are of another type."""
+    strings = (strings,) if isinstance(strings, str) else strings
+    tokens = self.stop_tokens if tokens is None else (tokens,) if isinstance(tokens, int | np.integer) else tokens
+    if not isinstance(strings, Iterable) or not all(isinstance(text, str) for text in strings):
+      raise UserError(f"stop_strings={strings!r} must be a text or several; leave it out for none.")
+    whole = lambda token: isinstance(token, int | np.integer) and not isinstance(token, bool)
+    if not isinstance(tokens, Iterable) or not all(whole(token) and abs(token) < 2**31 for token in tokens):
+      raise UserError(f"stop_tokens={tokens!r} must be a token's id or several; texts belong into stop_strings.")
+    added = self.model.tokenizer.get_added_vocab() if strings else {}
+    ids = {*map(int, tokens)} | {added[text] for text in strings if text in added}
+    return _Stops(frozenset(ids), tuple(filter(None, strings)))
 
   def _generate(self, group: Group, max_new_tokens, sampling, stops: "_Stops", seed, stream) -> list[Generation]:
     spec, batch = group.spec, len(group.index)

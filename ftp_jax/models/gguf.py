@@ -18,7 +18,7 @@ import numpy as np
 from ftp_jax.errors import UserError, brief
 from ftp_jax.models.config import ModelConfig
 from ftp_jax.models.huggingface import MAX_SHARD_BYTES, write_checkpoint
-from ftp_jax.models.tokenizer import build_tokenizer, tokenizer_config
+from ftp_jax.models.tokenizer import build_tokenizer, end_tokens, tokenizer_config
 
 # GGUF name of a block's tensor -> its name in a Hugging Face checkpoint.
 _BLOCK = {
@@ -64,6 +64,11 @@ def convert_gguf(gguf_path: str | os.PathLike, out_dir: str | os.PathLike) -> No
   except (ValueError, IndexError, KeyError, TypeError, AttributeError, OverflowError, OSError) as error:
     reason = brief(error, 120)
     raise UserError(f"{gguf_path} is truncated or not a GGUF file ({reason}); download it again.") from None
+  if metadata.get("split.count", 1) > 1:
+    raise UserError(
+        f"{gguf_path} is one of {metadata['split.count']} parts of a model; merge them with llama-gguf-split --merge, "
+        "or use the model's Hugging Face directory or hub id."
+    )
   names = {tensor.name for tensor in reader.tensors}
   config = _hf_config(metadata, tied="output.weight" not in names)
   tokenizer, settings = build_tokenizer(metadata), tokenizer_config(metadata, config["max_position_embeddings"])
@@ -72,6 +77,9 @@ def convert_gguf(gguf_path: str | os.PathLike, out_dir: str | os.PathLike) -> No
     write_checkpoint(tensors, directory, MAX_SHARD_BYTES)
     tokenizer.save(str(directory / "tokenizer.json"))
     generation = {name: config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id") if name in config}
+    ends = end_tokens(metadata)
+    if ends:
+      generation["eos_token_id"] = list(ends)
     for name, content in (
         ("config.json", config),
         ("tokenizer_config.json", settings),
@@ -106,7 +114,7 @@ def _hf_config(metadata: Mapping[str, Any], tied: bool) -> dict[str, Any]:
         "num_hidden_layers": value("block_count"),
         "num_attention_heads": heads,
         "num_key_value_heads": option("attention.head_count_kv", heads),
-        "head_dim": option("attention.key_length", hidden // heads),
+        "head_dim": option("attention.key_length") or hidden // heads,
         "hidden_act": "silu",
         "max_position_embeddings": value("context_length"),
         # Stored in fp32: the shortest decimal that rounds to it is the number that was meant.
@@ -119,6 +127,8 @@ def _hf_config(metadata: Mapping[str, Any], tied: bool) -> dict[str, Any]:
     }
   except KeyError as missing:
     raise UserError(f"the GGUF file has no {missing} in its metadata; download it again.") from None
+  except (TypeError, ValueError, ZeroDivisionError) as error:  # such as numbers of heads that differ between blocks
+    raise UserError(f"the GGUF file's sizes cannot be read ({brief(error, 120)}); use another model.") from None
   rotary = option("rope.dimension_count", config["head_dim"])
   if rotary != config["head_dim"]:
     raise UserError(
@@ -146,6 +156,13 @@ def _entry(tensor: gguf.ReaderTensor, config: Mapping[str, Any]):
         f"the GGUF file holds {tensor.name}, which is not read from GGUF; "
         "use the model's Hugging Face directory or hub id."
     )
+  try:
+    gguf.quants.dequantize(tensor.data[:1], tensor.tensor_type)
+  except NotImplementedError:
+    raise UserError(
+        f"the GGUF file holds {tensor.name} as {tensor.tensor_type.name}, which cannot be dequantised; use another "
+        "quantisation of the model."
+    ) from None
   permuted = {"attn_q.weight": "num_attention_heads", "attn_k.weight": "num_key_value_heads"}
   heads = config[permuted[part]] if config["model_type"] == "llama" and part in permuted else None
 

@@ -1,5 +1,6 @@
 """Tokenizers: loaded from a Hugging Face directory, or rebuilt from the metadata of a GGUF file."""
 
+import json
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -37,6 +38,7 @@ _PRE_TOKENIZERS = {
     "qwen2": _qwen2,
 }
 _NORMALIZERS = {"qwen2": normalizers.NFC}
+_QWEN = ("qwen2", "qwen3")
 
 
 def build_tokenizer(metadata: Mapping[str, Any]) -> tokenizers.Tokenizer:
@@ -46,6 +48,8 @@ def build_tokenizer(metadata: Mapping[str, Any]) -> tokenizers.Tokenizer:
     UserError: the file holds no tokenizer, or one that is not rebuilt here.
   """
   kind, pre = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre")
+  if pre is None and metadata.get("general.architecture") in _QWEN:  # files from before there was the key
+    pre = "qwen2"
   if kind != "gpt2" or pre not in _PRE_TOKENIZERS:
     raise UserError(
         f"the GGUF file's tokenizer is model={kind!r} pre={pre!r}, but only model='gpt2' with pre in "
@@ -56,7 +60,12 @@ def build_tokenizer(metadata: Mapping[str, Any]) -> tokenizers.Tokenizer:
   if not tokens or merges is None or types is None or len(types) != len(tokens):
     raise UserError("the GGUF file's tokens, token types and merges are incomplete; download the file again.")
   vocab = {token: i for i, token in enumerate(tokens)}
-  tokenizer = tokenizers.Tokenizer(models.BPE(vocab, [tuple(merge.split(" ")) for merge in merges]))
+  try:
+    tokenizer = tokenizers.Tokenizer(models.BPE(vocab, [tuple(merge.split(" ")) for merge in merges]))
+  except Exception as error:  # pyo3's bare Exception, for a merge of what is no token
+    raise UserError(
+        f"the GGUF file's merges do not fit its tokens ({brief(error, 120)}); download the file again."
+    ) from error
   if pre in _NORMALIZERS:
     tokenizer.normalizer = _NORMALIZERS[pre]()
   tokenizer.pre_tokenizer = _PRE_TOKENIZERS[pre]()
@@ -89,6 +98,23 @@ def tokenizer_config(metadata: Mapping[str, Any], max_length: int) -> dict[str, 
   if metadata.get("tokenizer.chat_template"):
     config["chat_template"] = metadata["tokenizer.chat_template"]
   return config
+
+
+def end_tokens(metadata: Mapping[str, Any]) -> tuple[int, ...]:
+  """Ids after which a model of a GGUF file has nothing to say: those named so, and Qwen's end of text."""
+  tokens, qwen = metadata["tokenizer.ggml.tokens"], metadata.get("general.architecture") in _QWEN
+  named = [metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot")]
+  of_text = [i for i, token in enumerate(tokens) if qwen and token == "<|endoftext|>"]
+  return tuple(dict.fromkeys(i for i in named + of_text if i is not None))
+
+
+def generation_ends(directory: str | pathlib.Path) -> tuple[int, ...]:
+  """Ids that end a generation by the `generation_config.json` of a Hugging Face directory; () where it says nothing."""
+  try:
+    found = json.loads((pathlib.Path(directory) / "generation_config.json").read_text(encoding="utf-8"))["eos_token_id"]
+  except (OSError, ValueError, KeyError, TypeError):
+    return ()
+  return tuple(i for i in (found if isinstance(found, list) else [found]) if isinstance(i, int))
 
 
 def load_tokenizer(directory: str | pathlib.Path) -> transformers.PreTrainedTokenizerBase:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import pathlib
 import socket
@@ -9,6 +10,10 @@ import socket
 import numpy as np
 
 from ftp_jax import __version__, distributed
+from ftp_jax.config import get_config
+from ftp_jax.data.records import check_file, check_source
+from ftp_jax.data.sources import check_lengths
+from ftp_jax.data.windows import check_windows
 from ftp_jax.errors import UserError
 from ftp_jax.models.decoder import REMAT
 from ftp_jax.models.huggingface import fingerprint
@@ -25,18 +30,25 @@ _AT_LEAST = {
     ),
     0: (
         "train.warmup", "train.warmup_guide_steps", "search.generations", "finetune.rounds", "finetune.generations",
-        "data.seed",
+        "data.seed", "train.distill_weight", "train.sparsity_weight", "train.guide_weight",
+        "train.warmup_guide_learning_rate",
     ),
 }
 
 
 def check_config(config) -> None:
   """Raises UserError for a value that no stage could work with."""
+  known, found = flatten(get_config()), flatten(config)
+  for name in known:
+    if found.get(name) is None or found[name] != found[name]:
+      raise UserError(f"The config has {name}={found.get(name)!r}; give it a value, such as {known[name]!r}.")
   if not config.sparsities or not config.seeds:
     raise UserError("The run has nothing to do: give at least one of config.sparsities and of config.seeds.")
   for seed in config.seeds:
-    if not isinstance(seed, int) or seed < 0:
-      raise UserError(f"seeds={tuple(config.seeds)} must be whole numbers that are not negative.")
+    if not isinstance(seed, int) or not 0 <= seed < 2**32:
+      raise UserError(f"seeds={tuple(config.seeds)} must be whole numbers from 0 to 2**32 - 1.")
+  if config.data.seed >= 2**32:
+    raise UserError(f"data.seed={config.data.seed} must be less than 2**32.")
   largest = schedules.max_units(config.search.grid, config.search.max_sparsity) / config.search.grid
   for sparsity in config.sparsities:
     if not isinstance(sparsity, float) or not 0.005 <= sparsity <= largest:
@@ -68,7 +80,19 @@ def check_config(config) -> None:
           "finetune.rounds=0 would keep a schedule that the router is not trained for; set train.fisher_share=0, "
           "search.schedule='fisher' or finetune.rounds=1."
       )
+  check_lengths(config.data)
+  check_windows(config.evaluation.perplexity_windows, config.evaluation.perplexity_length)
   r = config.routing
+  if r.bucket_multiple >= config.data.max_context:
+    raise UserError(
+        f"routing.bucket_multiple={r.bucket_multiple} rounds what contexts of at most data.max_context="
+        f"{config.data.max_context} tokens keep up to all of them, so that nothing skips; choose a smaller one."
+    )
+  if r.decode_sparsity and r.decode_rule == "threshold" and config.data.continuation < 2:
+    raise UserError(
+        "data.continuation=1 leaves no new token that routing.decode_sparsity could train; raise it, or set "
+        "routing.decode_sparsity=0."
+    )
   if r.decode_sparsity and r.decode_rule == "threshold" and r.decode_threshold != 0.5:
     raise UserError(
         f"routing.decode_threshold={r.decode_threshold:g} is not what new tokens are trained for, 0.5; keep that here "
@@ -99,6 +123,36 @@ def check_plan(config, num_blocks: int) -> None:
           f"Sparsity {sparsity:g} is more than the blocks from {first} on can skip, and with search.schedule='fisher' "
           "those before a plan are dense; choose a smaller S or a smaller routing.one_pass_block."
       )
+
+
+  routed, new = num_blocks - max(first, 0), config.routing.decode_sparsity
+  trained = new > 0 and config.routing.decode_rule == "threshold"
+  if s.schedule == "fisher" and trained and new * num_blocks >= routed:
+    raise UserError(
+        f"routing.decode_sparsity={new:g} would take all of the {routed} blocks that can skip, or more; choose a "
+        "smaller one."
+    )
+
+
+def check_files(config) -> None:
+  """Raises UserError where a file that the stage `data` reads cannot be opened, before a model is fetched."""
+  check_source(config.data)
+  if config.evaluation.perplexity_path:
+    check_file(config.evaluation.perplexity_path)
+
+
+def check_memory(config, num_blocks: int, hidden_size: int) -> None:
+  """Raises UserError where the inputs of the guided warm-up are more than this machine's memory."""
+  t, d, p = config.train, config.data, config.routing.one_pass_block
+  if t.guide != "fisher" or not t.warmup_guide_steps or not config.router.hidden_states:
+    return
+  shape = num_blocks if p < 0 else p + 1, min(t.warmup_guide_prompts, d.num_train), d.max_context + d.continuation
+  needed, there = 2 * math.prod(shape) * hidden_size, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+  if needed > there:
+    raise UserError(
+        f"The hidden states of train.warmup_guide_prompts={t.warmup_guide_prompts} take {needed / 1e9:.0f} GB of this "
+        f"machine's {there / 1e9:.0f}; lower it, or data.max_context."
+    )
 
 
 def check_rank(config, hidden_size: int) -> None:

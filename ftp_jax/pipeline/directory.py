@@ -14,7 +14,7 @@ from ftp_jax import distributed, sharding
 from ftp_jax import stages as stages_lib
 from ftp_jax.config import get_config
 from ftp_jax.data.prompts import Prompts, take
-from ftp_jax.errors import UserError
+from ftp_jax.errors import UserError, short_of_memory
 from ftp_jax.evaluation.judge import Frozen, Judge
 from ftp_jax.export import artifact as artifact_lib
 from ftp_jax.models.decoder import abstract_params, param_shardings
@@ -106,6 +106,8 @@ class RunDirectory:
   def check(self) -> None:
     """Raises UserError if any stage that exists was begun with other settings, before anything is written."""
     checks.check_workdir(self.workdir)
+    if not (self.workdir / "data" / stages_lib.DONE).exists():
+      checks.check_files(self.config)
     check_stage = functools.partial(stages_lib.check_stage, defaults=self.defaults)
     shared = [self.workdir / stage for stage in ("data", "importance")]
     for directory in shared:
@@ -136,6 +138,8 @@ class RunDirectory:
     self.routing.check_blocks(config.num_blocks)
     checks.check_plan(self.config, config.num_blocks)
     checks.check_rank(self.config, config.hidden_size)
+    if not all((self.cell(*cell) / "train" / stages_lib.DONE).exists() for cell in self.cells):
+      checks.check_memory(self.config, config.num_blocks, config.hidden_size)
     if self.config.search.schedule == "file":
       for cell in self.cells:
         if not (self.cell(*cell) / "search" / stages_lib.DONE).exists():
@@ -217,11 +221,12 @@ class RunDirectory:
   def guide_data(self) -> guide.GuideData:
     train = self.prompts("train")
     some = take(train, np.arange(min(self.config.train.warmup_guide_prompts, len(train.tokens))))
-    score, hidden = guide.collect_inputs(
-        self.frozen.config, self.routing, self.frozen.params, some, self.config.train.batch,
-        with_hidden=self.router_config.hidden_states, dtype=self.frozen.dtype,
-        length_buckets=self.config.data.length_buckets,
-    )
+    with short_of_memory("lower train.warmup_guide_prompts, in another --workdir"):
+      score, hidden = guide.collect_inputs(
+          self.frozen.config, self.routing, self.frozen.params, some, self.config.train.batch,
+          with_hidden=self.router_config.hidden_states, dtype=self.frozen.dtype,
+          length_buckets=self.config.data.length_buckets,
+      )
     return guide.GuideData(some.context, some.length, score, hidden, self.guide_scores[:, : len(some.tokens)])
 
   def named_schedule(self, name: str, sparsity: float) -> np.ndarray:

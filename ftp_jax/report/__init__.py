@@ -5,6 +5,7 @@ import os
 
 from ml_collections import ConfigDict
 
+from ftp_jax.files import replacing
 from ftp_jax.machine import describe_machine
 from ftp_jax.report import html, plots, tables
 from ftp_jax.report.rundir import read_run
@@ -40,8 +41,8 @@ def write_report(workdir: str, config: ConfigDict) -> str:
   """
   found = results(workdir, config)
   run = read_run(workdir, config)
-  with open(os.path.join(workdir, "results.json"), "w", encoding="utf-8") as file:
-    json.dump(found, file, indent=2)
+  with replacing(os.path.join(workdir, "results.json")) as file:
+    file.write(json.dumps(found, indent=2).encode())
   tables.write_csv(found["aggregated"], os.path.join(workdir, "results.csv"))
   tables.write_redundancy(run.redundancy, os.path.join(workdir, "redundancy.csv"))
   figures = plots.write_plots(run, found["aggregated"], os.path.join(workdir, "plots"))

@@ -6,6 +6,7 @@ import html
 import json
 import pathlib
 
+from ftp_jax.files import replacing
 from ftp_jax.report import tables
 from ftp_jax.report.plots import Plot
 from ftp_jax.report.rundir import Run
@@ -71,7 +72,8 @@ def write_html(results: dict, run: Run, plots: list[Plot], path: str) -> None:
 </body>
 </html>
 """
-  pathlib.Path(path).write_text(page, encoding="utf-8")
+  with replacing(path) as file:
+    file.write(page.encode())
 
 
 def _line(tag: str, texts) -> str:

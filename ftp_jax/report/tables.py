@@ -1,12 +1,14 @@
 """Records of the evaluation -> mean and spread over seeds -> plain text and CSV."""
 
 import csv
+import io
 import math
 import os
 import statistics
 from typing import Any
 
 from ftp_jax.errors import UserError
+from ftp_jax.files import replacing
 from ftp_jax.report.rundir import read_json
 
 METHODS = {
@@ -127,13 +129,20 @@ def redundancy_cells(redundancy: dict[str, Any]) -> list[tuple[str, ...]]:
 
 def write_redundancy(redundancy: dict[str, Any], path: str) -> None:
   """Writes the redundancy table as CSV."""
-  with open(path, "w", newline="", encoding="utf-8") as file:
-    csv.writer(file).writerows([REDUNDANCY_HEADINGS, *redundancy_cells(redundancy)])
+  text = io.StringIO()
+  csv.writer(text).writerows([REDUNDANCY_HEADINGS, *redundancy_cells(redundancy)])
+  _write(text, path)
 
 
 def write_csv(rows: list[dict[str, Any]], path: str) -> None:
   """Aggregated rows, one a line; empty where there is no figure."""
-  with open(path, "w", encoding="utf-8", newline="") as file:
-    writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-    writer.writeheader()
-    writer.writerows(rows)
+  text = io.StringIO()
+  writer = csv.DictWriter(text, fieldnames=list(rows[0]))
+  writer.writeheader()
+  writer.writerows(rows)
+  _write(text, path)
+
+
+def _write(text: io.StringIO, path: str) -> None:
+  with replacing(path) as file:
+    file.write(text.getvalue().encode())

@@ -168,6 +168,11 @@ def with_new_tokens(
         "The gate scores know of contexts alone, as earlier versions made them, and routing.decode_sparsity trains new "
         "tokens as well; delete the folder importance and those of later stages, or give another --workdir."
     )
+  if not after_NxT.any():
+    raise UserError(
+        "No answer has two tokens, so that routing.decode_sparsity has no new token to train; give longer answers, or "
+        "set it to 0."
+    )
   least = np.quantile(scores_LxNxT[routed_L][:, after_NxT], share)
   in_context = np.arange(num_positions)[None] < context_N[:, None]
   return np.where(in_context, scores_LxNxT, scores_LxNxT >= least).astype(np.float32)
