@@ -21,10 +21,11 @@ from typing import Any
 
 import jax
 import numpy as np
-from absl import app, flags
+from absl import flags
 from absl import logging as absl_logging
 from ml_collections import config_dict
 
+from ftp_jax import launch
 from ftp_jax.config import get_config
 from ftp_jax.data.prompts import Prompts, shuffled, take
 from ftp_jax.data.sources import SPLITS, load_prompts
@@ -265,10 +266,8 @@ def run_variants(
   return text
 
 
-def main(argv) -> None:
+def main() -> None:
   absl_logging.set_verbosity(absl_logging.WARNING)  # below it orbax tells of every step of a save
-  if len(argv) > 1:
-    raise app.UsageError(f"The argument {argv[1]!r} is not understood.")
   given = flags.FLAGS
   if not given.seeds or not all(seed.isdecimal() for seed in given.seeds):
     raise UserError(f"--seeds={','.join(given.seeds)} must be numbers, separated by commas.")
@@ -285,7 +284,4 @@ if __name__ == "__main__":
   flags.DEFINE_float("sparsity", 0.30, "S.")
   flags.DEFINE_list("seeds", ["0"], "Seeds.")
   flags.DEFINE_integer("prompts", 64, "Development prompts.", lower_bound=2)
-  try:
-    app.run(main)
-  except UserError as error:
-    sys.exit(f"ablations: {error}")
+  launch.script(main)

@@ -11,14 +11,15 @@ the very same. Also compares routes and logits. About two minutes on two CPU cor
 
 import functools
 import json
-import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
+from absl import flags
 
+from ftp_jax import launch
 from ftp_jax.data.encoding import chat_turn
+from ftp_jax.data.records import check_file, read_jsonl
 from ftp_jax.errors import UserError
 from ftp_jax.inference import Engine
 from ftp_jax.models import decoder
@@ -36,14 +37,15 @@ _JSON = flags.DEFINE_string("json", "", "File to write the figures to.")
 def read_prompts(path: str, tokenizer, count: int, longest: int) -> list[list[int]]:
   """Token ids of the first `count` instructions of at most `longest` tokens."""
   turn, prompts = chat_turn(tokenizer), []
-  with open(path, encoding="utf-8") as lines:
-    for record in map(json.loads, lines):
-      text = "\n".join(filter(None, (record["instruction"], record.get("input"))))
-      ids = tokenizer.encode(turn.before + text + turn.after, add_special_tokens=False)
-      if len(ids) <= longest:
-        prompts.append(ids)
-      if len(prompts) == count:
-        return prompts
+  for where, record in read_jsonl(path):
+    parts = record.get("instruction"), record.get("input") or ""
+    if not all(isinstance(part, str) for part in parts):
+      raise UserError(f"{where} has no text 'instruction'; name a file of instructions.")
+    ids = tokenizer.encode(turn.before + "\n".join(filter(None, parts)) + turn.after, add_special_tokens=False)
+    if len(ids) <= longest:
+      prompts.append(ids)
+    if len(prompts) == count:
+      return prompts
   raise UserError(f"{path} has only {len(prompts)} prompts of at most {longest} tokens; ask for a smaller --count.")
 
 
@@ -84,9 +86,8 @@ def compare(engine: Engine, prompts: list[list[int]], new_tokens: int) -> dict:
   }
 
 
-def main(argv) -> None:
-  if len(argv) > 1:
-    raise app.UsageError(f"The argument {argv[1]!r} is not understood.")
+def main() -> None:
+  check_file(_PROMPTS.value)
   engine = Engine.load(_MODEL.value, _ARTIFACT.value, fallback="never")
   prompts = read_prompts(_PROMPTS.value, engine.model.tokenizer, _COUNT.value, _LONGEST.value)
   figures = compare(engine, prompts, _NEW.value)
@@ -97,7 +98,4 @@ def main(argv) -> None:
 
 
 if __name__ == "__main__":
-  try:
-    app.run(main)
-  except UserError as error:
-    sys.exit(f"exactness: {error}")
+  launch.script(main)

@@ -15,12 +15,11 @@ match differs, nor whether acc and acc_norm hold, and there is no tie. acc is 0.
 import json
 import logging
 import pathlib
-import sys
 from typing import Any
 
-from absl import app, flags
+from absl import flags
 
-from ftp_jax.errors import UserError
+from ftp_jax import launch
 from ftp_jax.evaluation.harness import suite
 from ftp_jax.evaluation.harness.adapter import EngineLM
 from ftp_jax.inference import Engine
@@ -69,9 +68,7 @@ def _margin(record: dict) -> float:
   return best - second
 
 
-def main(argv) -> None:
-  if len(argv) > 1:
-    raise app.UsageError(f"The argument {argv[1]!r} is not understood.")
+def main() -> None:
   from lm_eval.models.huggingface import HFLM  # needs torch
 
   logging.getLogger("lm_eval").setLevel(logging.ERROR)
@@ -99,7 +96,4 @@ def main(argv) -> None:
 
 
 if __name__ == "__main__":
-  try:
-    app.run(main)
-  except UserError as error:
-    sys.exit(f"harness_parity: {error}")
+  launch.script(main)

@@ -10,17 +10,17 @@ takes. The kernel passes where its difference is at most twice XLA's. A few minu
 
 import functools
 import json
-import pathlib
 import statistics
 import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
+from absl import flags
 
+from ftp_jax import launch
 from ftp_jax.bench.timing import seconds_of
-from ftp_jax.errors import UserError, check_target
+from ftp_jax.errors import UserError
 from ftp_jax.machine import describe_machine
 from ftp_jax.models import attention, kernels
 
@@ -88,17 +88,13 @@ def compare(case: str, slots: int) -> dict:
   return record | {"largest": float(np.abs(want).max())}
 
 
-def main(argv) -> None:
-  if len(argv) > 1:
-    raise app.UsageError(f"The argument {argv[1]!r} is not understood.")
+def main() -> None:
   try:
     lengths = [int(length) for length in _LENGTHS.value]
   except ValueError:
     lengths = []
   if not lengths or min(lengths) < 8:
     raise UserError(f"--lengths={','.join(_LENGTHS.value)} must be whole numbers from 8, with commas between them.")
-  if _JSON.value:
-    check_target(pathlib.Path(_JSON.value))
   records = []
   for slots in lengths:
     for case in _CASES:
@@ -115,7 +111,4 @@ def main(argv) -> None:
 
 
 if __name__ == "__main__":
-  try:
-    app.run(main)
-  except UserError as error:
-    sys.exit(f"kernel_parity: {error}")
+  launch.script(main)

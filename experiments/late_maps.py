@@ -14,12 +14,12 @@ same way, has 0.031 with the steps and prompts that are the defaults here.
 """
 
 import pathlib
-import sys
 
 import numpy as np
-from absl import app, flags
+from absl import flags
 from absl import logging as absl_logging
 
+from ftp_jax import launch
 from ftp_jax.data.prompts import Prompts, take
 from ftp_jax.errors import UserError
 from ftp_jax.evaluation import baselines
@@ -78,17 +78,12 @@ def make(run: pathlib.Path, out: pathlib.Path) -> dict:
   return figures
 
 
-def main(argv) -> None:
+def main() -> None:
   absl_logging.set_verbosity(absl_logging.WARNING)  # below it orbax tells of every step of a save
-  if len(argv) > 1:
-    raise app.UsageError(f"The argument {argv[1]!r} is not understood.")
   figures = make(pathlib.Path(_RUN.value), pathlib.Path(_OUT.value))
   found = f"KL {figures['kl']:.4f}, {figures['achieved']:.1%} skipped, on {figures['prompts']} test prompts"
   print(f"written {_OUT.value}: {found}")
 
 
 if __name__ == "__main__":
-  try:
-    app.run(main)
-  except UserError as error:
-    sys.exit(f"late_maps: {error}")
+  launch.script(main)

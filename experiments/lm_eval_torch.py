@@ -13,15 +13,14 @@ and 0.42 of both; no item differs. Ten minutes of processor time each.
 
 import itertools
 import json
-import sys
 import tempfile
 
 import numpy as np
 import torch
-from absl import app, flags
+from absl import flags
 from lm_eval.models.huggingface import HFLM
 
-from ftp_jax.errors import UserError
+from ftp_jax import launch
 from ftp_jax.evaluation.harness import results, suite
 from ftp_jax.evaluation.harness.adapter import EngineLM
 from ftp_jax.evaluation.harness.tasks import build_task
@@ -91,9 +90,7 @@ def compare(model, engine: Engine, path: str, items: int) -> dict:
   }
 
 
-def main(argv) -> None:
-  if len(argv) > 1:
-    raise app.UsageError(f"The argument {argv[1]!r} is not understood.")
+def main() -> None:
   with tempfile.TemporaryDirectory() as directory:
     pytorch.export(_ARTIFACT.value, directory, _MODEL.value, with_weights=True)
     engine = Engine.load(directory, directory, fallback="never")
@@ -105,7 +102,4 @@ def main(argv) -> None:
 
 
 if __name__ == "__main__":
-  try:
-    app.run(main)
-  except UserError as error:
-    sys.exit(f"lm_eval_torch: {error}")
+  launch.script(main)

@@ -17,11 +17,11 @@ import json
 import pathlib
 import random
 import re
-import sys
 
 import tqdm
-from absl import app, flags
+from absl import flags
 
+from ftp_jax import launch
 from ftp_jax.data.encoding import encode_windows
 from ftp_jax.data.prompts import shuffled
 from ftp_jax.data.records import embedded_documents, read_documents
@@ -123,9 +123,7 @@ def question(kind: str, text: str, number: int, rng: random.Random) -> str:
   return GENERAL[number % len(GENERAL)]
 
 
-def main(argv) -> None:
-  if len(argv) > 1:
-    raise app.UsageError(f"The argument {argv[1]!r} is not understood.")
+def main() -> None:
   unknown = set(_QUESTIONS.value) - set(KINDS)
   if unknown or not _QUESTIONS.value:
     raise UserError(f"--questions={','.join(_QUESTIONS.value)} is unknown; kinds are {', '.join(KINDS)}.")
@@ -160,7 +158,4 @@ def main(argv) -> None:
 
 
 if __name__ == "__main__":
-  try:
-    app.run(main)
-  except UserError as error:
-    sys.exit(f"long_chats: {error}")
+  launch.script(main)

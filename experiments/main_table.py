@@ -20,17 +20,17 @@ import itertools
 import logging
 import pathlib
 import statistics
-import sys
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import table_figures
 import tqdm
-from absl import app, flags
+from absl import flags
 from absl import logging as absl_logging
 from ml_collections import config_dict
 
+from ftp_jax import launch
 from ftp_jax.bench.baselines import BaselinePrefill
 from ftp_jax.bench.cases import random_tokens
 from ftp_jax.bench.timing import interleave, speedup
@@ -111,6 +111,9 @@ class Table:
     self.dtype = self.config["model"]["dtype"]
     self.model: Model = load_model(self.config["model"]["source"], self.dtype)
     prompts = lambda split: Prompts(**load_arrays(self.run / "data" / f"{split}.npz"))
+    positions = self.model.config.max_positions
+    if not all(1 <= context <= positions for context in self.contexts):
+      raise UserError(f"--contexts={','.join(_CONTEXTS.value)} must be from 1 to the model's {positions} positions.")
     self.test, self.windows, train = prompts("test"), prompts("windows"), prompts("train")
     self.calibration = lambda method, where: baselines.Calibration(
         take(train, np.arange(min(calibration_prompts(method), len(train.tokens)))), prompts("validation"),
@@ -463,10 +466,8 @@ def chance(task: str, data: str) -> float:
   return statistics.fmean(1 / len(item["choices"]) for item in items)
 
 
-def main(argv) -> None:
+def main() -> None:
   absl_logging.set_verbosity(absl_logging.WARNING)  # below it orbax tells of every step of a save
-  if len(argv) > 1:
-    raise app.UsageError(f"The argument {argv[1]!r} is not understood.")
   check_known("stages", _STAGES.value, STAGES)
   check_known("tasks", _TASKS.value, TASKS)
   if _STAGES.present and "long" in _STAGES.value and not _LONG.value:
@@ -486,7 +487,4 @@ def main(argv) -> None:
 
 
 if __name__ == "__main__":
-  try:
-    app.run(main)
-  except UserError as error:
-    sys.exit(f"main_table: {error}")
+  launch.script(main)

@@ -13,11 +13,10 @@ are files that `data.source=prompts` and `main_table.py --long` read; every line
 
 import json
 import pathlib
-import sys
 from typing import Any
 
 import numpy as np
-from absl import app, flags
+from absl import flags
 
 from ftp_jax import launch
 from ftp_jax.data.encoding import ChatTurn, chat_turn
@@ -103,9 +102,7 @@ def paragraphs(path: str, tokenizer, shortest: int, longest: int, count: int, se
   return records
 
 
-def main(argv) -> None:
-  if len(argv) > 1:
-    raise app.UsageError(f"The argument {argv[1]!r} is not understood.")
+def main() -> None:
   out = pathlib.Path(_OUT.value)
   inputs = [pathlib.Path(path) for path in (_PROMPTS.value, _DOCUMENTS.value, _TESTED.value)]
   for name in _FILES:
@@ -141,7 +138,4 @@ def main(argv) -> None:
 
 
 if __name__ == "__main__":
-  try:
-    app.run(main)
-  except UserError as error:
-    sys.exit(f"mixed_prompts: {error}")
+  launch.script(main)

@@ -7,14 +7,13 @@ both. Needs torch, which the rest of the project does not. About one minute on t
 """
 
 import json
-import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
+from absl import flags
 
-from ftp_jax.errors import UserError
+from ftp_jax import launch
 from ftp_jax.models.decoder import forward, unembed
 from ftp_jax.models.sources import load_model
 
@@ -58,11 +57,8 @@ def compare(source: str) -> dict:
   return {"source": source, "max_abs_difference": max(row["max_abs_difference"] for row in rows), "prompts": rows}
 
 
-def main(_):
-  try:
-    figures = compare(_SOURCE.value)
-  except UserError as error:
-    sys.exit(f"parity_smollm2: {error}")
+def main() -> None:
+  figures = compare(_SOURCE.value)
   for row in figures["prompts"]:
     print(f"{row['max_abs_difference']:.2e}  {row['tokens']:4d} tokens  {row['next_token']!r}  {row['prompt'][:50]!r}")
   print(f"max |logit difference| = {figures['max_abs_difference']:.2e}")
@@ -72,4 +68,4 @@ def main(_):
 
 
 if __name__ == "__main__":
-  app.run(main)
+  launch.script(main)

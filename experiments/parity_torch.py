@@ -24,7 +24,6 @@ import dataclasses
 import functools
 import itertools
 import json
-import sys
 import tempfile
 import time
 
@@ -33,11 +32,12 @@ import jax
 import numpy as np
 import torch
 import transformers
-from absl import app, flags
+from absl import flags
 from torch.nn import functional
 
+from ftp_jax import launch
 from ftp_jax.bench.timing import interleave, speedup
-from ftp_jax.errors import UserError
+from ftp_jax.data.records import check_file
 from ftp_jax.evaluation.flops import prefill_flops
 from ftp_jax.export import artifact as artifacts
 from ftp_jax.export import pytorch
@@ -252,10 +252,9 @@ def speed(directory: str, tokens_BxT: torch.Tensor, runs: int) -> dict:
   return figures
 
 
-def main(argv) -> None:
-  if len(argv) > 1:
-    raise app.UsageError(f"The argument {argv[1]!r} is not understood.")
+def main() -> None:
   options = flags.FLAGS
+  check_file(options.prompts)
   with tempfile.TemporaryDirectory() as directory:
     pytorch.export(options.artifact, directory, options.model, with_weights=True)
     tokenizer = load_tokenizer(directory)
@@ -277,7 +276,4 @@ def main(argv) -> None:
 
 
 if __name__ == "__main__":
-  try:
-    app.run(main)
-  except UserError as error:
-    sys.exit(f"parity_torch: {error}")
+  launch.script(main)

@@ -11,12 +11,12 @@ GB on disk, and twice as much memory while it is made.
 import json
 import pathlib
 import shutil
-import sys
 
 import jax
 import jax.numpy as jnp
-from absl import app, flags
+from absl import flags
 
+from ftp_jax import launch
 from ftp_jax.errors import UserError
 from ftp_jax.models import decoder
 from ftp_jax.models.architectures import ARCHITECTURES
@@ -58,15 +58,10 @@ def write(architecture: str, tokenizer: pathlib.Path, out: pathlib.Path) -> None
   save_params(jax.jit(random)(jax.random.key(0)), config, out, hf)
 
 
-def main(argv) -> None:
-  if len(argv) > 1:
-    raise app.UsageError(f"The argument {argv[1]!r} is not understood.")
+def main() -> None:
   write(_ARCHITECTURE.value, resolve(_TOKENIZER.value), pathlib.Path(_OUT.value))
   print(f"written to {_OUT.value}")
 
 
 if __name__ == "__main__":
-  try:
-    app.run(main)
-  except UserError as error:
-    sys.exit(f"random_checkpoint: {error}")
+  launch.script(main)

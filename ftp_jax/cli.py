@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 
 from ftp_jax import distributed, launch
-from ftp_jax.errors import UserError, brief, check_target, out_of_memory
+from ftp_jax.errors import UserError, brief, check_target, of_disk, out_of_memory
 from ftp_jax.files import replacing
 
 _OVERRIDES = """\
@@ -67,9 +67,8 @@ def outcome(error: BaseException, saves: bool = True) -> tuple[int, str] | None:
   saved = "; the same command goes on from the last saved state" if saves else ""
   if isinstance(error, UserError):
     return 2, brief(error, most=None)
-  if isinstance(error, OSError):  # a full or read-only disk, a path that is no directory
-    reason = f"{error.filename or 'a file'}: {error.strerror or error}"
-    return 2, f"{reason}; free space or choose another place."
+  if isinstance(error, OSError):
+    return 2, of_disk(error)
   if out_of_memory(error):
     return 2, ("there is not enough memory; set model.remat=full, or begin in another --workdir with a smaller "
                "train.batch, search.batch or evaluation.batch.")

@@ -25,6 +25,11 @@ def brief(error: BaseException, most: int | None = 160) -> str:
   return " ".join(str(error).split())[:most]
 
 
+def of_disk(error: OSError) -> str:
+  """The sentence for a full or read-only disk, or a path that is no directory."""
+  return f"{error.filename or 'a file'}: {error.strerror or error}; free space or choose another place."
+
+
 def out_of_memory(error: BaseException) -> bool:
   """Whether the host or a device had no memory left, which jax tells by the text of its error alone."""
   return isinstance(error, MemoryError) or isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in str(error)

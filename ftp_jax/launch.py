@@ -1,5 +1,7 @@
 """How a command starts: its config (by name or path, or the run directory's own, with overrides) and its processes.
 
+Scripts of experiments/ start by `script`.
+
 The run configs of `experiments/configs` are installed as `ftp_jax/experiments/configs`, so that
 their names work from any directory.
 """
@@ -9,15 +11,16 @@ import difflib
 import importlib.util
 import json
 import pathlib
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 
-from absl import flags
+from absl import app, flags
 from ml_collections import ConfigDict
 from ml_collections.config_flags import config_flags
 
 from ftp_jax.config import get_config
 from ftp_jax.distributed import Launch
-from ftp_jax.errors import UserError, brief
+from ftp_jax.errors import UserError, brief, check_target, of_disk
 
 DEFAULT = "quickstart"
 
@@ -151,6 +154,29 @@ def _override(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
   if stray:
     raise UserError(f"the argument {stray[0]!r} is not understood; overrides read --config.section.key=value.")
   return values.config
+
+
+def script(main: Callable[[], None]) -> None:
+  """Runs a script of experiments/ with absl's flags; a user's mistake, or a disk's, ends it in one sentence.
+
+  A flag --json is looked at first: it names a file that is written at the end.
+  """
+
+  def checked(argv: Sequence[str]) -> None:
+    if len(argv) > 1:
+      raise app.UsageError(f"The argument {argv[1]!r} is not understood.")
+    target = getattr(flags.FLAGS, "json", None)
+    if target:
+      check_target(pathlib.Path(target))
+    main()
+
+  name = pathlib.Path(sys.argv[0]).stem
+  try:
+    app.run(checked)
+  except UserError as error:
+    sys.exit(f"{name}: {error}")
+  except OSError as error:
+    sys.exit(f"{name}: {of_disk(error)}")
 
 
 def keys(config: ConfigDict, prefix: str = "") -> Iterator[str]:

@@ -126,7 +126,7 @@ def test_mistakes_found_by_the_pipeline_are_one_sentence(monkeypatch, capsys):
 
 @pytest.mark.parametrize("error, message", [
     (OSError(28, "No space left on device", "runs/x/config.json"), "runs/x/config.json: No space left on device"),
-    (RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes"), "lower train.batch"),
+    (RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes"), "set model.remat=full, or begin in another --workdir with a smaller train.batch"),
 ])
 def test_a_full_disk_and_a_full_device_are_one_sentence(monkeypatch, capsys, error, message):
   def fail(*_):
@@ -210,6 +210,42 @@ def test_the_script_of_experiments_is_the_same_command():
   )
   assert done.returncode == 2
   assert done.stderr == "ftp-jax: the config has no key 'train.step'; did you mean 'train.steps'?\n"
+
+
+SCRIPT = """
+from absl import flags
+from ftp_jax import launch
+from ftp_jax.errors import UserError
+
+flags.DEFINE_string("json", "", "")
+flags.DEFINE_string("fails", "", "")
+
+def main():
+  print("work")
+  if flags.FLAGS.fails == "user":
+    raise UserError("--that is wrong; name another.")
+  if flags.FLAGS.fails == "disk":
+    open("/proc/nothing/here", "w")
+
+launch.script(main)
+"""
+
+
+@pytest.mark.parametrize("arguments, works, said", [
+    ([], True, ""),
+    (["--fails=user"], True, "script: --that is wrong; name another.\n"),
+    (["--fails=disk"], True, "script: /proc/nothing/here: No such file or directory; free space or choose another"),
+    (["--json=no/file.json"], False, "script: --json=no/file.json lies in no existing directory; create no first.\n"),
+    (["stray"], False, "The argument 'stray' is not understood."),
+])
+def test_a_script_ends_in_one_sentence(tmp_path, arguments, works, said):
+  (tmp_path / "script.py").write_text(SCRIPT)
+  done = subprocess.run(
+      [sys.executable, "script.py", *arguments], cwd=tmp_path, capture_output=True, text=True,
+      env={"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
+  )
+  assert (done.returncode == 0, "work\n" in done.stdout) == (not said, works)
+  assert said in done.stdout + done.stderr and "Traceback" not in done.stderr
 
 
 def test_ci_runs_the_command_of_the_readme():
