@@ -126,7 +126,7 @@ def test_mistakes_found_by_the_pipeline_are_one_sentence(monkeypatch, capsys):
 
 @pytest.mark.parametrize("error, message", [
     (OSError(28, "No space left on device", "runs/x/config.json"), "runs/x/config.json: No space left on device"),
-    (RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes"), "set model.remat=full, or begin in another --workdir with a smaller train.batch"),
+    (RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes"), "set model.remat=full, or begin in another"),
 ])
 def test_a_full_disk_and_a_full_device_are_one_sentence(monkeypatch, capsys, error, message):
   def fail(*_):
