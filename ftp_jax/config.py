@@ -177,21 +177,26 @@ def small_preset(config: config_dict.ConfigDict) -> config_dict.ConfigDict:
   return config
 
 
+def plan_preset(config: config_dict.ConfigDict, block: int) -> config_dict.ConfigDict:
+  """A late plan, made at this block, in the schedule of the gate scores instead of a search; returns the config."""
+  config.routing.one_pass_block = block  # routers of later blocks read what enters this one; those before are dense
+  config.search.schedule = "fisher"
+  config.finetune.rounds = 0  # from the Fisher schedule it found nothing better
+  config.train.input_gradient = False
+  return config
+
+
 def late_preset(config: config_dict.ConfigDict) -> config_dict.ConfigDict:
-  """A late plan for SmolLM2-135M instead of a search, after `small_preset`; returns the config."""
+  """A late plan for SmolLM2-135M and its training, after `small_preset`; returns the config."""
   config.seeds = (0, 1, 2)
   config.sparsities = (0.22, 0.30, 0.40)
   config.data.num_train = 640
-  config.routing.one_pass_block = 13  # routers of later blocks read what enters this one; those before are dense
-  config.search.schedule = "fisher"
   config.train.warmup_guide_prompts = 640
-  config.train.input_gradient = False
   config.train.steps = 64
   config.train.warmup = 4
   config.train.validate_every = 16
   config.train.checkpoint_every = 16
-  config.finetune.rounds = 0  # from the Fisher schedule it found nothing better
-  return config
+  return plan_preset(config, 13)
 
 
 def long_chats_preset(config: config_dict.ConfigDict) -> config_dict.ConfigDict:

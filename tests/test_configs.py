@@ -24,9 +24,9 @@ from ftp_jax.training.fisher import gate_fisher
 ROOT = pathlib.Path(__file__).parent.parent
 CONFIG = ROOT / "ftp_jax" / "config.py"
 CONFIGS = (
-    "llama2_13b", "llama2_7b", "llama3_8b", "paper_smollm2_135m", "quickstart", "qwen1_5_7b", "smollm2_135m",
-    "smollm2_135m_late", "smollm2_135m_late_more", "smollm2_135m_long", "smollm2_135m_long_stand_in",
-    "smollm2_135m_mixed", "smollm2_135m_stand_in",
+    "llama2_13b", "llama2_7b", "llama2_7b_stand_in", "llama3_8b", "paper_smollm2_135m", "quickstart", "qwen1_5_7b",
+    "qwen2_5_coder_0_5b", "smollm2_135m", "smollm2_135m_late", "smollm2_135m_late_more", "smollm2_135m_long",
+    "smollm2_135m_long_stand_in", "smollm2_135m_mixed", "smollm2_135m_stand_in",
 )
 LARGE = {"llama2-7b": 6.74e9, "llama2-13b": 13.02e9, "llama3-8b": 8.03e9, "qwen1.5-7b": 7.72e9}
 KEYS = sorted(launch.keys(get_config()))
@@ -140,11 +140,11 @@ def test_unknown_architecture_is_refused():
     architecture("gpt2")
 
 
-def test_every_large_config_names_a_known_architecture():
+def test_models_of_the_configs():
   sources = {launch.load_config(name, None, [])[0].model.source for name in CONFIGS}
   assert sources == {
       "smollm2-135m", "meta-llama/Llama-2-7b-hf", "meta-llama/Llama-2-13b-hf", "meta-llama/Meta-Llama-3-8B",
-      "Qwen/Qwen1.5-7B",
+      "Qwen/Qwen1.5-7B", "Qwen/Qwen2.5-Coder-0.5B-Instruct",
   }
   assert set(ARCHITECTURES) == {"smollm2-135m", *LARGE}
 

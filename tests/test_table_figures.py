@@ -267,7 +267,7 @@ def test_readme_says_what_the_records_say(figures):
     assert [line[6] for line in found] == [f"{shown(entry, 'choice_kl')} [{low:.3f} to {high:.3f}]"], (method, asked)
   assert {(name, s) for name in ("ftp", "late_maps", "truncation") for s in (0.22, 0.3, 0.4)} <= set(tasks)
   speeds = [f"{at['ftp', s]['speedup_2048']:.2f} x" for s in (0.22, 0.3, 0.4)]
-  assert speeds in of_name("its prefill speed at 2,048 tokens, one seed")
+  assert speeds in of_name("FTP's prefill speed at 2,048 tokens, one seed")
   assert [f"{100 * at['ftp', s]['agreement']:.1f} %" for s in (0.22, 0.3, 0.4)] in of_name(
-      "its agreement with the dense next token"
+      "FTP's agreement with the dense next token"
   )

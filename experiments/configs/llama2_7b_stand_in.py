@@ -1,0 +1,22 @@
+"""Llama 2 7B on Alpaca with a late plan and maps instead of a search, what is best on the small models that were run.
+
+  ftp-jax run --config=llama2_7b_stand_in --workdir=runs/llama2_7b_stand_in
+
+As llama2_7b.py, but what enters block 14 decides all gates from there on (as deep as block 13 of SmolLM2's 30 and block
+10 of Qwen's 24), in the schedule of the gate scores, and maps of rank 64 stand in for skipped blocks. Both numbers are
+carried over, not chosen on this model.
+
+Wall time and result: not run here: no accelerator; checked by abstract evaluation of the full-size model
+(tests/test_configs.py).
+"""
+
+from ftp_jax.config import get_config as get_default_config
+from ftp_jax.config import large_preset, plan_preset
+
+
+def get_config():
+  config = plan_preset(large_preset(get_default_config()), 14)
+  config.model.source = "meta-llama/Llama-2-7b-hf"
+  config.stand_in.rank = 64
+  config.train.stand_in_learning_rate = 3e-4
+  return config

@@ -1,0 +1,24 @@
+"""Qwen2.5-Coder-0.5B-Instruct on chats, with plan, maps and training of smollm2_135m_stand_in.py.
+
+  ftp-jax run --config=qwen2_5_coder_0_5b --workdir=runs/qwen
+
+Nothing was chosen for this model: the plan is made at block 10 of 24, as deep as block 13 of 30. Its tokenizer writes
+chats in fewer tokens, so that contexts begin at 28. `data.path` as in smollm2_135m.py; `model.source` may be a GGUF file.
+
+Wall time: TODO
+Result: TODO
+"""
+
+from ftp_jax.config import get_config as get_default_config
+from ftp_jax.config import late_preset, small_preset
+
+
+def get_config():
+  config = late_preset(small_preset(get_default_config()))
+  config.model.source = "Qwen/Qwen2.5-Coder-0.5B-Instruct"
+  config.stand_in.rank = 64
+  config.train.stand_in_learning_rate = 3e-4
+  config.routing.one_pass_block = 10
+  config.data.min_context = 28
+  config.seeds = (0,)
+  return config
