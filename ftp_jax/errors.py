@@ -16,7 +16,9 @@ def check_target(path: pathlib.Path, flag: str = "json") -> None:
     raise UserError(f"--{flag}={path} lies in no existing directory; create {path.parent} first.")
   if path.is_dir():
     raise UserError(f"--{flag}={path} is a directory; name a file.")
-  if not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
+  # A file is written beside the old one, which it then replaces.
+  places = [path] * path.exists() + [path.resolve().parent] * (path.is_file() or not path.exists())
+  if not all(os.access(place, os.W_OK) for place in places):
     raise UserError(f"--{flag}={path} cannot be written; name a file in a directory of yours.")
 
 

@@ -33,9 +33,14 @@ def writing(path: str | os.PathLike) -> Iterator[None]:
 def replacing(path: str | os.PathLike) -> Iterator[BinaryIO]:
   """A file that becomes `path` when the body ends; until then, and if it fails or is killed, the old one stays.
 
-  Raises UserError if the disk is full; what was written so far is removed then.
+  Where `path` is a link the file that it names is replaced, and what is no file, such as a pipe, is written to as it
+  stands. Raises UserError if the disk is full; what was written so far is removed then.
   """
-  path = pathlib.Path(path)
+  if os.path.exists(path) and not os.path.isfile(path):
+    with writing(path), open(path, "wb") as file:
+      yield file
+    return
+  path = pathlib.Path(os.path.realpath(path))
   temporary = path.with_name(path.name + ".tmp")
   try:
     with writing(path):

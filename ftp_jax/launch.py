@@ -176,6 +176,8 @@ def script(main: Callable[[], None]) -> None:
   except UserError as error:
     sys.exit(f"{name}: {error}")
   except OSError as error:
+    if error.errno is None:  # of a library, about something else
+      raise
     sys.exit(f"{name}: {of_disk(error)}")
 
 

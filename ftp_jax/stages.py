@@ -134,7 +134,7 @@ def run_stage(
   stage before all have finished it. The others look at no file before: what is not there yet a shared file system
   may take for missing long after it was written. So the first alone asks for the `settings`.
 
-  A stage that a user's mistake ends before it has made anything is not begun: the mended command has other settings.
+  A stage that an error ends before it has made anything is not begun: the mended command has other settings.
   """
 
   def begin() -> bytes:

@@ -15,7 +15,7 @@ from ftp_jax.errors import UserError
 from ftp_jax.models import decoder
 from ftp_jax.models.architectures import ARCHITECTURES, architecture
 from ftp_jax.pipeline import checks
-from ftp_jax.routing import routers
+from ftp_jax.routing import routers, stand_in
 from ftp_jax.routing.config import RouterConfig, RoutingConfig
 from ftp_jax.search.genetic import SearchSettings
 from ftp_jax.training import step
@@ -155,10 +155,10 @@ def test_parameter_count(name, count):
   assert sum(leaf.size for leaf in leaves) == pytest.approx(count, rel=0.01)
 
 
-@pytest.mark.parametrize("name", LARGE)
-def test_full_size_model_by_abstract_evaluation(name):
+@pytest.mark.parametrize("name, maps", [*((name, "") for name in LARGE), ("llama2-7b", "_stand_in")])
+def test_full_size_model_by_abstract_evaluation(name, maps):
   """Dense pass, gate scores and one training step, with the settings of the model's own run config."""
-  run, _ = launch.load_config(name.replace("-", "_").replace(".", "_"), None, [])
+  run, _ = launch.load_config(name.replace("-", "_").replace(".", "_") + maps, None, [])
   config = architecture(name)
   dtype = {"bfloat16": jnp.bfloat16}[run.model.dtype]
   params = decoder.abstract_params(config, dtype)
@@ -185,14 +185,21 @@ def test_full_size_model_by_abstract_evaluation(name):
   spec = step.StepSpec(
       config, routing, router_config, settings, run.data.continuation, start=8, dtype=dtype, remat=run.model.remat
   )
+  rank, size = run.stand_in.rank, config.hidden_size
+  shapes = {"bias": (size,), "down": (size, rank), "up": (rank, size)}
+  zeros = lambda: {name: jnp.zeros((config.num_blocks, *shape)) for name, shape in shapes.items()}
   state = jax.eval_shape(
       lambda key: step.init_state(
-          settings, routers.init_router(router_config, key, config.num_blocks, config.hidden_size)
+          settings, stand_in.join(
+              routers.init_router(router_config, key, config.num_blocks, config.hidden_size), zeros() if rank else None
+          )
       ),
       jax.random.key(0),
   )
   inputs = len(run.router.factors) + config.hidden_size
-  assert sum(leaf.size for leaf in jax.tree.leaves(state.router)) == config.num_blocks * ((inputs + 1) * 64 + 65 * 2)
+  a_block = (inputs + 1) * 64 + 65 * 2 + (size * (2 * rank + 1) if rank else 0)
+  assert sum(leaf.size for leaf in jax.tree.leaves(state.router)) == config.num_blocks * a_block
+  assert bool(rank) == bool(maps)
   rows = step.Batch(tokens, lengths, lengths, scores)
   after, metrics = jax.eval_shape(lambda *args: step.train_step(spec, *args), params, state, rows, schedule)
   shapes = lambda tree: jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree)

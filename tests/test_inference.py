@@ -336,6 +336,7 @@ def test_tokenizer_and_checkpoint_name_the_default_stops(engine, monkeypatch):
   assert engine.generate(PROMPTS, 18, stop_strings=free[0].text[5:8]) == engine.generate(
       PROMPTS, 18, stop_strings=[free[0].text[5:8]]
   )
+  assert own.generate(PROMPTS, 18, stop_tokens=iter(free[0].tokens[6:7]), stop_strings=iter(()))[0] == done
   with monkeypatch.context() as patch:
     patch.setattr(engine_module, "generation_ends", lambda directory: (free[0].tokens[3],))
     ends = build(tokenizer=tokenizer)

@@ -431,7 +431,8 @@ def test_impossible_settings_are_one_sentence(model_directory, tmp_path, change,
   config = tiny_run(model_directory)
   change(config)
   with pytest.raises(UserError, match=named) as error:
-    pipeline.run(config, str(tmp_path), pipeline.STAGES[:3])
+    pipeline.run(config, str(tmp_path), pipeline.STAGES[:4])
+  assert not (tmp_path / "data" / "done").exists()
   assert "\n" not in str(error.value)
 
 
@@ -454,6 +455,25 @@ def test_what_is_wrong_with_the_data_shows_before_a_model_is_fetched(tmp_path, c
   change(config)
   with pytest.raises(UserError, match="nowhere|not in order"):
     pipeline.run(config, str(tmp_path))
+
+
+def test_what_only_later_stages_need_stops_no_earlier_one(model_directory, tmp_path):
+  config = tiny_run(model_directory)
+  config.train.warmup_guide_prompts = config.data.num_train = 10**12
+  with pytest.raises(UserError, match="1000000000000 train"):  # too few prompts: it went as far as to look for them
+    pipeline.run(config, str(tmp_path), pipeline.STAGES[:3])
+  config = tiny_run(model_directory)
+  config.evaluation.perplexity_path = "nowhere.txt"
+  shutil.rmtree(tmp_path)
+  tmp_path.mkdir()
+  with pytest.raises(UserError, match="run the stage .evaluate. first"):  # not that the file is missing
+    pipeline.run(config, str(tmp_path), ("report",))
+
+
+def test_few_tokens_still_skip_by_argmax(model_directory):
+  config = tiny_run(model_directory)
+  config.routing.update(bucket_multiple=64, selection="argmax")
+  checks.check_config(config)
 
 
 def test_a_stage_that_made_nothing_may_begin_with_other_settings(model_directory, tmp_path, monkeypatch):

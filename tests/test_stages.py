@@ -10,6 +10,23 @@ from ftp_jax import files, stages
 from ftp_jax.errors import UserError, check_target
 
 
+def test_a_link_stays_one_and_what_is_no_file_is_written_to(tmp_path):
+  (tmp_path / "real").mkdir()
+  link, pipe = tmp_path / "link.json", tmp_path / "pipe"
+  link.symlink_to(tmp_path / "real" / "file.json")
+  for text in (b"one", b"two"):
+    with files.replacing(link) as file:
+      file.write(text)
+    assert link.is_symlink() and (tmp_path / "real" / "file.json").read_bytes() == text
+  os.mkfifo(pipe)
+  reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+  with files.replacing(pipe) as file:
+    file.write(b"through")
+  assert os.read(reader, 10) == b"through" and pipe.is_fifo()
+  os.close(reader)
+  assert sorted(path.name for path in tmp_path.iterdir()) == ["link.json", "pipe", "real"]
+
+
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
 @pytest.mark.parametrize("name", ["figures.json", "arrays.npz"])
 def test_a_full_disk_is_one_sentence_and_leaves_the_old_file(tmp_path, monkeypatch, name, code):

@@ -1,6 +1,6 @@
 """Qwen2.5-Coder-0.5B-Instruct on chats, with plan, maps and training of smollm2_135m_stand_in.py.
 
-  ftp-jax run --config=qwen2_5_coder_0_5b --workdir=runs/qwen
+  ftp-jax run --config=qwen2_5_coder_0_5b --workdir=runs/qwen2_5_coder_0_5b
 
 Nothing was chosen for this model: the plan is made at block 10 of 24, as deep as block 13 of 30. Its tokenizer writes
 chats in fewer tokens, so that contexts begin at 28. `data.path` as in smollm2_135m.py; `model.source` may be a GGUF file.

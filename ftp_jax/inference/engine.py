@@ -336,6 +336,7 @@ class Engine:
     """The stops of `generate`; UserError where they are of another type."""
     strings = (strings,) if isinstance(strings, str) else strings
     tokens = self.stop_tokens if tokens is None else (tokens,) if isinstance(tokens, int | np.integer) else tokens
+    strings, tokens = (tuple(some) if isinstance(some, Iterable) else some for some in (strings, tokens))
     if not isinstance(strings, Iterable) or not all(isinstance(text, str) for text in strings):
       raise UserError(f"stop_strings={strings!r} must be a text or several; leave it out for none.")
     whole = lambda token: isinstance(token, int | np.integer) and not isinstance(token, bool)

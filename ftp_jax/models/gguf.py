@@ -157,7 +157,7 @@ def _entry(tensor: gguf.ReaderTensor, config: Mapping[str, Any]):
         "use the model's Hugging Face directory or hub id."
     )
   try:
-    gguf.quants.dequantize(tensor.data[:1], tensor.tensor_type)
+    gguf.quants.dequantize(tensor.data[:1] if tensor.data.ndim > 1 else tensor.data, tensor.tensor_type)
   except NotImplementedError:
     raise UserError(
         f"the GGUF file holds {tensor.name} as {tensor.tensor_type.name}, which cannot be dequantised; use another "

@@ -17,7 +17,7 @@ import tqdm
 from ftp_jax import distributed
 from ftp_jax.evaluation.judge import Frozen
 from ftp_jax.export import artifact as artifact_lib
-from ftp_jax.pipeline.directory import RunDirectory, save_weights
+from ftp_jax.pipeline.directory import INITIAL, RunDirectory, save_weights
 from ftp_jax.routing import routers, stand_in
 from ftp_jax.search import schedule as schedules
 from ftp_jax.search.loop import run_search
@@ -57,7 +57,7 @@ def train(run: RunDirectory) -> None:
       distributed.on_first(lambda: artifact_lib.withdraw(cell / "artifact"))
       asked = run.training_schedule(run.schedule(cell / "search"), sparsity)
       # Kept, because a resumed training must start from the very same numbers, on any hardware.
-      initial = directory / "initial.safetensors"
+      initial = directory / INITIAL
       if not distributed.exists(initial):
         router = routers.init_router(
             run.router_config, jax.random.key(seed), run.frozen.config.num_blocks, run.frozen.config.hidden_size

@@ -83,7 +83,7 @@ def check_config(config) -> None:
   check_lengths(config.data)
   check_windows(config.evaluation.perplexity_windows, config.evaluation.perplexity_length)
   r = config.routing
-  if r.bucket_multiple >= config.data.max_context:
+  if r.selection == "topk" and r.bucket_multiple >= config.data.max_context:
     raise UserError(
         f"routing.bucket_multiple={r.bucket_multiple} rounds what contexts of at most data.max_context="
         f"{config.data.max_context} tokens keep up to all of them, so that nothing skips; choose a smaller one."

@@ -29,7 +29,7 @@ from ftp_jax.training import guide
 from ftp_jax.training.step import TrainSettings
 
 STAGES = ("data", "importance", "search", "train", "finetune", "evaluate", "report")
-STAND_IN = "stand_in.safetensors"
+STAND_IN, INITIAL = "stand_in.safetensors", "initial.safetensors"
 _OF_CELLS = ("search", "train", "finetune", "evaluate")  # stages of each sparsity and seed
 
 
@@ -106,8 +106,6 @@ class RunDirectory:
   def check(self) -> None:
     """Raises UserError if any stage that exists was begun with other settings, before anything is written."""
     checks.check_workdir(self.workdir)
-    if not (self.workdir / "data" / stages_lib.DONE).exists():
-      checks.check_files(self.config)
     check_stage = functools.partial(stages_lib.check_stage, defaults=self.defaults)
     shared = [self.workdir / stage for stage in ("data", "importance")]
     for directory in shared:
@@ -121,6 +119,17 @@ class RunDirectory:
       directory = self.workdir / "evaluate" / f"S{sparsity:.2f}"
       check_stage(directory, self.settings("evaluate") | {"sparsity": sparsity})
       check_order([*shared, directory])
+
+  def check_files(self, stages: tuple[str, ...]) -> None:
+    """Raises UserError if a file is missing that the stage `data` has still to read, before a model is fetched."""
+    if "data" in stages and not (self.workdir / "data" / stages_lib.DONE).exists():
+      checks.check_files(self.config)
+
+  def check_memory(self, stages: tuple[str, ...]) -> None:
+    """Raises UserError, in all processes, if a warm-up of routers that is still to come needs too much memory."""
+    begun = (distributed.exists(self.cell(*cell) / "train" / INITIAL) for cell in self.cells)
+    if "train" in stages and not all(begun):
+      checks.check_memory(self.config, self.described[0].num_blocks, self.described[0].hidden_size)
 
   def cell(self, sparsity: float, seed: int) -> pathlib.Path:
     return self.workdir / f"S{sparsity:.2f}" / f"seed{seed}"
@@ -138,8 +147,6 @@ class RunDirectory:
     self.routing.check_blocks(config.num_blocks)
     checks.check_plan(self.config, config.num_blocks)
     checks.check_rank(self.config, config.hidden_size)
-    if not all((self.cell(*cell) / "train" / stages_lib.DONE).exists() for cell in self.cells):
-      checks.check_memory(self.config, config.num_blocks, config.hidden_size)
     if self.config.search.schedule == "file":
       for cell in self.cells:
         if not (self.cell(*cell) / "search" / stages_lib.DONE).exists():
@@ -221,7 +228,7 @@ class RunDirectory:
   def guide_data(self) -> guide.GuideData:
     train = self.prompts("train")
     some = take(train, np.arange(min(self.config.train.warmup_guide_prompts, len(train.tokens))))
-    with short_of_memory("lower train.warmup_guide_prompts, in another --workdir"):
+    with short_of_memory("lower train.warmup_guide_prompts"):
       score, hidden = guide.collect_inputs(
           self.frozen.config, self.routing, self.frozen.params, some, self.config.train.batch,
           with_hidden=self.router_config.hidden_states, dtype=self.frozen.dtype,

@@ -38,10 +38,12 @@ def run(config: Any, workdir: str, stages: tuple[str, ...] = STAGES) -> None:
   checks.check_alike(config, stages)
   checks.check_batches(config, sharding.batch_parts(here.mesh))
   distributed.on_first(here.check)
+  distributed.on_first(lambda: here.check_files(stages))
   with alone_in(here.workdir):
     write_json(here.workdir / "config.json", json.loads(config.to_json()))
     distributed.barrier()
     checks.check_shared(here.workdir / "config.json")
+    here.check_memory(stages)
     for stage in STAGES:
       if stage in stages:
         _WORK[stage](here)
