@@ -1,6 +1,8 @@
 """Data: fixed-shape prompts, resumable batches, sources, disjoint splits and perplexity windows."""
 
 import json
+import os
+import threading
 
 import datasets
 import numpy as np
@@ -12,7 +14,7 @@ from ftp_jax.config import get_config
 from ftp_jax.data import sources
 from ftp_jax.data.encoding import chat_turn
 from ftp_jax.data.prompts import Prompts, batches, buckets_of, indices_at, pack, put_back, shuffled, take, turns
-from ftp_jax.data.records import embedded_documents, read_documents
+from ftp_jax.data.records import check_source, embedded_documents, read_documents
 from ftp_jax.data.sources import SPLITS, load_prompts, load_splits
 from ftp_jax.data.windows import perplexity_windows
 from ftp_jax.errors import UserError
@@ -330,6 +332,18 @@ def test_equal_prompts_belong_to_the_document_that_is_named_first(tmp_path, toke
   named = [{"context": f"q{n % 6}", "continuation": f"a{n}", "document": f"d{n}"} for n in range(12)]
   _, documents, _ = load_prompts(data_config(path=write_jsonl(tmp_path / "a.jsonl", named)), tokenizer)
   assert documents.tolist() == [0, 1, 2, 3, 4, 5] * 2
+
+
+def test_a_pipe_is_opened_once(tmp_path, tokenizer):
+  os.mkfifo(tmp_path / "pipe")
+  lines = "".join(json.dumps({"context": f"q{n}", "continuation": "a"}) + "\n" for n in range(12))
+  writer = threading.Thread(target=(tmp_path / "pipe").write_text, args=(lines,))
+  writer.start()
+  data = data_config(path=str(tmp_path / "pipe"))
+  sources.check_lengths(data)
+  check_source(data)
+  assert len(load_prompts(data, tokenizer)[1]) == 12
+  writer.join()
 
 
 def test_finding_the_document_of_many_prompts_takes_few_steps_each():

@@ -208,6 +208,7 @@ def test_untied_gguf_has_its_own_head(tmp_path):
         (dict(llama__attention__head_count_kv=3), "multiple"),
         (dict(extra_tensor="rope_freqs.weight"), "rope_freqs.weight"),
         (dict(extra_tensor="blk.0.attn_q.bias"), "blk.0.attn_q.bias"),
+        (dict(extra_tensor="blk.0"), "holds blk.0, which is not read"),
         (dict(tokenizer__ggml__pre="tekken"), "pre='tekken'"),
         (dict(tokenizer__ggml__model="llama"), "model='llama'"),
         (dict(tokenizer__ggml__merges=None), "incomplete"),

@@ -2,9 +2,9 @@
 
   ftp-jax run --config=qwen2_5_coder_0_5b --workdir=runs/qwen2_5_coder_0_5b
 
-Nothing was chosen for this model: the plan is made at block 10 of 24, as deep as block 13 of 30. Its tokenizer writes
-chats in fewer tokens, so that contexts begin at 28. `data.path` as in smollm2_135m.py; `model.source` may be a GGUF
-file, as in the run below.
+Nothing was chosen for this model: the plan is made at block 10 of 24, about as deep as block 13 of 30. Its tokenizer
+writes chats in fewer tokens, so that contexts begin at 28. `data.path` as in smollm2_135m.py; `model.source` may be a
+GGUF file, as in the run below.
 
 Wall time: 36 minutes on 2 CPU cores (AMD EPYC), beside other work: 10 for gate scores and maps, 8 for each of three S.
 Result: KL to dense 0.007 / 0.013 / 0.036 nats a token at S = 0.22 / 0.30 / 0.40 (seed 0; docs/results.md, A second

@@ -10,12 +10,15 @@ No boilerplate is put around a prompt: text that is the same in every prompt wou
 that skip the beginning.
 """
 
+import contextlib
 import importlib
 import io
 import json
+import os
 import pathlib
 import re
-from collections.abc import Callable
+import stat
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from ftp_jax.errors import UserError
@@ -41,7 +44,7 @@ def read_source(data) -> list[str] | list[Pair]:
   Raises:
     UserError: the source is unknown, missing, empty or malformed.
   """
-  check_source(data)
+  _check_known(data)
   records = _SOURCES[data.source](data)
   if not records:
     raise UserError(f"data.path={data.path!r} holds no records; set it to a {data.source} source that has some.")
@@ -50,19 +53,30 @@ def read_source(data) -> list[str] | list[Pair]:
 
 def check_source(data) -> None:
   """Raises UserError where the source is unknown, or a file that it would read cannot be opened."""
-  if data.source not in _SOURCES:
-    raise UserError(f"data.source={data.source!r} is unknown; use one of {', '.join(_SOURCES)}.")
+  _check_known(data)
   if data.source in ("prompts", "text"):
     check_file(data.path)
 
 
+def _check_known(data) -> None:
+  if data.source not in _SOURCES:
+    raise UserError(f"data.source={data.source!r} is unknown; use one of {', '.join(_SOURCES)}.")
+
+
 def check_file(path: str) -> None:
   """Raises UserError for a file that cannot be opened."""
+  with _reading(path):
+    if not stat.S_ISFIFO(os.stat(path).st_mode):  # a pipe can be opened only once
+      open(path, "rb").close()
+
+
+@contextlib.contextmanager
+def _reading(path: str) -> Iterator[None]:
+  """Turns what the system says of a file into a UserError."""
   if not path:
     raise UserError("data.path is empty; set it to the file to read.")
   try:
-    with open(path, "rb"):
-      pass
+    yield
   except OSError as error:
     raise UserError(f"{path} cannot be read ({error.strerror}); name a readable file.") from None
 
@@ -145,9 +159,9 @@ def _field(record: dict[str, Any], name: str, where: str) -> str:
 
 def read_text(path: str) -> str:
   """The text of a UTF-8 file, with or without a byte order mark; UserError if it cannot be read."""
-  check_file(path)
   try:
-    return pathlib.Path(path).read_text(encoding="utf-8-sig")
+    with _reading(path):
+      return pathlib.Path(path).read_text(encoding="utf-8-sig")
   except UnicodeDecodeError as error:
     raise UserError(f"{path} is not UTF-8 text (byte {error.start}); convert it to UTF-8.") from None
 

@@ -148,7 +148,7 @@ def _entry(tensor: gguf.ReaderTensor, config: Mapping[str, Any]):
   name = _OUTSIDE.get(tensor.name)
   part = ""
   if tensor.name.startswith("blk."):
-    _, block, part = tensor.name.split(".", 2)
+    block, _, part = tensor.name.removeprefix("blk.").partition(".")
     in_block = (_BLOCK | _ARCHITECTURES[config["model_type"]][1]).get(part)
     name = in_block and f"model.layers.{block}.{in_block}"
   if name is None:

@@ -123,8 +123,6 @@ def check_plan(config, num_blocks: int) -> None:
           f"Sparsity {sparsity:g} is more than the blocks from {first} on can skip, and with search.schedule='fisher' "
           "those before a plan are dense; choose a smaller S or a smaller routing.one_pass_block."
       )
-
-
   routed, new = num_blocks - max(first, 0), config.routing.decode_sparsity
   trained = new > 0 and config.routing.decode_rule == "threshold"
   if s.schedule == "fisher" and trained and new * num_blocks >= routed:
