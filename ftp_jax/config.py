@@ -65,7 +65,7 @@ def get_config() -> config_dict.ConfigDict:
   c.router.hidden_size = 64  # width of the router's MLP
 
   c.search = config_dict.ConfigDict()
-  c.search.schedule = "ga"  # ga, uniform, middle, late, influence, fisher or file
+  c.search.schedule = "ga"  # ga, uniform, middle, late, influence, fisher, router (method.md, section 3) or file
   c.search.schedule_path = ""  # JSON list of L sparsities, for schedule=file
   c.search.seed_schedules = ("uniform", "middle", "late", "influence", "fisher")  # where the search starts
   c.search.grid = 40  # sparsities are multiples of 1/grid

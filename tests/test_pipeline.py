@@ -21,7 +21,7 @@ from ftp_jax.pipeline import cells, checks, preparation
 from ftp_jax.pipeline.directory import RunDirectory
 from ftp_jax.routing import masked, routers, stand_in
 from ftp_jax.stages import alone_in, load_arrays
-from ftp_jax.training import guide
+from ftp_jax.training import allotment, guide
 from tests import tiny
 from tests.test_data import byte_tokenizer
 
@@ -348,6 +348,40 @@ def test_one_pass_of_a_global_router_is_trained_for_nested_routes(model_director
   assert (keep[2] <= keep[1]).all() and (keep[1] <= keep[3]).all()
 
 
+def test_a_schedule_of_what_routers_lose(model_directory, tmp_path, monkeypatch):
+  config = tiny_run(model_directory)
+  config.routing.one_pass_block, config.finetune.rounds = 1, 0
+  config.search.schedule, config.train.fisher_share, config.sparsities = "router", 0.0, (0.25,)
+  allotted, allot = [], allotment.allot
+  monkeypatch.setattr(allotment, "allot", lambda losses, total: allotted.append(losses) or allot(losses, total))
+  pipeline.run(config, str(tmp_path), pipeline.STAGES[:5])
+  run, cell = RunDirectory(config, tmp_path), tmp_path / "S0.25" / "seed0"
+  asked = run.schedule(cell / "finetune")
+  assert asked[0] == 0 and np.mean(asked) == pytest.approx(0.25)
+  np.testing.assert_array_equal(asked, run.schedule(cell / "search"))
+  # Routers of one half of the prompts, warmed up in nearly the Fisher schedule, lose least there on the other half.
+  grid, rows = config.search.grid, np.arange(8)
+  from_fisher = run.named_schedule("fisher", 0.25) / grid
+  warm = np.maximum(from_fisher, (np.arange(4) > 0) / grid)
+  losses = 0
+  for half in (rows % 2 == 0, rows % 2 == 1):
+    router = cells.warm_up(run, cells.new_router(run, 0), warm.astype(np.float32), 0, rows[half])
+    losses += allotment.expected_loss(
+        run.router_config, run.routing, router, run.guide_data, run.fisher, warm, np.arange(8) / grid, rows[~half], 4
+    )
+  np.testing.assert_allclose(allotted[0], losses / 2, rtol=1e-5)
+  np.testing.assert_array_equal(asked * grid, allot(losses / 2, 8))
+  assert from_fisher[1:].min() == 0 and np.isfinite(losses[1:]).all()
+  # It is found again, and with another warm-up refused: it would be another.
+  before = (cell / "search" / "schedule.json").read_bytes()
+  shutil.rmtree(cell)
+  pipeline.run(config, str(tmp_path), ("search",))
+  assert (cell / "search" / "schedule.json").read_bytes() == before
+  config.train.warmup_guide_steps = 6
+  with pytest.raises(UserError, match="warmup_guide_steps"):
+    pipeline.run(config, str(tmp_path), ("search",))
+
+
 def test_new_tokens_that_skip_are_trained_and_reported(model_directory, tmp_path):
   config = tiny_run(model_directory)
   config.routing.update(decode_sparsity=0.15, one_pass_block=1)
@@ -396,6 +430,12 @@ def test_routers_a_block_learn_the_scores_of_their_blocks_whichever_block_evicts
     (lambda c: c.train.update(validate_every=0), "train.validate_every"),
     (lambda c: c.train.update(stand_in_learning_rate=1e-3), "stand_in_learning_rate=0.001 has no maps to train; set"),
     (lambda c: c.finetune.update(rounds=0), "finetune.rounds=0 .* search.schedule='fisher'"),
+    (lambda c: (c.search.update(schedule="router"), c.train.update(guide="static")), "judges routers after .* guide"),
+    (lambda c: (c.search.update(schedule="router"), c.train.update(warmup_guide_steps=0)), "warmup_guide_steps above"),
+    (lambda c: (c.search.update(schedule="router"), c.train.update(warmup_guide_prompts=1)), "at least 2 prompts"),
+    (lambda c: (c.search.update(schedule="router"), c.routing.update(one_pass_block=3), c.update(sparsities=(0.25,))),
+     "0.25 is more than the blocks from 3 on can skip, and with search.schedule='router'"),
+    (lambda c: c.search.update(seed_schedules=("router",)), "seed_schedules must name one or more of .*, fisher\\."),
     (lambda c: (c.search.update(schedule="fisher"), c.routing.update(one_pass_block=3), c.update(sparsities=(0.25,))),
      "0.25 is more than the blocks from 3 on can skip"),
     (lambda c: c.update(seeds=(-1,)), "seeds"),

@@ -20,7 +20,7 @@ from ftp_jax.models import decoder
 from ftp_jax.models.attention import EMPTY
 from ftp_jax.routing import routers, stand_in
 from ftp_jax.routing.config import RouterConfig, RoutingConfig
-from ftp_jax.training import guide, step
+from ftp_jax.training import allotment, guide, step
 from ftp_jax.training import stand_in as fitting
 from tests import tiny
 from tests.test_bucketed import random_maps
@@ -203,10 +203,14 @@ def test_scores_inputs_and_texts():
         for config in (PER_BLOCK, OF_NEW_TOKENS)
     ]
     assert all(leaf.is_fully_replicated for weights, _ in warm for leaf in jax.tree.leaves(weights))
+    lost = allotment.expected_loss(
+        PER_BLOCK, routing(router=PER_BLOCK), warm[0][0], guide.GuideData(rows.context, rows.length, *inputs, scores),
+        scores, SCHEDULE, np.arange(4) / 4, np.arange(len(rows.context) - 1), 8, parameters, "full",
+    )
     maps = fitting.fit(MODEL, parameters, rows, 8, rank=MODEL.hidden_size, ridge=0.1, dtype=np.float32)
     moved = maps["bias"], maps["down"] @ maps["up"]  # the axes of a part of the rank may turn with rounding
     return inputs[1], (
-        moved, warm, scores, inputs[0], redundancy.token_similarity(frozen, rows, 8),
+        moved, warm, np.nan_to_num(lost), scores, inputs[0], redundancy.token_similarity(frozen, rows, 8),
         perplexity.routed_perplexity(frozen, routing(), router, SCHEDULE, rows, 8),
         perplexity.truncated_perplexity(frozen, 0.5, rows, 8),
     )

@@ -21,7 +21,7 @@ from ftp_jax.pipeline.directory import INITIAL, RunDirectory, save_weights
 from ftp_jax.routing import routers, stand_in
 from ftp_jax.search import schedule as schedules
 from ftp_jax.search.loop import run_search
-from ftp_jax.training import guide
+from ftp_jax.training import allotment, guide
 from ftp_jax.training.loop import train_router
 from ftp_jax.training.step import StepSpec
 
@@ -37,7 +37,8 @@ def search(run: RunDirectory) -> None:
       _say(f"search: S={sparsity:.2f}, seed {seed}")
       distributed.on_first(lambda: artifact_lib.withdraw(run.cell(sparsity, seed) / "artifact"))
       if c.schedule != "ga":
-        units = run.named_schedule(c.schedule, sparsity)
+        routed = c.schedule == "router"
+        units = router_schedule(run, sparsity, seed) if routed else run.named_schedule(c.schedule, sparsity)
         found = schedules.to_sparsity(units, c.grid)
         distributed.on_first(lambda: schedules.save(directory / "schedule.json", found))
         return
@@ -59,9 +60,7 @@ def train(run: RunDirectory) -> None:
       # Kept, because a resumed training must start from the very same numbers, on any hardware.
       initial = directory / INITIAL
       if not distributed.exists(initial):
-        router = routers.init_router(
-            run.router_config, jax.random.key(seed), run.frozen.config.num_blocks, run.frozen.config.hidden_size
-        )
+        router = new_router(run, seed)
         if run.config.train.guide == "fisher" and run.config.train.warmup_guide_steps:
           router = warm_up(run, router, asked, seed)
         save_weights(router, initial)
@@ -121,14 +120,38 @@ def find_schedule(
   return found
 
 
-def warm_up(run: RunDirectory, router: Any, schedule: np.ndarray, seed: int) -> Any:
+def new_router(run: RunDirectory, seed: int) -> Any:
+  model = run.frozen.config
+  return routers.init_router(run.router_config, jax.random.key(seed), model.num_blocks, model.hidden_size)
+
+
+def router_schedule(run: RunDirectory, sparsity: float, seed: int) -> np.ndarray:
+  """Units (L,) where routers lose least that were warmed up in the Fisher schedule, each on half of the prompts."""
+  s, blocks = run.config.search, run.frozen.config.num_blocks
+  after_plan = np.arange(blocks) >= max(run.routing.one_pass_block, 0)
+  units = np.maximum(run.named_schedule("fisher", sparsity), after_plan)  # blocks asked nothing would have no router
+  asked = schedules.to_sparsity(units, s.grid)
+  sparsities = np.arange(schedules.max_units(s.grid, s.max_sparsity) + 1) / s.grid
+  rows = np.arange(len(run.guide_data.context_N))
+  losses = []
+  for half in (0, 1):
+    router = warm_up(run, new_router(run, seed), asked, seed, rows[rows % 2 == half])
+    losses.append(allotment.expected_loss(
+        run.router_config, run.routing, router, run.guide_data, run.fisher, asked, sparsities, rows[rows % 2 != half],
+        run.config.train.batch, run.frozen.params, run.config.model.remat,
+    ))
+  return allotment.allot(np.mean(losses, axis=0), schedules.total_units(sparsity, blocks, s.grid, s.max_sparsity))
+
+
+def warm_up(run: RunDirectory, router: Any, schedule: np.ndarray, seed: int, rows: np.ndarray | None = None) -> Any:
+  """A router after the guided warm-up, on some prompts of `guide_data` or on all."""
   c = run.config.train
   settings = guide.WarmupSettings(c.warmup_guide_steps, c.batch, c.warmup_guide_learning_rate)
   bar = functools.partial(tqdm.tqdm, desc="guided warm-up")
   scores = run.training_scores(schedule)[:, : len(run.guide_data.context_N)]
   return guide.warm_up(
       run.router_config, run.routing, settings, router, run.guide_data._replace(fisher_LxNxT=scores), schedule, seed,
-      bar, run.frozen.params, run.config.model.remat,
+      bar, run.frozen.params, run.config.model.remat, rows,
   )[0]
 
 

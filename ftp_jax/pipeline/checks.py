@@ -21,7 +21,7 @@ from ftp_jax.models.sources import DTYPES
 from ftp_jax.search import schedule as schedules
 from ftp_jax.stages import flatten, read_json
 
-SCHEDULES = ("ga", "uniform", "middle", "late", "influence", "fisher", "file")
+SCHEDULES = ("ga", "uniform", "middle", "late", "influence", "fisher", "router", "file")
 _AT_LEAST = {
     1: (
         "data.num_search", "data.num_train", "data.num_validation", "data.num_test", "search.batch", "train.batch",
@@ -59,7 +59,7 @@ def check_config(config) -> None:
   folders = [{f"{s:.2f}" for s in config.sparsities}, set(config.seeds)]
   if [len(names) for names in folders] != [len(config.sparsities), len(config.seeds)]:
     raise UserError("config.sparsities must differ in their first two decimals, and config.seeds from each other.")
-  starts = SCHEDULES[1:-1]
+  starts = SCHEDULES[1:-2]
   for name, value, allowed in (
       ("search.schedule", config.search.schedule, SCHEDULES),
       ("model.dtype", config.model.dtype, tuple(DTYPES)),
@@ -74,6 +74,13 @@ def check_config(config) -> None:
       section, key = name.split(".")
       if config[section][key] < least:
         raise UserError(f"{name}={config[section][key]} must be at least {least}.")
+  t = config.train
+  warmed = min(t.warmup_guide_prompts, config.data.num_train) if t.guide == "fisher" and t.warmup_guide_steps else 0
+  if config.search.schedule == "router" and warmed < 2:
+    raise UserError(
+        "search.schedule='router' judges routers after their guided warm-up; set train.guide='fisher', "
+        "train.warmup_guide_steps above 0 and at least 2 prompts, or search.schedule='fisher'."
+    )
   if config.finetune.rounds == 0 and config.train.guide == "fisher" and config.search.schedule != "fisher":
     if config.train.fisher_share:
       raise UserError(
@@ -114,18 +121,19 @@ def check_config(config) -> None:
 
 
 def check_plan(config, num_blocks: int) -> None:
-  """Raises UserError where the Fisher schedule of a plan made at one block would need blocks before it."""
+  """Raises UserError where the schedule of a plan made at one block would need blocks before it."""
   s, first = config.search, config.routing.one_pass_block
+  scored = s.schedule in ("fisher", "router")  # made of gate scores
   most = (num_blocks - max(first, 0)) * schedules.max_units(s.grid, s.max_sparsity)
   for sparsity in config.sparsities:
-    if s.schedule == "fisher" and schedules.total_units(sparsity, num_blocks, s.grid, s.max_sparsity) > most:
+    if scored and schedules.total_units(sparsity, num_blocks, s.grid, s.max_sparsity) > most:
       raise UserError(
-          f"Sparsity {sparsity:g} is more than the blocks from {first} on can skip, and with search.schedule='fisher' "
-          "those before a plan are dense; choose a smaller S or a smaller routing.one_pass_block."
+          f"Sparsity {sparsity:g} is more than the blocks from {first} on can skip, and with search.schedule="
+          f"{s.schedule!r} those before a plan are dense; choose a smaller S or a smaller routing.one_pass_block."
       )
   routed, new = num_blocks - max(first, 0), config.routing.decode_sparsity
   trained = new > 0 and config.routing.decode_rule == "threshold"
-  if s.schedule == "fisher" and trained and new * num_blocks >= routed:
+  if scored and trained and new * num_blocks >= routed:
     raise UserError(
         f"routing.decode_sparsity={new:g} would take all of the {routed} blocks that can skip, or more; choose a "
         "smaller one."

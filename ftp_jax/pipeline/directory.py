@@ -74,6 +74,7 @@ class RunDirectory:
         "search": {
             "routing": c.routing,
             "search": c.search,
+            **(self.warmup_settings() if c.search.schedule == "router" else {}),
             **self.content("search.schedule_path", [self.cell(*cell) / "search" for cell in self.cells]),
         },
         "train": {"router": c.router, "train": {k: v for k, v in c.train.items() if k != "checkpoint_every"}},
@@ -84,6 +85,11 @@ class RunDirectory:
     for name in STAGES[: STAGES.index(stage) + 1]:
       merged |= flatten(own[name])
     return merged
+
+  def warmup_settings(self) -> dict[str, Any]:
+    """What routers depend on when their guided warm-up is done."""
+    of_warmup = lambda key: key in ("guide", "batch") or key.startswith("warmup_guide")
+    return {"router": self.config.router, "train": {k: v for k, v in self.config.train.items() if of_warmup(k)}}
 
   def content(self, key: str, readers: Sequence[pathlib.Path]) -> dict[str, str]:
     """Hash of the file that a config key names; where it is out of sight, as a stage of `readers` that is done has it.
@@ -127,8 +133,9 @@ class RunDirectory:
 
   def check_memory(self, stages: tuple[str, ...]) -> None:
     """Raises UserError, in all processes, if a warm-up of routers that is still to come needs too much memory."""
+    first = "search" if self.config.search.schedule == "router" else "train"
     begun = (distributed.exists(self.cell(*cell) / "train" / INITIAL) for cell in self.cells)
-    if "train" in stages and not all(begun):
+    if (first in stages or "train" in stages) and not all(begun):
       checks.check_memory(self.config, self.described[0].num_blocks, self.described[0].hidden_size)
 
   def cell(self, sparsity: float, seed: int) -> pathlib.Path:
@@ -237,7 +244,7 @@ class RunDirectory:
     return guide.GuideData(some.context, some.length, score, hidden, self.guide_scores[:, : len(some.tokens)])
 
   def named_schedule(self, name: str, sparsity: float) -> np.ndarray:
-    """One of SCHEDULES (but ga) on the grid, int32 units (L,)."""
+    """One of SCHEDULES (but ga and router) on the grid, int32 units (L,)."""
     s, blocks = self.config.search, self.frozen.config.num_blocks
     schedules.total_units(sparsity, blocks, s.grid, s.max_sparsity)
     largest = schedules.max_units(s.grid, s.max_sparsity) / s.grid

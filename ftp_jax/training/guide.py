@@ -257,32 +257,56 @@ def make_optimizer(settings: WarmupSettings) -> optax.GradientTransformation:
   return optax.adamw(optax.cosine_decay_schedule(settings.learning_rate, settings.steps), weight_decay=1e-3)
 
 
+def asked_of(reading: Reading, routing: RoutingConfig, schedule_L: np.ndarray) -> tuple[jax.Array, jax.Array]:
+  """What a schedule asks of context and of new tokens in `reading.blocks`."""
+  asked = jnp.asarray(schedule_L, jnp.float32)
+  return asked[reading.blocks], decode_schedule(asked, routing.decode_sparsity)[reading.blocks]
+
+
+def inputs_of(data: GuideData, reading: Reading, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+  """`score` and `hidden` of `reading.inputs` and of some of the prompts."""
+  pick = lambda array: None if array is None else array[np.ix_(reading.inputs, rows)]
+  return pick(data.score_UxNxT), pick(data.hidden_UxNxTxD)
+
+
+def make_margins(router: RouterConfig, reading: Reading, remat_policy: str) -> Any:
+  """A function of params, context_B, score and hidden (`inputs_of`), and what is asked (`asked_of`).
+
+  It gives the margins of `reading.blocks`, (blocks,B,T).
+  """
+  blocks, like, input_of = reading.blocks, reading.like, reading.input_of
+
+  def pick(array, index):
+    return array if np.array_equal(index, np.arange(len(array))) else array[index]  # no copy of what is read as it is
+
+  def of_inputs(params, context, score, hidden, schedule, decode_schedule):
+    of_block = lambda score, *asked: masked.factors(router.factors, masked.Scores(score, None), *asked, context)
+    asked = pick(schedule, like), pick(decode_schedule, like)
+    features = jax.vmap(of_block)(pick(score, input_of), *asked) if router.factors else None
+    if router.kind == "per_block":
+      params = jax.tree.map(lambda a: pick(a, blocks), params)
+    hidden = None if hidden is None else pick(hidden, input_of)
+    return pick(margins(router, params, features, hidden, remat_policy), reading.margin_of)
+
+  return of_inputs
+
+
 def make_step(
     router: RouterConfig, routing: RoutingConfig, settings: WarmupSettings, reading: Reading, remat_policy: str
 ) -> Any:
   """A jitted step of the warm-up: params, state, context_B, length_B, then arrays -> params, state, loss.
 
-  The arrays: `score` and `hidden` of `reading.inputs`; `fisher` and what is asked of context and new tokens, of
-  `reading.blocks`.
+  The arrays: those of `inputs_of`; `fisher` of `reading.blocks`; what is asked, of `asked_of`.
   """
   scored = not SCORE_FACTORS.isdisjoint(router.factors)
-  optimizer, blocks, like, input_of = make_optimizer(settings), reading.blocks, reading.like, reading.input_of
-
-  def pick(array, index):
-    return array if np.array_equal(index, np.arange(len(array))) else array[index]  # no copy of what is read as it is
+  optimizer, margins_of = make_optimizer(settings), make_margins(router, reading, remat_policy)
 
   def loss_fn(params, context, length, score, hidden, fisher, schedule, decode_schedule):
     in_context = jnp.arange(score.shape[2])[None] < context[:, None]
     # What new tokens have paid is not collected.
     guided = in_context if scored else losses.guided_tokens(context, length, score.shape[2], routing)
-    of_block = lambda score, *asked: masked.factors(router.factors, masked.Scores(score, None), *asked, context)
-    asked = pick(schedule, like), pick(decode_schedule, like)
-    features = jax.vmap(of_block)(pick(score, input_of), *asked) if router.factors else None
     target = losses.targets(fisher, schedule, context, routing.bucket_multiple)
-    if router.kind == "per_block":
-      params = jax.tree.map(lambda a: pick(a, blocks), params)
-    hidden = None if hidden is None else pick(hidden, input_of)
-    margin = pick(margins(router, params, features, hidden, remat_policy), reading.margin_of)
+    margin = margins_of(params, context, score, hidden, schedule, decode_schedule)
     return losses.guide_loss(margin, target, schedule, guided)
 
   @jax.jit
@@ -305,11 +329,13 @@ def warm_up(
     progress: Any = lambda steps: steps,
     frozen: Any = None,
     remat_policy: str = "none",
+    rows: np.ndarray | None = None,
 ) -> tuple[Any, list[float]]:
   """Fits the router to the Fisher targets under one schedule.
 
   Args:
     progress: wraps the range of steps.
+    rows: the prompts of `data` that it learns from; None: all.
     frozen: parameters of the model; batches are split over the mesh that they lie on. None: there is none.
     remat_policy: what the backward pass recomputes, as `config.model.remat`.
 
@@ -319,23 +345,15 @@ def warm_up(
   frozen = params if frozen is None else frozen
   reading = Reading.of(router, len(data.score_UxNxT), schedule_L)
   step, state = make_step(router, routing, settings, reading, remat_policy), make_optimizer(settings).init(params)
-  asked = jnp.asarray(schedule_L, jnp.float32)
-  asked = tuple(a[reading.blocks] for a in (asked, decode_schedule(asked, routing.decode_sparsity)))
-  params, state, asked = sharding.place(frozen, (params, state, asked))
+  params, state, asked = sharding.place(frozen, (params, state, asked_of(reading, routing, schedule_L)))
+  rows = np.arange(len(data.context_N)) if rows is None else rows
   history = []
   for number in progress(range(settings.steps)):
-    rows = indices_at(len(data.context_N), settings.batch, number, seed)
-    pick = lambda array, which: None if array is None else array[np.ix_(which, rows)]
-    arrays = sharding.place(
-        frozen,
-        (
-            pick(data.score_UxNxT, reading.inputs), pick(data.hidden_UxNxTxD, reading.inputs),
-            pick(data.fisher_LxNxT, reading.blocks),
-        ),
-        None, "batch",
-    )
+    some = rows[indices_at(len(rows), settings.batch, number, seed)]
+    fisher = data.fisher_LxNxT[np.ix_(reading.blocks, some)]
+    arrays = sharding.place(frozen, (*inputs_of(data, reading, some), fisher), None, "batch")
     with sharding.over(frozen):
-      lengths = sharding.place(frozen, (data.context_N[rows], data.length_N[rows]), "batch")
+      lengths = sharding.place(frozen, (data.context_N[some], data.length_N[some]), "batch")
       params, state, loss = step(params, state, *lengths, *arrays, *asked)
     history.append(loss)
   return params, [float(loss) for loss in history]
