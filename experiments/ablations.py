@@ -51,6 +51,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         name: ("schedule", {"search.schedule": schedule, "train.fisher_share": 0.0, "finetune.rounds": 0})
         for name, schedule in (
             ("uniform", "uniform"), ("block influence", "influence"), ("late blocks", "late"), ("Fisher", "fisher"),
+            ("allotted", "allotted"),
         )
     },
     **{

@@ -65,7 +65,7 @@ def get_config() -> config_dict.ConfigDict:
   c.router.hidden_size = 64  # width of the router's MLP
 
   c.search = config_dict.ConfigDict()
-  c.search.schedule = "ga"  # ga, uniform, middle, late, influence, fisher, router (method.md, section 3) or file
+  c.search.schedule = "ga"  # ga, uniform, middle, late, influence, fisher, allotted (method.md, section 3) or file
   c.search.schedule_path = ""  # JSON list of L sparsities, for schedule=file
   c.search.seed_schedules = ("uniform", "middle", "late", "influence", "fisher")  # where the search starts
   c.search.grid = 40  # sparsities are multiples of 1/grid
@@ -89,7 +89,7 @@ def get_config() -> config_dict.ConfigDict:
   c.train.sparsity_weight = 1.0  # w_s
   c.train.sparsity_two_sided = False  # also punish skipping more than asked
   c.train.guide = "fisher"  # target of the guide loss: static or fisher
-  c.train.fisher_share = 0.5  # training asks for the found schedule, moved this far to the Fisher one
+  c.train.fisher_share = 0.5  # training asks for the found schedule, unless allotted moved this far to the Fisher one
   c.train.warmup_guide_steps = 300  # steps on the guide alone (fisher), without passing the model
   c.train.warmup_guide_prompts = 256  # training prompts whose router inputs stay in host memory for that
   c.train.warmup_guide_learning_rate = 1e-3  # peak learning rate of those steps
@@ -103,7 +103,7 @@ def get_config() -> config_dict.ConfigDict:
 
   c.finetune = config_dict.ConfigDict()
   c.finetune.rounds = 1  # of (schedule fine-tuning; training again before every further one)
-  # 0: none, where training asks for the very schedule: train.fisher_share=0 or search.schedule='fisher'
+  # 0: none, where training asks for the very schedule: train.fisher_share=0 or search.schedule fisher or allotted
   c.finetune.generations = 8  # generations of the fine-tuning search
 
   c.evaluation = config_dict.ConfigDict()
@@ -178,10 +178,10 @@ def small_preset(config: config_dict.ConfigDict) -> config_dict.ConfigDict:
 
 
 def plan_preset(config: config_dict.ConfigDict, block: int) -> config_dict.ConfigDict:
-  """A late plan, made at this block, in the schedule of the gate scores instead of a search; returns the config."""
+  """A late plan, made at this block, in the schedule where routers lose least; returns the config."""
   config.routing.one_pass_block = block  # routers of later blocks read what enters this one; those before are dense
-  config.search.schedule = "fisher"
-  config.finetune.rounds = 0  # from the Fisher schedule it found nothing better
+  config.search.schedule = "allotted"
+  config.finetune.rounds = 0  # from the Fisher schedule, the second best, generations found nothing better
   config.train.input_gradient = False
   return config
 

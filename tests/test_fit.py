@@ -14,7 +14,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from ftp_jax import cli, hardware, sharding
-from ftp_jax.config import get_config, large_preset
+from ftp_jax.config import get_config, large_preset, plan_preset
 from ftp_jax.fit import compiling, cost, counts, expected, hlo, programs, topologies
 from ftp_jax.models import attention, decoder, kernels
 from ftp_jax.models.architectures import architecture
@@ -610,6 +610,8 @@ def test_the_numbers_of_a_run():
   # 20 children: a pool of 2 calls and 24 generations, then 2 calls and 16 generations of fine-tuning.
   assert (run.calls, run.children) == (2 + 24 + 2 + 16, 20)
   assert run.validated == 5 + 4 * 25 + 5 + 4 * 17
+  planned = cost.of_config(plan_preset(large_preset(get_config()), 14))  # is not searched
+  assert (planned.calls, planned.validated, planned.fisher_draws) == (0, 0, 2)
   slice_ = cost.Slice(CHIP, fsdp=4)
   assert (run.search_batch, run.train_batch) == (16, 16)
   terms = cost.run_terms(run, TOY, slice_)

@@ -348,10 +348,10 @@ def test_one_pass_of_a_global_router_is_trained_for_nested_routes(model_director
   assert (keep[2] <= keep[1]).all() and (keep[1] <= keep[3]).all()
 
 
-def test_a_schedule_of_what_routers_lose(model_directory, tmp_path, monkeypatch):
+def test_an_allotted_schedule_is_where_routers_lose_least(model_directory, tmp_path, monkeypatch):
   config = tiny_run(model_directory)
   config.routing.one_pass_block, config.finetune.rounds = 1, 0
-  config.search.schedule, config.train.fisher_share, config.sparsities = "router", 0.0, (0.25,)
+  config.search.schedule, config.router.kind = "allotted", "global"  # whose guide has other scores than the blocks' own
   allotted, allot = [], allotment.allot
   monkeypatch.setattr(allotment, "allot", lambda losses, total: allotted.append(losses) or allot(losses, total))
   pipeline.run(config, str(tmp_path), pipeline.STAGES[:5])
@@ -359,6 +359,9 @@ def test_a_schedule_of_what_routers_lose(model_directory, tmp_path, monkeypatch)
   asked = run.schedule(cell / "finetune")
   assert asked[0] == 0 and np.mean(asked) == pytest.approx(0.25)
   np.testing.assert_array_equal(asked, run.schedule(cell / "search"))
+  uniform = np.full(4, 0.25)
+  assert config.train.fisher_share == 0.5 and np.any(run.training_schedule(uniform, 0.25, 0.5) != uniform)
+  np.testing.assert_array_equal(run.training_schedule(uniform, 0.25), uniform)  # as it is
   # Routers of one half of the prompts, warmed up in nearly the Fisher schedule, lose least there on the other half.
   grid, rows = config.search.grid, np.arange(8)
   from_fisher = run.named_schedule("fisher", 0.25) / grid
@@ -377,9 +380,21 @@ def test_a_schedule_of_what_routers_lose(model_directory, tmp_path, monkeypatch)
   shutil.rmtree(cell)
   pipeline.run(config, str(tmp_path), ("search",))
   assert (cell / "search" / "schedule.json").read_bytes() == before
-  config.train.warmup_guide_steps = 6
-  with pytest.raises(UserError, match="warmup_guide_steps"):
-    pipeline.run(config, str(tmp_path), ("search",))
+  for section, key, value in (
+      ("train", "warmup_guide_steps", 6), ("train", "warmup_guide_learning_rate", 0.1), ("train", "batch", 2),
+      ("router", "hidden_size", 8),
+  ):
+    other = config.copy_and_resolve_references()
+    other[section][key] = value
+    with pytest.raises(UserError, match=f"{section}.{key}"):
+      pipeline.run(other, str(tmp_path), ("search",))
+  large = config.copy_and_resolve_references()
+  large.train.warmup_guide_prompts = large.data.num_train = 10**12
+  with pytest.raises(UserError, match="GB of this machine's"):
+    pipeline.run(large, str(tmp_path / "large"), pipeline.STAGES[:3])
+  config.train.warmup_guide_learning_rate = float("inf")
+  with pytest.raises(UserError, match="warm-up has diverged; lower train.warmup_guide_learning_rate"):
+    pipeline.run(config, str(tmp_path / "other"), pipeline.STAGES[:3])
 
 
 def test_new_tokens_that_skip_are_trained_and_reported(model_directory, tmp_path):
@@ -430,12 +445,12 @@ def test_routers_a_block_learn_the_scores_of_their_blocks_whichever_block_evicts
     (lambda c: c.train.update(validate_every=0), "train.validate_every"),
     (lambda c: c.train.update(stand_in_learning_rate=1e-3), "stand_in_learning_rate=0.001 has no maps to train; set"),
     (lambda c: c.finetune.update(rounds=0), "finetune.rounds=0 .* search.schedule='fisher'"),
-    (lambda c: (c.search.update(schedule="router"), c.train.update(guide="static")), "judges routers after .* guide"),
-    (lambda c: (c.search.update(schedule="router"), c.train.update(warmup_guide_steps=0)), "warmup_guide_steps above"),
-    (lambda c: (c.search.update(schedule="router"), c.train.update(warmup_guide_prompts=1)), "at least 2 prompts"),
-    (lambda c: (c.search.update(schedule="router"), c.routing.update(one_pass_block=3), c.update(sparsities=(0.25,))),
-     "0.25 is more than the blocks from 3 on can skip, and with search.schedule='router'"),
-    (lambda c: c.search.update(seed_schedules=("router",)), "seed_schedules must name one or more of .*, fisher\\."),
+    (lambda c: (c.search.update(schedule="allotted"), c.train.update(guide="static")), "judges routers after .* guide"),
+    (lambda c: (c.search.update(schedule="allotted"), c.train.update(warmup_guide_steps=0)), "_guide_steps above 0"),
+    (lambda c: (c.search.update(schedule="allotted"), c.train.update(warmup_guide_prompts=1)), "train to at least 2"),
+    (lambda c: (c.search.update(schedule="allotted"), c.routing.update(one_pass_block=3), c.update(sparsities=(0.25,))),
+     "0.25 is more than the blocks from 3 on can skip, and with search.schedule='allotted'"),
+    (lambda c: c.search.update(seed_schedules=("allotted",)), "seed_schedules must name one or more of .*, fisher\\."),
     (lambda c: (c.search.update(schedule="fisher"), c.routing.update(one_pass_block=3), c.update(sparsities=(0.25,))),
      "0.25 is more than the blocks from 3 on can skip"),
     (lambda c: c.update(seeds=(-1,)), "seeds"),

@@ -205,7 +205,7 @@ def test_scores_inputs_and_texts():
     assert all(leaf.is_fully_replicated for weights, _ in warm for leaf in jax.tree.leaves(weights))
     lost = allotment.expected_loss(
         PER_BLOCK, routing(router=PER_BLOCK), warm[0][0], guide.GuideData(rows.context, rows.length, *inputs, scores),
-        scores, SCHEDULE, np.arange(4) / 4, np.arange(len(rows.context) - 1), 8, parameters, "full",
+        scores, SCHEDULE, np.arange(4) / 4, np.arange(len(rows.context) - 1), 8, parameters,
     )
     maps = fitting.fit(MODEL, parameters, rows, 8, rank=MODEL.hidden_size, ridge=0.1, dtype=np.float32)
     moved = maps["bias"], maps["down"] @ maps["up"]  # the axes of a part of the rank may turn with rounding

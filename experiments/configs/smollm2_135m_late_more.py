@@ -16,6 +16,7 @@ from ftp_jax.config import late_preset, small_preset
 
 def get_config():
   config = late_preset(small_preset(get_default_config()))
+  config.search.schedule = "fisher"
   config.data.train_min_context = 16
   config.data.num_train = 2560
   config.data.num_validation = 64

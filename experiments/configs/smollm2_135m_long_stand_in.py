@@ -22,6 +22,7 @@ def get_config():
   config = long_chats_preset(late_preset(small_preset(get_default_config())))
   config.sparsities = (0.30,)
   config.routing.one_pass_block = 18
+  config.search.schedule = "fisher"
   config.stand_in.rank = 64
   config.train.stand_in_learning_rate = 3e-4
   config.train.validate_every = 8

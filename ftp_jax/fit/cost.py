@@ -127,7 +127,7 @@ class Run:
   """The numbers of a run that its time follows from; `of_config` reads them from a run config.
 
   Attributes:
-    cells: sparsities x seeds, each searched and trained.
+    cells: sparsities x seeds, each trained, and searched where `calls` is not 0.
     search_batch, train_batch: prompts of one call; the train batch is also that of the gate scores.
     calls, children: calls of a cell, the search's and fine-tuning's, that judge that many schedules each.
     validated: schedules judged one by one on the validation prompts, at most.
@@ -156,7 +156,7 @@ def of_config(config: Any) -> Run:
   children = s.population - s.elite
   pool = -(-max(s.population, len(s.seed_schedules)) // children)
   scored = t.guide == "fisher" or s.schedule == "fisher" or "fisher" in s.seed_schedules
-  rounds = [s.generations] + [config.finetune.generations] * config.finetune.rounds
+  rounds = [s.generations] * (s.schedule == "ga") + [config.finetune.generations] * config.finetune.rounds
   return Run(
       cells=len(config.sparsities) * len(config.seeds), search_batch=s.batch, train_batch=t.batch,
       positions=d.max_context + d.continuation, scored=d.continuation,
@@ -183,7 +183,7 @@ def run_terms(run: Run, model: ModelConfig, slice_: Slice) -> dict[str, Terms]:
   judged += over(run.validation_prompts, run.search_batch) * run.validated
   steps = train_step(model, slice_, run.train_batch, *size) * run.steps
   steps += over(run.validation_prompts, run.search_batch) * run.validations
-  teachers = over(run.search_prompts + run.validation_prompts, run.search_batch)
+  teachers = over(run.search_prompts * bool(run.calls) + run.validation_prompts, run.search_batch)
   return {
       "teacher and gate scores": teachers + scores + over(run.warmup_prompts, run.train_batch),
       "search and fine-tuning": judged * run.cells,

@@ -1,6 +1,6 @@
 """What is found for one sparsity and seed, a cell: the stages `search`, `train` and `finetune`.
 
-    search    schedule found with the static router
+    search    schedule: found with the static router, named, or allotted by what routers lose
     train     dynamic router, and the maps where they are trained with it
     finetune  schedule found with the trained router
 """
@@ -37,8 +37,8 @@ def search(run: RunDirectory) -> None:
       _say(f"search: S={sparsity:.2f}, seed {seed}")
       distributed.on_first(lambda: artifact_lib.withdraw(run.cell(sparsity, seed) / "artifact"))
       if c.schedule != "ga":
-        routed = c.schedule == "router"
-        units = router_schedule(run, sparsity, seed) if routed else run.named_schedule(c.schedule, sparsity)
+        allotted = c.schedule == "allotted"
+        units = allotted_schedule(run, sparsity, seed) if allotted else run.named_schedule(c.schedule, sparsity)
         found = schedules.to_sparsity(units, c.grid)
         distributed.on_first(lambda: schedules.save(directory / "schedule.json", found))
         return
@@ -125,7 +125,7 @@ def new_router(run: RunDirectory, seed: int) -> Any:
   return routers.init_router(run.router_config, jax.random.key(seed), model.num_blocks, model.hidden_size)
 
 
-def router_schedule(run: RunDirectory, sparsity: float, seed: int) -> np.ndarray:
+def allotted_schedule(run: RunDirectory, sparsity: float, seed: int) -> np.ndarray:
   """Units (L,) where routers lose least that were warmed up in the Fisher schedule, each on half of the prompts."""
   s, blocks = run.config.search, run.frozen.config.num_blocks
   after_plan = np.arange(blocks) >= max(run.routing.one_pass_block, 0)
@@ -138,9 +138,13 @@ def router_schedule(run: RunDirectory, sparsity: float, seed: int) -> np.ndarray
     router = warm_up(run, new_router(run, seed), asked, seed, rows[rows % 2 == half])
     losses.append(allotment.expected_loss(
         run.router_config, run.routing, router, run.guide_data, run.fisher, asked, sparsities, rows[rows % 2 != half],
-        run.config.train.batch, run.frozen.params, run.config.model.remat,
+        run.config.train.batch, run.frozen.params,
     ))
-  return allotment.allot(np.mean(losses, axis=0), schedules.total_units(sparsity, blocks, s.grid, s.max_sparsity))
+  total = schedules.total_units(sparsity, blocks, s.grid, s.max_sparsity)
+  found = allotment.allot(np.mean(losses, axis=0), total)
+  if run.routing.trains_continuation:
+    guide.share_of_new_tokens(found, run.routing.decode_sparsity)
+  return found
 
 
 def warm_up(run: RunDirectory, router: Any, schedule: np.ndarray, seed: int, rows: np.ndarray | None = None) -> Any:

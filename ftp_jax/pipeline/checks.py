@@ -21,7 +21,7 @@ from ftp_jax.models.sources import DTYPES
 from ftp_jax.search import schedule as schedules
 from ftp_jax.stages import flatten, read_json
 
-SCHEDULES = ("ga", "uniform", "middle", "late", "influence", "fisher", "router", "file")
+SCHEDULES = ("ga", "uniform", "middle", "late", "influence", "fisher", "allotted", "file")
 _AT_LEAST = {
     1: (
         "data.num_search", "data.num_train", "data.num_validation", "data.num_test", "search.batch", "train.batch",
@@ -59,7 +59,7 @@ def check_config(config) -> None:
   folders = [{f"{s:.2f}" for s in config.sparsities}, set(config.seeds)]
   if [len(names) for names in folders] != [len(config.sparsities), len(config.seeds)]:
     raise UserError("config.sparsities must differ in their first two decimals, and config.seeds from each other.")
-  starts = SCHEDULES[1:-2]
+  starts = [name for name in SCHEDULES if name not in ("ga", "allotted", "file")]
   for name, value, allowed in (
       ("search.schedule", config.search.schedule, SCHEDULES),
       ("model.dtype", config.model.dtype, tuple(DTYPES)),
@@ -76,13 +76,13 @@ def check_config(config) -> None:
         raise UserError(f"{name}={config[section][key]} must be at least {least}.")
   t = config.train
   warmed = min(t.warmup_guide_prompts, config.data.num_train) if t.guide == "fisher" and t.warmup_guide_steps else 0
-  if config.search.schedule == "router" and warmed < 2:
+  if config.search.schedule == "allotted" and warmed < 2:
     raise UserError(
-        "search.schedule='router' judges routers after their guided warm-up; set train.guide='fisher', "
-        "train.warmup_guide_steps above 0 and at least 2 prompts, or search.schedule='fisher'."
+        "search.schedule='allotted' judges routers after their guided warm-up; set train.guide='fisher', "
+        "train.warmup_guide_steps above 0, and train.warmup_guide_prompts and data.num_train to at least 2."
     )
-  if config.finetune.rounds == 0 and config.train.guide == "fisher" and config.search.schedule != "fisher":
-    if config.train.fisher_share:
+  if config.finetune.rounds == 0 and config.train.guide == "fisher":
+    if config.train.fisher_share and config.search.schedule not in ("fisher", "allotted"):
       raise UserError(
           "finetune.rounds=0 would keep a schedule that the router is not trained for; set train.fisher_share=0, "
           "search.schedule='fisher' or finetune.rounds=1."
@@ -123,7 +123,7 @@ def check_config(config) -> None:
 def check_plan(config, num_blocks: int) -> None:
   """Raises UserError where the schedule of a plan made at one block would need blocks before it."""
   s, first = config.search, config.routing.one_pass_block
-  scored = s.schedule in ("fisher", "router")  # made of gate scores
+  scored = s.schedule in ("fisher", "allotted")  # made of gate scores
   most = (num_blocks - max(first, 0)) * schedules.max_units(s.grid, s.max_sparsity)
   for sparsity in config.sparsities:
     if scored and schedules.total_units(sparsity, num_blocks, s.grid, s.max_sparsity) > most:

@@ -74,7 +74,7 @@ class RunDirectory:
         "search": {
             "routing": c.routing,
             "search": c.search,
-            **(self.warmup_settings() if c.search.schedule == "router" else {}),
+            **(self.warmup_settings() if c.search.schedule == "allotted" else {}),
             **self.content("search.schedule_path", [self.cell(*cell) / "search" for cell in self.cells]),
         },
         "train": {"router": c.router, "train": {k: v for k, v in c.train.items() if k != "checkpoint_every"}},
@@ -133,9 +133,12 @@ class RunDirectory:
 
   def check_memory(self, stages: tuple[str, ...]) -> None:
     """Raises UserError, in all processes, if a warm-up of routers that is still to come needs too much memory."""
-    first = "search" if self.config.search.schedule == "router" else "train"
-    begun = (distributed.exists(self.cell(*cell) / "train" / INITIAL) for cell in self.cells)
-    if (first in stages or "train" in stages) and not all(begun):
+    warms_up = {"train": INITIAL} | ({"search": stages_lib.DONE} if self.config.search.schedule == "allotted" else {})
+    there = [
+        distributed.exists(self.cell(*cell) / stage / name)
+        for stage, name in warms_up.items() if stage in stages for cell in self.cells
+    ]
+    if not all(there):
       checks.check_memory(self.config, self.described[0].num_blocks, self.described[0].hidden_size)
 
   def cell(self, sparsity: float, seed: int) -> pathlib.Path:
@@ -244,7 +247,7 @@ class RunDirectory:
     return guide.GuideData(some.context, some.length, score, hidden, self.guide_scores[:, : len(some.tokens)])
 
   def named_schedule(self, name: str, sparsity: float) -> np.ndarray:
-    """One of SCHEDULES (but ga and router) on the grid, int32 units (L,)."""
+    """One of SCHEDULES (but ga and allotted) on the grid, int32 units (L,)."""
     s, blocks = self.config.search, self.frozen.config.num_blocks
     schedules.total_units(sparsity, blocks, s.grid, s.max_sparsity)
     largest = schedules.max_units(s.grid, s.max_sparsity) / s.grid
@@ -277,9 +280,11 @@ class RunDirectory:
   def training_schedule(self, found: np.ndarray, sparsity: float, share: float | None = None) -> np.ndarray:
     """What training asks for, (L,): the found schedule, moved towards the Fisher schedule by a share.
 
-    The static router's best schedules leave a dynamic one little to decide: blocks skip all or nothing.
+    The static router's best schedules leave a dynamic one little to decide: blocks skip all or nothing. One that was
+    allotted for dynamic routers is asked for as it is.
     """
-    share = self.config.train.fisher_share if share is None else share
+    if share is None:
+      share = 0.0 if self.config.search.schedule == "allotted" else self.config.train.fisher_share
     if self.config.train.guide != "fisher" or not share:
       return found
     fisher = schedules.to_sparsity(self.named_schedule("fisher", sparsity), self.config.search.grid)

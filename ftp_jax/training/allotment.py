@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ftp_jax import sharding
+from ftp_jax.errors import UserError
 from ftp_jax.routing.config import RouterConfig, RoutingConfig
 from ftp_jax.routing.selection import capacity
 from ftp_jax.training import guide
@@ -30,7 +31,7 @@ def skipped_worth(margin_LxBxT: np.ndarray, fisher_LxBxT: np.ndarray, context_B:
   order = np.argsort(np.where(stays, np.inf, margin_LxBxT), axis=2, kind="stable")  # of equals the later one is kept
   worth = np.cumsum(np.take_along_axis(fisher_LxBxT.astype(np.float64), order, axis=2), axis=2)
   worth = np.pad(worth, ((0, 0), (0, 0), (1, 0))) / 2
-  slots = np.stack([np.asarray(capacity(jnp.float32(s), jnp.asarray(context_B))) for s in sparsities])
+  slots = np.asarray(capacity(jnp.asarray(sparsities, jnp.float32)[:, None], jnp.asarray(context_B)[None]))
   return np.take_along_axis(worth[:, None], (context_B - slots)[None, :, :, None], axis=3)[..., 0]
 
 
@@ -45,22 +46,26 @@ def expected_loss(
     rows: np.ndarray,
     batch: int,
     frozen: Any = None,
-    remat_policy: str = "none",
 ) -> np.ndarray:
   """What a router loses in each block at each of U sparsities, nats a prompt, mean over prompts, (L,U).
 
-  Gates are taken one by one, as Fisher scores take them. Blocks of which the schedule asks nothing have NaN.
+  Gates are taken one by one, as Fisher scores take them. Blocks of which the schedule asks nothing, for which the
+  router has not learned, have NaN.
 
   Args:
     data: router inputs of N prompts.
     fisher_LxNxT: their gate scores, each block's own.
     schedule_L: what routers read as asked of the blocks.
     rows: the prompts that count, which should be others than the router was warmed up on.
+    batch: prompts at once.
     frozen: parameters of the model; batches are split over the mesh that they lie on. None: there is none.
+
+  Raises:
+    UserError: the router's margins are no numbers.
   """
   frozen = params if frozen is None else frozen
   reading = guide.Reading.of(router, len(data.score_UxNxT), schedule_L)
-  margins = jax.jit(guide.make_margins(router, reading, remat_policy))
+  margins = jax.jit(guide.make_margins(router, reading, "none"))
   params, asked = sharding.place(frozen, (params, guide.asked_of(reading, routing, schedule_L)))
   losses = np.full((len(schedule_L), len(sparsities)), np.nan)
   losses[reading.blocks] = 0.0
@@ -71,13 +76,16 @@ def expected_loss(
     with sharding.over(frozen):
       context = sharding.place(frozen, data.context_N[filled], "batch")
       found = sharding.fetch(frozen, margins(params, context, *arrays, *asked))[:, : len(some)]
-    of_blocks = skipped_worth(found, fisher_LxNxT[reading.blocks][:, some], data.context_N[some], sparsities)
-    losses[reading.blocks] += of_blocks.sum(axis=2)
+    if not np.isfinite(found).all():
+      raise UserError("The guided warm-up has diverged; lower train.warmup_guide_learning_rate.")
+    fisher = fisher_LxNxT[np.ix_(reading.blocks, some)]
+    losses[reading.blocks] += skipped_worth(found, fisher, data.context_N[some], sparsities).sum(axis=2)
+  losses[np.asarray(schedule_L) <= 0] = np.nan  # a recurrent router is asked there as well, for the sake of its state
   return losses / len(rows)
 
 
 def allot(loss_LxU: np.ndarray, total: int) -> np.ndarray:
-  """The units (L,) int32 of sum `total` whose losses add up to least; unit u of block i costs loss_LxU[i, u].
+  """The units (L,) int32 of sum `total` whose losses add up to least; with u units block i loses loss_LxU[i, u].
 
   Exact, by dynamic programming. NaN: the block cannot have as many; every block can have none.
   """
