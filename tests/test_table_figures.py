@@ -243,8 +243,8 @@ def test_readme_says_what_the_records_say(figures):
     return [[re.sub(r"\*|\(.*?\)|:.*", "", cell).strip() for cell in line] for line in lines if len(line) == 4]
 
   def shown(entry, figure="kl"):
-    spread = entry[f"{figure}_spread"]
-    return f"{entry[figure]:.3f}" + (f" ± {spread:.3f}" if spread is not None else "")
+    spread, digits = entry[f"{figure}_spread"] or 0, 4 if figure == "kl" and 0 < entry[figure] < 0.01 else 3
+    return f"{entry[figure]:.{digits}f}" + (f" ± {spread:.{digits}f}" if round(spread, digits) else "")
 
   readme = rows((root / "README.md").read_text())
   of_name = lambda name: [figures for first, *figures in readme if first == name]
