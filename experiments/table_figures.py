@@ -238,7 +238,8 @@ def equal_latency(table: list[dict[str, Any]], context: int, figure: str) -> str
     if not measured or len(known) < 2 or 1 / speedup < known[0][0]:
       return None, ""
     value = float(np.interp(1 / speedup, *zip(*known)))
-    return value, f"{value:.3f}" if 1 / speedup <= max(measured)[0] else f"[{value:.3f}]"
+    text = f"{value:.3f}" if value >= 0.01 else f"{value:.4f}"
+    return value, text if 1 / speedup <= max(measured)[0] else f"[{text}]"
 
   for method in dict.fromkeys(e["method"] for e in table if e["method"] != "dense"):
     own, line = [e for e in table if e["method"] == method], [method]

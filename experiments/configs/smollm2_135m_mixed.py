@@ -1,4 +1,4 @@
-"""SmolLM2-135M on chats, plain questions and running text, with plan and maps of smollm2_135m_stand_in.py.
+"""SmolLM2-135M on chats, plain questions and running text: a late plan and maps, in the Fisher schedule.
 
   python experiments/mixed_prompts.py --prompts=alpaca_5000.jsonl --documents=wikitext2_train.txt \
     --test_documents=wikitext2_valid.txt --out=mixed
@@ -17,6 +17,7 @@ def get_config():
   config = late_preset(small_preset(get_default_config()))
   config.stand_in.rank = 64
   config.train.stand_in_learning_rate = 3e-4
+  config.search.schedule = "fisher"
   config.data.path = "mixed/train.jsonl"
   config.data.num_test = 48
   return config
