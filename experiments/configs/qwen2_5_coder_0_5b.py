@@ -6,9 +6,9 @@ Nothing was chosen for this model: the plan is made at block 10 of 24, about as 
 writes chats in fewer tokens, so that contexts begin at 28. `data.path` as in smollm2_135m.py; `model.source` may be a
 GGUF file, as in the run below.
 
-Wall time: 36 minutes on 2 CPU cores (AMD EPYC), beside other work: 10 for gate scores and maps, 8 for each of three S.
-Result: KL to dense 0.007 / 0.013 / 0.036 nats a token at S = 0.22 / 0.30 / 0.40 (seed 0; docs/results.md, A second
-model; three seeds have 0.015 +- 0.004 at 0.30), 0.444 / 0.609 / 0.991 for truncation.
+Wall time: 33 minutes on 2 CPU cores (AMD EPYC) by its parts: 10 for gate scores and maps, 23 for three S.
+Result: KL to dense 0.0028 / 0.014 / 0.029 nats a token at S = 0.22 / 0.30 / 0.40 (seed 0; docs/results.md, A second
+model), 0.444 / 0.609 / 0.991 for truncation.
 """
 
 from ftp_jax.config import get_config as get_default_config
