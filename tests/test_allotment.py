@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ftp_jax.errors import UserError
 from ftp_jax.routing import factors
 from ftp_jax.routing.config import FACTORS, RouterConfig, RoutingConfig
 from ftp_jax.routing.routers import init_router
@@ -67,6 +68,24 @@ def test_expected_losses_are_those_of_the_routers_margins(kind, names, one_pass_
   worth = allotment.skipped_worth(margin, data.fisher_LxNxT, CONTEXT, GRID)[:, :, rows].mean(axis=2)
   np.testing.assert_allclose(losses[0][1:], worth[1:], rtol=1e-5)
   assert np.isnan(losses[0][0]).all()  # of a recurrent router as well, which is asked there for its state
+
+
+@pytest.mark.parametrize("what, words", [
+    ("router", "warm-up has diverged; lower train.warmup_guide_learning_rate"),
+    ("scores", "gate scores have overflowed; take model.dtype=float32"),
+])
+def test_what_is_not_finite_is_not_ranked(what, words):
+  data = data_of(np.random.default_rng(5), 3)
+  config = RouterConfig("per_block", FACTORS, hidden_states=True, hidden_size=8)
+  params, fisher = init_router(config, jax.random.key(0), 3, 4), data.fisher_LxNxT.copy()
+  if what == "router":
+    params["out"]["kernel"] = params["out"]["kernel"].at[1].set(jnp.nan)
+  else:
+    fisher[2, 3, 4] = np.inf
+  with pytest.raises(UserError, match=words):
+    allotment.expected_loss(
+        config, RoutingConfig(), params, data, fisher, np.full(3, 0.5, np.float32), GRID, np.arange(6), 4
+    )
 
 
 def test_no_schedule_loses_less_than_the_one_allotted():

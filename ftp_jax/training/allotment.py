@@ -61,7 +61,7 @@ def expected_loss(
     frozen: parameters of the model; batches are split over the mesh that they lie on. None: there is none.
 
   Raises:
-    UserError: the router's margins are no numbers.
+    UserError: the router's margins or the scores are no finite numbers.
   """
   frozen = params if frozen is None else frozen
   reading = guide.Reading.of(router, len(data.score_UxNxT), schedule_L)
@@ -79,6 +79,8 @@ def expected_loss(
     if not np.isfinite(found).all():
       raise UserError("The guided warm-up has diverged; lower train.warmup_guide_learning_rate.")
     fisher = fisher_LxNxT[np.ix_(reading.blocks, some)]
+    if not np.isfinite(fisher).all():
+      raise UserError("The gate scores have overflowed; take model.dtype=float32 and another --workdir.")
     losses[reading.blocks] += skipped_worth(found, fisher, data.context_N[some], sparsities).sum(axis=2)
   losses[np.asarray(schedule_L) <= 0] = np.nan  # a recurrent router is asked there as well, for the sake of its state
   return losses / len(rows)
