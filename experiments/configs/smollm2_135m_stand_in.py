@@ -8,7 +8,7 @@ by a map of rank 64, fitted in closed form and then trained with the router (sec
 smollm2_135m.py.
 
 Wall time: about 30 minutes on 2 CPU cores (AMD EPYC) by its parts: 3 for gate scores and maps, 2 to 3 for each of nine
-cells, 3 for the evaluation; on slower ones twice as long.
+cells, 3 for the evaluation.
 Result: KL to dense 0.0025 / 0.0076 / 0.031 nats a token at S = 0.22 / 0.30 / 0.40 (+- 0.0004, 0.0003 and 0.0012 over
 seeds), in the Fisher schedule instead (--config.search.schedule=fisher) 0.003 / 0.010 / 0.046 (+- 0.001, 0.001, 0.005).
 """
