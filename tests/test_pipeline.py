@@ -211,11 +211,12 @@ def test_an_artifact_does_not_outlive_what_it_is_made_of(finished, model_directo
   copy = tmp_path / "run"
   shutil.copytree(finished, copy)
   cell = copy / "S0.25" / "seed0"
-  measured = dataclasses.replace(artifact.load(cell / "artifact"), crossover={"context": 7})
+  crossover = {"context": 7, "machine": {}}
+  measured = dataclasses.replace(artifact.load(cell / "artifact"), crossover=crossover)
   artifact.save(measured, cell / "artifact")
   shutil.rmtree(cell / "evaluate")
   pipeline.run(tiny_run(model_directory), str(copy), ("evaluate",))
-  assert artifact.load(cell / "artifact").crossover == {"context": 7}  # evaluated again, it computes the same
+  assert artifact.load(cell / "artifact").crossover == crossover  # evaluated again, it computes the same
   stages = ("search", "train", "finetune", "evaluate")
   for i, stage in list(enumerate(stages))[2::-1]:
     artifact.save(measured, cell / "artifact")
@@ -598,6 +599,38 @@ def test_damaged_artifacts_are_refused(finished, tmp_path):
       artifact.load(copy)
   with pytest.raises(UserError, match="no ftp_config.json"):
     artifact.load(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"routing": {"one_pass_block": 2.0}}, "one_pass_block=2.0 is not of the type of -1"),
+    ({"routing": {"score_window": None}}, "incomplete or wrong"),
+    ({"routing": {"bucket_multiple": True}}, "bucket_multiple=True is not of the type of 1"),
+    ({"routing": {"decode_threshold": "0.5"}}, "incomplete or wrong"),
+    ({"router": {"hidden_states": "no"}}, "hidden_states='no' is not of the type of False"),
+    ({"router": {"hidden_size": "8"}}, "hidden_size='8' is not of the type of 64"),
+    ({"figures": None}, "incomplete or wrong"),
+    ({"crossover": {"context": "512", "machine": {}}}, "names no context and machine"),
+    ({"crossover": 512}, "incomplete or wrong"),
+])
+def test_an_artifact_whose_config_was_edited_to_something_else_is_refused(finished, tmp_path, change, message):
+  copy = tmp_path / "artifact"
+  shutil.copytree(finished / "S0.25" / "seed0" / "artifact", copy)
+  described = json.loads((copy / artifact.CONFIG_FILE).read_text())
+  for key, value in change.items():
+    described[key] = described[key] | value if key in ("routing", "router") else value
+  (copy / artifact.CONFIG_FILE).write_text(json.dumps(described))
+  with pytest.raises(UserError, match=message) as error:
+    artifact.load(copy)
+  assert str(error.value).startswith(str(copy / artifact.CONFIG_FILE))
+
+
+def test_whole_numbers_may_stand_for_fractions_in_an_artifact(finished, tmp_path):
+  copy = tmp_path / "artifact"
+  shutil.copytree(finished / "S0.25" / "seed0" / "artifact", copy)
+  described = json.loads((copy / artifact.CONFIG_FILE).read_text())
+  described["routing"]["decode_sparsity"] = 0
+  (copy / artifact.CONFIG_FILE).write_text(json.dumps(described))
+  assert artifact.load(copy).routing.decode_sparsity == 0
 
 
 def test_a_mesh_that_a_batch_does_not_divide_by_is_refused_before_anything_is_written(model_directory, tmp_path):

@@ -113,7 +113,7 @@ def load(directory: str | os.PathLike) -> Artifact:
   """Reads an artifact, in either layout.
 
   Raises:
-    UserError: a file is missing, damaged, or of a newer format.
+    UserError: a file is missing, damaged, of a newer format, or holds what its format does not.
   """
   directory = pathlib.Path(directory)
   described = read_config(directory)
@@ -126,15 +126,32 @@ def load(directory: str | os.PathLike) -> Artifact:
         fingerprint=described["fingerprint"],
         family=described["family"],
         schedule=tuple(described["schedule"]),
-        routing=RoutingConfig(**described["routing"]),
-        router=RouterConfig(**(router | {"factors": tuple(router["factors"])})),
+        routing=_of_types(RoutingConfig, described["routing"]),
+        router=_of_types(RouterConfig, router | {"factors": tuple(router["factors"])}),
         params=_from_torch(weights) if described["layout"] == "torch" else weights,
-        figures=described["figures"],
-        crossover=described.get("crossover"),  # absent in artifacts whose crossover was never measured
+        figures=dict(described["figures"]),
+        crossover=_crossover(described),
         stand_in=stand_in,
     )
   except (AttributeError, KeyError, TypeError, ValueError) as error:
-    raise UserError(f"{directory / CONFIG_FILE} is incomplete ({error}); export the artifact again.") from None
+    raise UserError(f"{directory / CONFIG_FILE} is incomplete or wrong ({error}); copy the artifact again.") from None
+
+
+def _of_types(kind: type, values: dict[str, Any]) -> Any:
+  """`kind(**values)`, a description whose values are of the types of its defaults, as JSON need not have them."""
+  made = kind(**values)
+  for field in dataclasses.fields(kind):
+    value, types = getattr(made, field.name), (int, float) if type(field.default) is float else (type(field.default),)
+    if type(value) not in types:
+      raise TypeError(f"{field.name}={value!r} is not of the type of {field.default!r}")
+  return made
+
+
+def _crossover(described: dict[str, Any]) -> dict[str, Any] | None:
+  found = described.get("crossover")  # absent in artifacts whose crossover was never measured
+  if found is not None and not ("machine" in found and type(found["context"]) in (int, type(None))):
+    raise TypeError(f"crossover={found!r} names no context and machine")
+  return found
 
 
 def save_weights(params: Any, path: str | os.PathLike) -> None:
