@@ -486,6 +486,8 @@ def test_text_records_without_text_are_refused(tmp_path, tokenizer):
     [
         (None, "has no chat template"),
         ("{{ raise_exception('roles must alternate') }}", r"fails \(roles must alternate\)"),
+        ("{{ 'a' + 1 }}", r"fails \(can only concatenate str"),
+        ([{"name": n, "template": "x"} for n in ("tools", "plain")], r"fails \(.*multiple chat templates"),
         ("{{ messages[0]['content'] }}", "does not write turn after turn"),
     ],
 )

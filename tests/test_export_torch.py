@@ -17,6 +17,7 @@ import pytest
 import tokenizers
 import torch
 import transformers
+from safetensors.torch import save_file
 
 from ftp_jax import cli
 from ftp_jax.errors import UserError
@@ -471,6 +472,29 @@ def test_an_export_that_says_nothing_of_evict_from_evicts_everywhere(tmp_path):
   said["routing"]["evict_from"] = 2
   (out / "ftp_config.json").write_text(json.dumps(said))
   assert not torch.equal(logits(), expected)
+
+
+def test_shards_of_any_name_are_read_and_strays_are_not(tmp_path):
+  made, config = make("llama-gqa", RoutingConfig("evict"), RouterConfig())
+  source = tmp_path / "source"
+  hf = json.loads((pathlib.Path(directory_of("llama-gqa")) / "config.json").read_text())
+  save_params(load_params(directory_of("llama-gqa"), config), config, source, hf, max_shard_bytes=50_000)
+  index = source / "model.safetensors.index.json"
+  described = json.loads(index.read_text())
+  for name in set(described["weight_map"].values()):
+    (source / name).rename(source / name.replace("model", "weights"))
+  described["weight_map"] = {k: name.replace("model", "weights") for k, name in described["weight_map"].items()}
+  index.write_text(json.dumps(described))
+  letters(source)
+  save_file({"stray": torch.zeros(1)}, source / "model.fp16.safetensors")
+  artifacts.save(made, tmp_path / "artifact")
+  out = pytorch.export(str(tmp_path / "artifact"), str(tmp_path / "out"), str(source), False)
+  tokens = torch.tensor([prompts_of()[0]])
+  expected = load_pruned(directory_of("llama-gqa"), out)(tokens).logits
+  assert torch.equal(load_pruned(source, out)(tokens).logits, expected)
+  index.write_text("{}")
+  with pytest.raises(ValueError, match="index.json cannot be read .*; export or download it again"):
+    load_pruned(source, out)
 
 
 def test_weights_are_those_of_the_source_bit_for_bit_and_in_its_shards(tmp_path, capsys):

@@ -23,7 +23,7 @@ from lm_eval.tasks._yaml_loader import load_yaml
 
 from ftp_jax import cli
 from ftp_jax.errors import UserError
-from ftp_jax.evaluation.harness import command, files, results, retrieval, suite, tasks
+from ftp_jax.evaluation.harness import adapter, command, files, results, retrieval, suite, tasks
 from ftp_jax.evaluation.harness.adapter import EngineLM, padding_for
 from ftp_jax.evaluation.harness.generation import read_options
 from ftp_jax.inference import Sampling, programs
@@ -628,6 +628,26 @@ def test_tasks_that_another_process_has_finished_meanwhile_stay_in_the_file(data
 
   assert list(suite.run(Slow(), plan("arc_easy"), {}, {}, path)) == ["winogrande", "arc_easy"]
   assert list(json.loads(path.read_text())["tasks"]) == ["winogrande", "arc_easy"]
+
+
+def test_tasks_outlive_a_results_file_that_is_deleted_meanwhile(data, tmp_path):
+  path = tmp_path / "results.json"
+
+  class Deleting(Fake):
+    def loglikelihood(self, requests, disable_tqdm=False):
+      path.unlink(missing_ok=True)
+      return super().loglikelihood(requests)
+
+  done = suite.run(Deleting(), suite.plan(choose(data, ["winogrande", "arc_easy"], limit=1)), {}, {}, path)
+  assert list(done) == ["winogrande", "arc_easy"] == list(json.loads(path.read_text())["tasks"])
+
+
+def test_a_batch_size_is_taken_unless_it_is_to_be_searched(monkeypatch, engine):
+  monkeypatch.setattr(adapter.Engine, "load", lambda *args, **options: engine)
+  size = lambda **options: EngineLM.create_from_arg_obj({}, options).batch_size
+  assert size(batch_size=4, max_batch_size=64) == size(batch_size="4") == 4
+  default = EngineLM(engine).batch_size
+  assert size(batch_size="auto") == size(batch_size="auto:4", max_batch_size=64) == size() == default
 
 
 def test_metrics_over_all_items_are_kept_as_numbers(tmp_path):

@@ -219,6 +219,14 @@ def test_one_decode_program_serves_every_number_of_steps_and_the_stream(engine):
   assert programs.decode_steps._cache_size() == compiled
 
 
+def test_whole_numbers_may_be_of_any_library(engine):
+  expected = tokens_of(engine.generate(PROMPTS, 5, DRAWN, seed=3))
+  for whole in (np.int64, np.uint8, jnp.int32):
+    assert tokens_of(engine.generate(PROMPTS, whole(5), DRAWN, seed=whole(3))) == expected
+  scores = engine.score(engine.prefill(PROMPTS), [[1], [2]], [1, 0])
+  assert engine.score(engine.prefill(PROMPTS), [[1], [2]], jnp.array([1, 0])) == scores
+
+
 # --- sampling --------------------------------------------------------------------------------
 
 
@@ -247,6 +255,12 @@ def test_draws_follow_the_tempered_distribution(temperature, top_p):
   expected /= expected.sum()
   share = np.bincount(draws, minlength=4) / number
   np.testing.assert_array_less(np.abs(share - expected), 4 * np.sqrt(expected * (1 - expected) / number) + 1e-9)
+
+
+def test_a_temperature_and_a_nucleus_next_to_nothing_take_the_most_likely_token():
+  logits, seeds = jnp.array([[1.0, 5.0, 20.0, -3.0], [4.0, -1.0, 2.0, 0.0]]), jnp.arange(2, dtype=jnp.uint32)
+  for sampling in (Sampling(1e-37), Sampling(1e-38), Sampling(5e-324), Sampling(1.0, 1e-30), Sampling(1.0, 1e-44)):
+    assert sample(sampling, logits, seeds, jnp.int32(0)).tolist() == [2, 0], sampling
 
 
 def test_every_step_and_every_seed_draw_anew():
@@ -580,6 +594,13 @@ def test_of_equally_likely_tokens_the_first_is_the_greedy_one(engine):
         (lambda e: e.score([1], ["text"]), "Continuation 0 is a text"),
         (lambda e: e.score([1], [1, 2]), "Continuation 0 is no list of token ids"),
         (lambda e: e.generate([[1]], 4.5), "max_new_tokens=4.5 must be a whole number"),
+        (lambda e: e.generate([[1]], None), "max_new_tokens=None must be a whole number, at least 1"),
+        (lambda e: e.generate(e.prefill([[1]]), None), "max_new_tokens=None must be a whole number, at least 1"),
+        (lambda e: e.generate([[1]], 4, seed=None), "seed=None must be a whole number"),
+        (lambda e: e.generate((row for row in [[1]]), 4), "The prompts must be a list of rows of token ids, not gener"),
+        (lambda e: e.score([1], (row for row in [[1]])), "The continuations must be a list of rows of token ids"),
+        (lambda e: e.score([1], [[1]], rows=0), "rows=0 must name, for each continuation, one of the 1 contexts"),
+        (lambda e: e.score([1], [[1]], rows=[[0]]), "must name, for each continuation, one of the 1 contexts"),
         (lambda e: build(routing=None, decode_sparsity=0.2), "decode_sparsity need an artifact"),
         (lambda e: build(decode_threshold=0.9), "decode_threshold has nothing to change where decode_sparsity=0 "),
         (lambda e: build(routing=RoutingConfig(decode_sparsity=0.2, decode_rule="quantile"), decode_threshold=0.9),
@@ -777,6 +798,17 @@ def test_the_command_runs_a_file_of_prompts(directories, served, capsys, tmp_pat
     assert "44 prompt tokens, 54 new tokens" in err and "2 of 3 pruned" in err
 
 
+def test_the_clock_leaves_out_what_compiles_for_the_dense_rows_of_a_batch(monkeypatch):
+  now = iter([0.0, 5.0, 9.0, 9.5, 10.0, 15.0, 19.0, 19.5])  # begin; first, second and later tokens of row 0; of row 1
+  monkeypatch.setattr(command.time, "perf_counter", lambda: next(now))
+  clock = command.Clock()
+  for row, calls in ((0, 4), (1, 3)):
+    for _ in range(calls):
+      clock.tick(row, 1)
+  clock.pause()
+  assert clock.first == 5.0 and clock.rate == pytest.approx(3 / (1.0 + 0.5))
+
+
 def test_the_screen_holds_back_what_may_still_change(capsys):
   tokenizer = byte_tokenizer()
   screen = command.Screen(tokenizer.decode, ["END", "never"])
@@ -788,6 +820,10 @@ def test_the_screen_holds_back_what_may_still_change(capsys):
   assert shown == ["", "n", "é"] + ["", "", "€", " "] + ["", "", "EN!", "x"] + ["", "", ""]
   screen.finish("né€ EN!x")
   assert capsys.readouterr().out == "\n"
+  screen = command.Screen(tokenizer.decode, ["--é"])
+  for token in tokenizer("ab--é").input_ids:  # at the first byte of é it may still become the stop
+    screen.add([token])
+  assert capsys.readouterr().out == "ab"
   screen = command.Screen(tokenizer.decode, [], stop_tokens=tokenizer("b").input_ids)
   screen.add(tokenizer("aé").input_ids[:2] + tokenizer("b").input_ids)
   assert capsys.readouterr().out == "a"

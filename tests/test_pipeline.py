@@ -8,6 +8,7 @@ import shutil
 import jax
 import numpy as np
 import pytest
+from safetensors import numpy as safetensors_numpy
 
 from ftp_jax import distributed, pipeline
 from ftp_jax.config import get_config, paper_preset
@@ -16,7 +17,7 @@ from ftp_jax.errors import UserError
 from ftp_jax.evaluation.baselines import Yardstick, from_artifact
 from ftp_jax.export import artifact
 from ftp_jax.models.huggingface import fingerprint, save_params
-from ftp_jax.models.sources import load_model
+from ftp_jax.models.sources import describe, load_model
 from ftp_jax.pipeline import cells, checks, preparation
 from ftp_jax.pipeline.directory import RunDirectory
 from ftp_jax.routing import masked, routers, stand_in
@@ -211,7 +212,7 @@ def test_an_artifact_does_not_outlive_what_it_is_made_of(finished, model_directo
   copy = tmp_path / "run"
   shutil.copytree(finished, copy)
   cell = copy / "S0.25" / "seed0"
-  crossover = {"context": 7, "machine": {}}
+  crossover = {"context": 7, "machine": {"device": "cpu"}}
   measured = dataclasses.replace(artifact.load(cell / "artifact"), crossover=crossover)
   artifact.save(measured, cell / "artifact")
   shutil.rmtree(cell / "evaluate")
@@ -440,6 +441,12 @@ def test_routers_a_block_learn_the_scores_of_their_blocks_whichever_block_evicts
     (lambda c: c.search.update(schedule="anneal"), "search.schedule"),
     (lambda c: c.search.update(seed_schedules=("early",)), "seed_schedules"),
     (lambda c: c.search.update(seed_schedules=()), "seed_schedules"),
+    (lambda c: c.search.update(seed_schedules=([1],)), "seed_schedules"),
+    (lambda c: c.router.update(factors=([1],)), "router.factors"),
+    (lambda c: c.search.update(grid=40_001), "search.grid must be from 1 to 40000"),
+    (lambda c: (c.search.update(grid=2), c.update(sparsities=(0.1,))), "less than half a step of search.grid=2"),
+    (lambda c: c.train.update(distill_weight=float("inf")), "train.distill_weight=inf is no finite number"),
+    (lambda c: c.stand_in.update(rank=2, ridge=float("inf")), "stand_in.ridge=inf is no finite number"),
     (lambda c: c.update(sparsities=(0.3, 0.304)), "two decimals"),
     (lambda c: c.update(sparsities=(0.0,)), "out of reach"),
     (lambda c: c.update(sparsities=(0.004,)), "out of reach"),  # its folder would be that of dense
@@ -611,6 +618,11 @@ def test_damaged_artifacts_are_refused(finished, tmp_path):
     ({"figures": None}, "incomplete or wrong"),
     ({"crossover": {"context": "512", "machine": {}}}, "names no context and machine"),
     ({"crossover": 512}, "incomplete or wrong"),
+    ({"crossover": {"context": 512, "machine": {}}}, "names no context and machine"),
+    ({"crossover": {"context": 512, "machine": "here"}}, "incomplete or wrong"),
+    ({"base_model": None}, "base_model=None is no text"),
+    ({"schedule": []}, "schedule is not one number from 0 to 1 for each block"),
+    ({"schedule": [0.5, None, 0.5, 0.5]}, "schedule is not one number from 0 to 1 for each block"),
 ])
 def test_an_artifact_whose_config_was_edited_to_something_else_is_refused(finished, tmp_path, change, message):
   copy = tmp_path / "artifact"
@@ -622,6 +634,34 @@ def test_an_artifact_whose_config_was_edited_to_something_else_is_refused(finish
   with pytest.raises(UserError, match=message) as error:
     artifact.load(copy)
   assert str(error.value).startswith(str(copy / artifact.CONFIG_FILE))
+
+
+@pytest.mark.parametrize("tensor", ["stand_in", "hidden"])
+def test_tensors_that_are_named_as_groups_of_others_are_refused(finished, tmp_path, tensor):
+  copy = tmp_path / "artifact"
+  shutil.copytree(finished / "S0.25" / "seed0" / "artifact", copy)
+  weights = safetensors_numpy.load_file(copy / artifact.WEIGHTS_FILE)
+  safetensors_numpy.save_file({tensor: np.zeros(1, np.float32)} | weights, copy / artifact.WEIGHTS_FILE)
+  with pytest.raises(UserError, match=f"{artifact.WEIGHTS_FILE} (has 'stand_in' for a tensor|cannot be read)"):
+    artifact.load(copy)
+
+
+def test_an_equal_artifact_stays_when_its_second_writing_fails(finished, model_directory, tmp_path, monkeypatch):
+  copy = tmp_path / "run"
+  shutil.copytree(finished, copy)
+  cell = copy / "S0.25" / "seed0"
+  crossover = {"context": 7, "machine": {"device": "cpu"}}
+  artifact.save(dataclasses.replace(artifact.load(cell / "artifact"), crossover=crossover), cell / "artifact")
+  shutil.rmtree(cell / "evaluate")
+
+  def full(*args, **options):
+    raise UserError("There is no space left.")
+
+  with monkeypatch.context() as patch:
+    patch.setattr(artifact, "save", full)
+    with pytest.raises(UserError, match="no space left"):
+      pipeline.run(tiny_run(model_directory), str(copy), ("evaluate",))
+  assert artifact.load(cell / "artifact").crossover == crossover
 
 
 def test_whole_numbers_may_stand_for_fractions_in_an_artifact(finished, tmp_path):
@@ -639,6 +679,24 @@ def test_a_mesh_that_a_batch_does_not_divide_by_is_refused_before_anything_is_wr
   with pytest.raises(UserError, match=r"train.batch=4 must be a multiple of mesh.data \* mesh.fsdp = 8"):
     pipeline.run(config, str(tmp_path / "run"))
   assert not (tmp_path / "run").exists()
+
+
+def test_a_process_with_another_copy_of_the_model_is_named(model_directory, tmp_path, monkeypatch):
+  config, _, directory = describe(str(model_directory))
+  checks.check_same_model(config, directory)
+  monkeypatch.setattr(distributed, "num_processes", lambda: 2)
+  shared = {}
+  monkeypatch.setattr(distributed, "from_first", lambda make: shared.setdefault("first", make()))
+  checks.check_same_model(config, directory)
+  checks.check_same_model(config, directory)
+  with pytest.raises(UserError, match="has other weights or another config.json than that of process 0; copy the same"):
+    checks.check_same_model(dataclasses.replace(config, norm_eps=1.0), directory)
+  other = tmp_path / "other"
+  shutil.copytree(model_directory, other)
+  (other / "model.safetensors").unlink()
+  save_params(tiny.params(config, seed=1), config, other, json.loads((other / "config.json").read_text()))
+  with pytest.raises(UserError, match="has other weights"):
+    checks.check_same_model(config, other)
 
 
 def test_processes_that_were_asked_for_different_things_are_named(model_directory, tmp_path, monkeypatch):

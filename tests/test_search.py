@@ -51,6 +51,7 @@ def test_total_units():
   assert schedule.total_units(0.3, 30, 40, 0.975) == 360
   assert schedule.max_units(40, 0.975) == 39
   assert schedule.max_units(100, 0.29) == 29  # 0.29 * 100 = 28.999...
+  assert schedule.max_units(40, 0.99999999999) == 39  # never a whole block
   assert schedule.total_units(0.9, L, GRID, MAX_SPARSITY) == L * U_MAX
 
 
@@ -60,7 +61,7 @@ def test_impossible_sparsity_names_the_largest_possible(target):
     schedule.total_units(target, L, GRID, MAX_SPARSITY)
 
 
-@pytest.mark.parametrize("grid,max_sparsity", [(0, 0.5), (10, 1.0), (10, -0.1), (10, 0.05)])
+@pytest.mark.parametrize("grid,max_sparsity", [(0, 0.5), (10, 1.0), (10, -0.1), (10, 0.05), (40_001, 0.5), (1, 0.999)])
 def test_impossible_grid(grid, max_sparsity):
   with pytest.raises(UserError, match="search.grid"):
     schedule.max_units(grid, max_sparsity)

@@ -1,12 +1,14 @@
 """Model sources: GGUF conversion, tokenizers, the resumable fetch, and `resolve` over all of them."""
 
 import contextlib
+import errno
 import hashlib
 import http.server
 import json
 import os
 import pathlib
 import re
+import shutil
 import socket
 import sys
 import threading
@@ -23,6 +25,7 @@ from safetensors import numpy as safetensors_numpy
 
 from ftp_jax.errors import UserError
 from ftp_jax.models import fetch as fetch_module
+from ftp_jax.models import gguf as gguf_module
 from ftp_jax.models.config import ModelConfig
 from ftp_jax.models.decoder import abstract_params
 from ftp_jax.models.fetch import Wheel, fetch
@@ -258,6 +261,48 @@ def test_truncated_gguf_is_refused_and_leaves_nothing(tiny, tmp_path):
     with pytest.raises(UserError, match="truncated or not a GGUF file"):
       convert_gguf(tmp_path / "m.gguf", tmp_path / "m")
     assert [p.name for p in tmp_path.iterdir()] == ["m.gguf"]
+
+
+def test_a_conversion_removes_what_a_killed_one_left_and_takes_what_another_process_made(tiny, tmp_path, monkeypatch):
+  left = tmp_path / ".m.partial"
+  left.mkdir()
+  (left / "half.safetensors").write_bytes(b"x")
+  convert_gguf(tiny[0], tmp_path / "m")
+  assert not left.exists() and not (tmp_path / "m/half.safetensors").exists()
+
+  def made_meanwhile(lock):
+    shutil.copytree(tmp_path / "m", tmp_path / "n")
+    (tmp_path / "n/config.json").write_text("the other's")
+    return contextlib.nullcontext()
+
+  monkeypatch.setattr(gguf_module.filelock, "FileLock", made_meanwhile)
+  convert_gguf(tiny[0], tmp_path / "n")
+  assert (tmp_path / "n/config.json").read_text() == "the other's"
+
+
+def test_a_full_disk_at_the_tokenizer_is_one_sentence_and_leaves_nothing(tiny, tmp_path, monkeypatch):
+  write = pathlib.Path.write_text
+
+  def full(path, *args, **options):
+    if path.name == "tokenizer.json":
+      raise OSError(errno.ENOSPC, "No space left on device")
+    return write(path, *args, **options)
+
+  monkeypatch.setattr(pathlib.Path, "write_text", full)
+  with pytest.raises(UserError, match="cannot write .*No space left on device"):
+    convert_gguf(tiny[0], tmp_path / "m")
+  assert [file.name for file in tmp_path.iterdir()] == [".m.lock"]
+
+
+@pytest.mark.parametrize("where", ["~nobody-of-this-name/model", "smollm2-135m"])
+def test_a_home_directory_that_cannot_be_found_is_one_sentence(where, monkeypatch):
+  def lost(path):
+    raise RuntimeError("Could not determine home directory.")
+
+  monkeypatch.delenv("FTP_JAX_CACHE", raising=False)
+  monkeypatch.setattr(pathlib.Path, "expanduser", lost)
+  with pytest.raises(UserError, match="home directory that cannot be found; give an absolute path"):
+    resolve(where)
 
 
 def test_other_bytes_are_no_gguf(tmp_path):

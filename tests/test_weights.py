@@ -268,6 +268,13 @@ def test_fingerprint_follows_values_not_files(tmp_path):
   assert fingerprint(tmp_path / "b") != mark
 
 
+@pytest.mark.parametrize("shape", [(), (0,), (3, 0)])
+def test_a_tensor_that_is_no_weight_has_no_fingerprint(tmp_path, shape):
+  write(tmp_path, **{"model.scale": np.zeros(shape, np.float32)})
+  with pytest.raises(UserError, match="holds 'model.scale' of shape .* which is no weight of a supported model"):
+    fingerprint(tmp_path)
+
+
 def test_fingerprint_of_a_tied_model_ignores_the_duplicate_head(tmp_path):
   hf = HF | dict(tie_word_embeddings=True)
   tensors = write(tmp_path / "a", hf, ml_dtypes.bfloat16)

@@ -119,13 +119,13 @@ def load(directory: str | os.PathLike) -> Artifact:
   described = read_config(directory)
   weights = load_weights(directory / WEIGHTS_FILE)
   stand_in = weights.pop(_STAND_IN, None)
+  if not isinstance(stand_in, dict | None):
+    raise UserError(f"{directory / WEIGHTS_FILE} has {_STAND_IN!r} for a tensor; copy the artifact again.")
   try:
     router = dict(described["router"])
     return Artifact(
-        base_model=described["base_model"],
-        fingerprint=described["fingerprint"],
-        family=described["family"],
-        schedule=tuple(described["schedule"]),
+        **{name: _text(described, name) for name in ("base_model", "fingerprint", "family")},
+        schedule=_schedule(described),
         routing=_of_types(RoutingConfig, described["routing"]),
         router=_of_types(RouterConfig, router | {"factors": tuple(router["factors"])}),
         params=_from_torch(weights) if described["layout"] == "torch" else weights,
@@ -149,8 +149,21 @@ def _of_types(kind: type, values: dict[str, Any]) -> Any:
 
 def _crossover(described: dict[str, Any]) -> dict[str, Any] | None:
   found = described.get("crossover")  # absent in artifacts whose crossover was never measured
-  if found is not None and not ("machine" in found and type(found["context"]) in (int, type(None))):
+  if found is not None and not ("device" in dict(found["machine"]) and type(found["context"]) in (int, type(None))):
     raise TypeError(f"crossover={found!r} names no context and machine")
+  return found
+
+
+def _text(described: dict[str, Any], name: str) -> str:
+  if not isinstance(described[name], str):
+    raise TypeError(f"{name}={described[name]!r} is no text")
+  return described[name]
+
+
+def _schedule(described: dict[str, Any]) -> tuple[float, ...]:
+  found = tuple(described["schedule"])
+  if not found or not all(type(s) in (int, float) and 0 <= s <= 1 for s in found):
+    raise TypeError("schedule is not one number from 0 to 1 for each block")
   return found
 
 
@@ -165,7 +178,7 @@ def load_weights(path: str | os.PathLike) -> Any:
   """Reads what `save_weights` wrote; UserError if the file is missing or damaged."""
   try:
     return _nested(safetensors.numpy.load_file(path))
-  except (OSError, SafetensorError) as error:
+  except (OSError, SafetensorError, IndexError, TypeError) as error:  # the last: a tensor is named as others' group is
     advice = "copy it again, or delete its folder, so that its stage runs again"
     raise UserError(f"{path} cannot be read ({error}); {advice}.") from None
 

@@ -101,7 +101,7 @@ def _read(path, read):
   """What `read` makes of a file or directory; ValueError in one sentence if it cannot."""
   try:
     return read(path)
-  except (OSError, ValueError, TypeError, SafetensorError) as error:
+  except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
     reason = " ".join(str(error).split())[:200]
     raise ValueError(f"{path} cannot be read ({reason}); export or download it again.") from None
 
@@ -201,7 +201,7 @@ def load_pruned(model, artifact=None, *, dtype=None, device=None) -> "PrunedMode
       patterns = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja"]
       download = lambda name: huggingface_hub.snapshot_download(str(name), allow_patterns=patterns)
       directory = pathlib.Path(_read(model, download))
-    files = [_read(file, lambda path: safe_open(path, "pt")) for file in sorted(directory.glob("model*.safetensors"))]
+    files = [_read(file, lambda path: safe_open(path, "pt")) for file in _weight_files(directory)]
     if not files:
       raise ValueError(f"{directory} holds no model; pass the base model first and the exported artifact second.")
     tensors = {name: file.get_slice(name) for file in files for name in file.keys()}
@@ -215,6 +215,15 @@ def load_pruned(model, artifact=None, *, dtype=None, device=None) -> "PrunedMode
   pruned.__class__ = type(f"Pruned{base.__name__}", (PrunedModel, base), {})
   pruned.pruning = pruning
   return pruned
+
+
+def _weight_files(directory: pathlib.Path) -> list[pathlib.Path]:
+  """The files of the base model's weights: the one of the usual name, or those that the index names."""
+  if (directory / "model.safetensors").is_file():
+    return [directory / "model.safetensors"]
+  index = directory / "model.safetensors.index.json"
+  read = lambda path: sorted(set(json.loads(path.read_text())["weight_map"].values()))
+  return [directory / name for name in _read(index, read)] if index.is_file() else []
 
 
 class Packed:

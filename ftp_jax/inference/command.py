@@ -118,6 +118,7 @@ def _generate(
         prefix, arguments.max_new_tokens, sampling, stop_strings=arguments.stop, seed=arguments.seed + start,
         stream=stream,
     )
+    del prefix  # its cache, before that of the next batch is made
     clock.pause()
     new_tokens += sum(len(generation.tokens) for generation in done)
     for n, (text, prompt, generation) in enumerate(zip(texts[start:], batch, done), start + 1):
@@ -178,10 +179,13 @@ class Screen:
   def add(self, tokens: list[int]) -> None:
     self._tokens += [token for token in tokens if token not in self._stop_tokens]
     text = self._decode(self._tokens)
-    ends = [len(text.rstrip("\ufffd"))]
+    whole = text.rstrip("\ufffd")
+    ends = [len(whole)]
     for stop in self._stop_strings:
       ends += [text.index(stop)] if stop in text else []
-      ends += [len(text) - size for size in range(1, len(stop)) if text.endswith(stop[:size])]
+      # Behind the whole characters a stop goes on with any, or with the one of which the first bytes are there.
+      goes_on = lambda size: whole == text or not stop[size].isascii()
+      ends += [len(whole) - size for size in range(1, len(stop)) if whole.endswith(stop[:size]) and goes_on(size)]
     self._print(text[: min(ends)])
 
   def finish(self, text: str) -> None:
@@ -210,13 +214,15 @@ class Clock:
     now = time.perf_counter()
     self.first = now - self._begin if self.first is None else self.first
     calls = self._calls[row] = self._calls.get(row, 0) + 1
+    if calls == 1:
+      self.pause()  # the rows that come now compile programs of their own
     if calls == 2 and self._since is None:
       self._since = now
     elif calls > 2:
       self._last, self._tokens = now, self._tokens + tokens
 
   def pause(self) -> None:
-    """A batch is done."""
+    """A batch is done, or its pruned rows are."""
     if self._last is not None:
       self._seconds += self._last - self._since
     self._since = self._last = None

@@ -15,6 +15,7 @@ import contextlib
 import dataclasses
 import functools
 import math
+import operator
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -320,7 +321,8 @@ class Engine:
       UserError: as `prefill`, or the prompt and the new tokens together exceed the model's positions, or a stop is of
         another type.
     """
-    stops = self._stops(stop_tokens, stop_strings)
+    stops, seed = self._stops(stop_tokens, stop_strings), _whole("seed", seed)
+    max_new_tokens = _whole("max_new_tokens", max_new_tokens, 1)
     if not isinstance(prompts, Prefix):
       self.check(prompts, max_new_tokens)  # before the work
       prompts = self.prefill(prompts)
@@ -396,9 +398,14 @@ class Engine:
     if not isinstance(context, Prefix):
       self.check([context])
     lengths = context.lengths if isinstance(context, Prefix) else (len(context),)
-    rows = [0] * len(continuations) if rows is None else list(rows)
-    if len(rows) != len(continuations) or not set(rows) <= set(range(len(lengths))):
+    _check_sized("continuations", continuations)
+    try:
+      named = [0] * len(continuations) if rows is None else [operator.index(row) for row in rows]
+    except TypeError:
+      named = []
+    if len(named) != len(continuations) or not set(named) <= set(range(len(lengths))):
       raise UserError(f"rows={rows} must name, for each continuation, one of the {len(lengths)} contexts.")
+    rows = named
     self._check_rows("Continuation", continuations, "every continuation needs at least one token to score")
     most = self.model.config.max_positions
     for row, continuation in zip(rows, continuations):
@@ -434,6 +441,7 @@ class Engine:
 
   def check(self, prompts: Sequence[Sequence[int]], max_new_tokens: int | None = None) -> None:
     """Raises the UserError of `prefill`, or of `generate` where new tokens are given, without their work."""
+    _check_sized("prompts", prompts)
     if not len(prompts):
       raise UserError("There is no prompt; pass at least one.")
     self._check_rows("Prompt", prompts, "a prompt needs at least one token (a begin-of-text token will do)")
@@ -441,11 +449,10 @@ class Engine:
 
   def _check_room(self, length: int, new: int | None) -> None:
     most = self.model.config.max_positions
-    if new is not None and (not isinstance(new, int | np.integer) or new < 1):
-      raise UserError(f"max_new_tokens={new} must be a whole number, at least 1.")
+    new = 0 if new is None else _whole("max_new_tokens", new, 1)
     if length > most:
       raise UserError(f"A prompt of {length} tokens exceeds the model's {most} positions; shorten it.")
-    if length + (new or 0) > most:
+    if length + new > most:
       raise UserError(
           f"A prompt of {length} tokens and {new} new ones exceed the model's {most} positions; shorten the prompt or "
           "ask for fewer new tokens."
@@ -507,6 +514,22 @@ def _check_fit(artifact: Artifact, config: ModelConfig) -> None:
         "artifact again."
     )
   artifact.routing.check_blocks(config.num_blocks)
+
+
+def _whole(name: str, value: Any, least: int | None = None) -> int:
+  """A whole number of any library's type as Python's; UserError where it is none, or less than `least`."""
+  try:
+    whole = operator.index(value)
+  except TypeError:
+    whole = None
+  if whole is None or (least is not None and whole < least):
+    raise UserError(f"{name}={value} must be a whole number{'' if least is None else f', at least {least}'}.")
+  return whole
+
+
+def _check_sized(name: str, rows: Any) -> None:
+  if not hasattr(rows, "__len__"):
+    raise UserError(f"The {name} must be a list of rows of token ids, not {type(rows).__name__}; make it a list.")
 
 
 def _check_tensor(tensor: int) -> None:

@@ -48,7 +48,17 @@ KNOWN = {
 
 def cache_root(cache_dir: str | os.PathLike | None = None) -> pathlib.Path:
   """Where models are kept: the argument, else $FTP_JAX_CACHE, else ~/.cache/ftp_jax."""
-  return pathlib.Path(cache_dir or os.environ.get("FTP_JAX_CACHE") or "~/.cache/ftp_jax").expanduser()
+  return expand(cache_dir or os.environ.get("FTP_JAX_CACHE") or "~/.cache/ftp_jax")
+
+
+def expand(path: str | os.PathLike) -> pathlib.Path:
+  """A path whose ~ is a home directory; UserError where there is none."""
+  try:
+    return pathlib.Path(path).expanduser()
+  except RuntimeError:
+    raise UserError(
+        f"{path} is in a home directory that cannot be found; give an absolute path, with FTP_JAX_CACHE for the cache."
+    ) from None
 
 
 def fetch(name: str, cache_dir: str | os.PathLike | None = None, progress: bool = True) -> pathlib.Path:

@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import filelock
 import gguf
 import numpy as np
 
@@ -74,8 +75,11 @@ def convert_gguf(gguf_path: str | os.PathLike, out_dir: str | os.PathLike) -> No
   tokenizer, settings = build_tokenizer(metadata), tokenizer_config(metadata, config["max_position_embeddings"])
   tensors = [_entry(tensor, config) for tensor in reader.tensors]
   with _new_directory(out_dir) as directory:
+    if directory is None:
+      return
     write_checkpoint(tensors, directory, MAX_SHARD_BYTES)
-    tokenizer.save(str(directory / "tokenizer.json"))
+    # Written by us: the library reports a full disk as an exception of no type.
+    (directory / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
     generation = {name: config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id") if name in config}
     ends = end_tokens(metadata)
     if ends:
@@ -180,19 +184,24 @@ def _unpermute(weight: np.ndarray, heads: int) -> np.ndarray:
 
 
 @contextlib.contextmanager
-def _new_directory(final: pathlib.Path) -> Iterator[pathlib.Path]:
-  """Yields a scratch directory that becomes `final` in one step, or is removed on failure."""
-  scratch = final.with_name(f".{final.name}.{os.getpid()}.partial")
+def _new_directory(final: pathlib.Path) -> Iterator[pathlib.Path | None]:
+  """Yields a scratch directory that becomes `final` in one step, or is removed on failure.
+
+  None where another process has made it while this one waited for its turn.
+  """
+  scratch = final.with_name(f".{final.name}.partial")
   try:
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir(parents=True)
-    yield scratch
-    try:
-      scratch.rename(final)
-    except OSError:
-      if not final.exists():  # else another process was faster, and its result is the same
-        raise
+    final.parent.mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(final.with_name(f".{final.name}.lock")):
+      if final.exists():
+        yield None
+        return
+      shutil.rmtree(scratch, ignore_errors=True)  # that of a process that was killed
+      try:
+        scratch.mkdir()
+        yield scratch
+        scratch.rename(final)
+      finally:
+        shutil.rmtree(scratch, ignore_errors=True)
   except OSError as error:
     raise UserError(f"cannot write {final} ({error.strerror}); free disk space or choose another place.") from None
-  finally:
-    shutil.rmtree(scratch, ignore_errors=True)

@@ -218,11 +218,18 @@ def fingerprint(directory: str | pathlib.Path) -> str:
   """Hash (16 hex digits) of the weights in a Hugging Face directory; reads a small sample of them."""
   tied = ModelConfig.from_directory(directory).tie_embeddings
   with open_checkpoint(directory) as slices:
-    return fingerprint_tensors(
-        (name, tensor.get_shape(), tensor.__getitem__)
-        for name, tensor in slices.items()
+    counted = {
+        name: tensor for name, tensor in slices.items()
         if not _IGNORED.fullmatch(name) and not (tied and name == "lm_head.weight")
-    )
+    }
+    for name, tensor in counted.items():
+      shape = tuple(tensor.get_shape())
+      if not shape or 0 in shape:
+        raise UserError(
+            f"{directory} holds {name!r} of shape {shape}, which is no weight of a supported model; get the model in "
+            "its original format."
+        )
+    return fingerprint_tensors((name, tensor.get_shape(), tensor.__getitem__) for name, tensor in counted.items())
 
 
 def write_checkpoint(

@@ -16,7 +16,7 @@ import transformers
 from ftp_jax import distributed
 from ftp_jax.errors import UserError, brief
 from ftp_jax.models.config import ModelConfig
-from ftp_jax.models.fetch import KNOWN, cache_root, fetch
+from ftp_jax.models.fetch import KNOWN, cache_root, expand, fetch
 from ftp_jax.models.gguf import convert_gguf
 from ftp_jax.models.huggingface import load_params
 from ftp_jax.models.tokenizer import load_tokenizer
@@ -73,7 +73,7 @@ def _resolve(source: str, cache_dir: str | os.PathLike | None, get: bool = True)
   """`resolve` for this process alone. With `get` false nothing is fetched or converted: UserError where it is not."""
   if source in KNOWN:
     return fetch(source, cache_dir) if get else _present(cache_root(cache_dir) / source)
-  path = pathlib.Path(source).expanduser()
+  path = expand(source)
   if source and path.is_dir():
     return path
   if path.is_file() and path.suffix == ".gguf":

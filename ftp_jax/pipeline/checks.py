@@ -15,6 +15,7 @@ from ftp_jax.data.records import check_file, check_source
 from ftp_jax.data.sources import check_lengths
 from ftp_jax.data.windows import check_windows
 from ftp_jax.errors import UserError
+from ftp_jax.models.config import ModelConfig
 from ftp_jax.models.decoder import REMAT
 from ftp_jax.models.huggingface import fingerprint
 from ftp_jax.models.sources import DTYPES
@@ -42,6 +43,8 @@ def check_config(config) -> None:
   for name in known:
     if found.get(name) is None or found[name] != found[name]:
       raise UserError(f"The config has {name}={found.get(name)!r}; give it a value, such as {known[name]!r}.")
+    if isinstance(found[name], float) and math.isinf(found[name]) and name != "train.clip":  # there: no clipping
+      raise UserError(f"{name}={found[name]} is no finite number; give it one, such as {known[name]!r}.")
   if not config.sparsities or not config.seeds:
     raise UserError("The run has nothing to do: give at least one of config.sparsities and of config.seeds.")
   for seed in config.seeds:
@@ -67,7 +70,7 @@ def check_config(config) -> None:
   ):
     if value not in allowed:
       raise UserError(f"{name}={value!r} is unknown; choose one of {', '.join(allowed)}.")
-  if not config.search.seed_schedules or set(config.search.seed_schedules) - set(starts):
+  if not config.search.seed_schedules or any(name not in starts for name in config.search.seed_schedules):
     raise UserError(f"search.seed_schedules must name one or more of {', '.join(starts)}.")
   for least, names in _AT_LEAST.items():
     for name in names:
@@ -121,12 +124,18 @@ def check_config(config) -> None:
 
 
 def check_plan(config, num_blocks: int) -> None:
-  """Raises UserError where the schedule of a plan made at one block would need blocks before it."""
+  """Raises UserError where no schedule on the grid has an S, or that of a plan would need blocks before it."""
   s, first = config.search, config.routing.one_pass_block
   scored = s.schedule in ("fisher", "allotted")  # made of gate scores
   most = (num_blocks - max(first, 0)) * schedules.max_units(s.grid, s.max_sparsity)
   for sparsity in config.sparsities:
-    if scored and schedules.total_units(sparsity, num_blocks, s.grid, s.max_sparsity) > most:
+    units = schedules.total_units(sparsity, num_blocks, s.grid, s.max_sparsity)
+    if not units:
+      raise UserError(
+          f"Sparsity {sparsity:g} of {num_blocks} blocks is less than half a step of search.grid={s.grid}, so that "
+          "nothing would skip; choose a larger S or grid."
+      )
+    if scored and units > most:
       raise UserError(
           f"Sparsity {sparsity:g} is more than the blocks from {first} on can skip, and with search.schedule="
           f"{s.schedule!r} those before a plan are dense; choose a smaller S or a smaller routing.one_pass_block."
@@ -201,6 +210,18 @@ def check_alike(config, stages: tuple[str, ...]) -> None:
           f"{name} is {first.get(name)!r} in process 0 and {mine.get(name)!r} in process {distributed.process_id()}; "
           "start the very same command, of the same version, on every host."
       )
+
+
+def check_same_model(model: ModelConfig, directory: pathlib.Path) -> None:
+  """Raises UserError in a process whose copy of the model is another one than that of process 0."""
+  if distributed.num_processes() == 1:
+    return
+  mine = f"{fingerprint(directory)} {model}".encode()
+  if distributed.from_first(lambda: mine) != mine:
+    raise UserError(
+        f"The model in {directory} on {socket.gethostname()} (process {distributed.process_id()}) has other weights or "
+        "another config.json than that of process 0; copy the same one to every host."
+    )
 
 
 def check_shared(path: pathlib.Path) -> None:

@@ -162,6 +162,7 @@ class RunDirectory:
         if not (self.cell(*cell) / "search" / stages_lib.DONE).exists():
           self.schedule_file(cell[0], config.num_blocks)
     distributed.on_first(lambda: checks.check_weights(self.workdir / "data" / "model.json", directory))
+    checks.check_same_model(config, directory)
     return found
 
   @functools.cached_property

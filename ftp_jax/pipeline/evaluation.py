@@ -105,7 +105,8 @@ def write_artifact(
   def write():
     before = _loaded(directory)
     same = before is not None and before.digest == made.digest
-    artifact_lib.withdraw(directory)
+    if not same:  # an equal one stays loadable, and keeps its crossover, if this process ends here
+      artifact_lib.withdraw(directory)
     artifact_lib.save(dataclasses.replace(made, crossover=before.crossover) if same else made, directory)
 
   distributed.on_first(write)

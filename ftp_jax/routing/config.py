@@ -38,7 +38,7 @@ class RouterConfig:
   def __post_init__(self):
     if self.kind not in KINDS:
       raise UserError(f"router.kind={self.kind!r} is unknown; choose one of {', '.join(KINDS)}.")
-    unknown = set(self.factors) - set(FACTORS)
+    unknown = [name for name in self.factors if name not in FACTORS]
     if unknown or len(set(self.factors)) < len(self.factors):
       raise UserError(f"router.factors={self.factors} must be distinct names out of {', '.join(FACTORS)}.")
     if not self.factors and not self.hidden_states:

@@ -77,7 +77,7 @@ def run_search(*, directory: str, seeds_units: Sequence[np.ndarray], settings: g
     state = state_lib.load(path, identity)
     if state is not None and state.generation > num_generations:
       raise UserError(f"The search in {path} already has {state.generation} generations and {num_generations} are "
-                      "asked; ask at least as many, or delete that file to start anew.")
+                      f"asked; ask at least as many, or delete that file and {path + state_lib.PREVIOUS}.")
     # What the state does not know of is done again, and a line lost with the process comes back.
     _write_metrics(directory, [] if state is None else _history(state))
     return state_lib.pack(state)

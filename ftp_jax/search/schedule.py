@@ -16,15 +16,19 @@ from ftp_jax.errors import UserError
 from ftp_jax.files import replacing
 
 _EDGE_BLOCKS = 3  # the paper finds the first and last three blocks far less redundant than the rest
+_FINEST_GRID = 40_000  # capacities count in no finer steps
 _LARGEST_UNIT = 2**20  # reals are clipped here, so that their floors and shifts fit int32 and float32
 _BISECTIONS = 24  # halvings that exhaust any range of integers between -2 and 2 * _LARGEST_UNIT
 
 
 def max_units(grid: int, max_sparsity: float) -> int:
   """u_max = floor(max_sparsity * grid); UserError unless a block can skip something, but not everything."""
-  if grid < 1 or not 0 <= max_sparsity < 1:
-    raise UserError(f"search.grid must be at least 1 and search.max_sparsity in [0, 1), not {grid} and {max_sparsity}.")
-  units = math.floor(max_sparsity * grid + 1e-9)  # 0.29 * 100 is 28.999..., which means 29
+  if not 1 <= grid <= _FINEST_GRID or not 0 <= max_sparsity < 1:
+    raise UserError(
+        f"search.grid must be from 1 to {_FINEST_GRID} and search.max_sparsity in [0, 1), not {grid} and "
+        f"{max_sparsity}."
+    )
+  units = min(math.floor(max_sparsity * grid + 1e-9), grid - 1)  # 0.29 * 100 is 28.999..., which means 29
   if units < 1:
     raise UserError(f"search.max_sparsity {max_sparsity} is below one step of search.grid {grid}; raise either.")
   return units

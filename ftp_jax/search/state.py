@@ -69,7 +69,7 @@ def load(path: str, identity: dict) -> SearchState | None:
     for key, value in identity.items():
       if saved_identity.get(key) != value:
         raise UserError(f"{key} was {saved_identity.get(key)} when the search in {path} began and is {value} now; "
-                        "restore it, or delete that file to start anew.")
+                        f"restore it, or delete that file and {path + PREVIOUS}.")
     if name != path and path in there:
       print(f"search state {path} is damaged; going on from the one before it, of generation {state.generation}.",
             file=sys.stderr)

@@ -79,8 +79,9 @@ class EngineLM(TemplateLM):
       UserError: an argument is unknown or has a wrong value, or the model does not load.
     """
     given = {**(additional_config or {}), **arg_dict}
-    if given.pop("max_batch_size", None) is not None or given.get("batch_size") in ("auto", None):
-      given.pop("batch_size", None)  # there is nothing to search for: the default
+    given.pop("max_batch_size", None)  # it bounds the search that "auto" asks for
+    if str(given.get("batch_size")).startswith("auto"):
+      given.pop("batch_size")  # there is nothing to search for: the default
     given.pop("device", None)  # lm-eval's command always names one; jax has its own
     given = {name: _value(name, value) for name, value in given.items() if value is not None}
     own = {name: given.pop(name) for name in ("max_length", "batch_size", "seed") if name in given}
@@ -205,6 +206,7 @@ class EngineLM(TemplateLM):
         for (index, _), score in zip(chunk, scores):
           results[index] = score
         bar.update(len(chunk))
+      del prefix  # its cache, before that of the next batch is made
     return results
 
   # --- generation ----------------------------------------------------------------------------------

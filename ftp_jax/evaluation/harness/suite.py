@@ -177,7 +177,7 @@ def run(
     found = _run_foreign(lm, job) if job.task else _run_own(lm, job)
     seconds = round(time.perf_counter() - begin, 1)
     if path:  # another process may have added to it
-      tasks = read_results(path, settings, jobs)
+      tasks |= read_results(path, settings, jobs)
     own = {"settings": {"kind": job.kind, **job.settings}, "machine": machine}
     tasks[job.name] = own | found | {"seconds": seconds}
     if path:
