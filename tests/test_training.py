@@ -101,6 +101,11 @@ def test_guide_loss_by_hand_over_guided_tokens_of_blocks_that_skip():
   loss = losses.guide_loss(margin, target, jnp.array([0.0, 0.5]), in_context)
   np.testing.assert_allclose(loss, (np.log(2) + np.log(4)) / 2, rtol=1e-6)
   assert losses.guide_loss(margin, target, jnp.zeros(2), in_context) == 0
+  stake = jnp.zeros(target.shape).at[1, 0, 1].set(3.0)
+  np.testing.assert_allclose(
+      losses.guide_loss(margin, target, jnp.array([0.0, 0.5]), in_context, stake),
+      jnp.logaddexp(0.0, margin[1, 0, 1]) - margin[1, 0, 1] * target[1, 0, 1], rtol=1e-6,
+  )
 
 
 def test_distillation_losses_by_hand():
@@ -240,6 +245,44 @@ def test_new_tokens_learn_what_is_asked_of_them_where_they_are_trained():
   assert np.abs(gradient - of_context_gradient).max() > 1e-3
 
 
+def test_stakes_by_hand():
+  scores = jnp.array([[[9.0, 7.0, 1.0, 4.0, 0.0, 8.0], [5.0, 6.0, 2.0, 9.0, 9.0, 9.0]]])
+  context = jnp.array([5, 3])
+  target = losses.targets(scores, jnp.array([0.4]), context, 1)
+  assert target[0].tolist() == [[1, 1, 0, 0, 1, 1], [1, 0, 1, 1, 1, 1]]  # of the second row nothing else could skip
+  apart = np.array([[0, 3, 3, 0, 0], [0, 0, 0, 0, 0]])  # from the 4 and the 6; the first and the last have no choice
+  relative = apart / (6 / 8)  # eight context tokens
+  for share in (1.0, 0.25):
+    found = np.asarray(losses.stakes(scores, target, context, share)[0])
+    expected = 1 - share + share * relative
+    np.testing.assert_allclose(found[0, :5], expected[0], rtol=1e-6)
+    np.testing.assert_allclose(found[1, :3], expected[1, :3], rtol=1e-6)
+    assert (found[0, 5:] == 1).all() and (found[1, 3:] == 1).all()
+    np.testing.assert_allclose(np.concatenate([found[0, :5], found[1, :3]]).mean(), 1, rtol=1e-6)
+  nothing = losses.stakes(scores, jnp.ones_like(target), context, 0.5)  # nothing skips, nothing is at stake
+  np.testing.assert_array_equal(nothing, 1.0)
+
+
+def test_stakes_let_the_few_tokens_that_matter_most_decide():
+  """A router that sees two kinds of tokens: of one most are worth keeping, of the other a few are worth far more."""
+  rows, rng = prompts(10), np.random.default_rng(0)
+  often = rng.random((4, 10, 16)) < 0.6
+  hidden = np.zeros((4, 10, 16, CONFIG.hidden_size), np.float16)
+  hidden[..., 0] = np.where(often, 1, -1)
+  scores = np.where(often, 1.0, np.where(rng.random(often.shape) < 0.2, 50.0, 0.1)).astype(np.float32)
+  config = RouterConfig("per_block", (), hidden_states=True, hidden_size=8)
+  data = guide.GuideData(rows.context, rows.length, np.zeros((4, 10, 16), np.float32), hidden, scores)
+  schedule = np.full(4, 0.4, np.float32)
+
+  def preferred(stakes):
+    settings = guide.WarmupSettings(120, 8, 2e-2, stakes)
+    router, _ = guide.warm_up(config, RoutingConfig(), settings, new_router(config), data, schedule, seed=0)
+    margin = np.asarray(guide.margins(config, router, None, jnp.asarray(hidden, jnp.float32)))
+    return margin[often].mean() > margin[~often].mean()
+
+  assert preferred(0.0) and not preferred(1.0)
+
+
 def test_a_warm_up_teaches_new_tokens_to_skip_and_tells_them_from_the_context():
   rows, rng, routing = prompts(10), np.random.default_rng(0), RoutingConfig(decode_sparsity=0.1)
   hidden = rng.standard_normal((4, 10, 16, CONFIG.hidden_size)).astype(np.float16)
@@ -256,6 +299,20 @@ def test_a_warm_up_teaches_new_tokens_to_skip_and_tells_them_from_the_context():
   assert (np.sign(margin) == np.where(hidden[..., 1] > 0, 1, -1))[:, guided].mean() > 0.95
   target = np.asarray(losses.targets(scores, schedule, rows.context, 1))
   assert ((margin > 0) == target)[:, ~after].mean() > 0.85
+
+
+def test_a_step_weighs_tokens_by_their_stakes():
+  scores = jnp.asarray(np.random.default_rng(0).random((4, 2, 16)), jnp.float32)
+  rows = prompts(2)
+  batch = step.Batch(*rows, scores)
+  settings = dataclasses.replace(SETTINGS, guide="fisher", distill_weight=0.0, sparsity_weight=0.0)
+  spec = dataclasses.replace(SPEC, train=settings, start=0)
+  weighed = dataclasses.replace(spec, train=dataclasses.replace(settings, guide_stakes=0.5))
+  guides = [
+      step.loss_fn(some, frozen_params(CONFIG), new_router(), batch, jnp.full(4, 0.5), 0)[1]["guide"]
+      for some in (spec, weighed)
+  ]
+  assert abs(guides[0] - guides[1]) > 1e-3
 
 
 def test_two_sided_sparsity_loss_brings_achieved_to_asked(tmp_path):

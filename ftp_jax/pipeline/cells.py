@@ -150,7 +150,7 @@ def allotted_schedule(run: RunDirectory, sparsity: float, seed: int) -> np.ndarr
 def warm_up(run: RunDirectory, router: Any, schedule: np.ndarray, seed: int, rows: np.ndarray | None = None) -> Any:
   """A router after the guided warm-up, on some prompts of `guide_data` or on all."""
   c = run.config.train
-  settings = guide.WarmupSettings(c.warmup_guide_steps, c.batch, c.warmup_guide_learning_rate)
+  settings = guide.WarmupSettings(c.warmup_guide_steps, c.batch, c.warmup_guide_learning_rate, c.guide_stakes)
   bar = functools.partial(tqdm.tqdm, desc="guided warm-up")
   scores = run.training_scores(schedule)[:, : len(run.guide_data.context_N)]
   return guide.warm_up(

@@ -88,7 +88,7 @@ class RunDirectory:
 
   def warmup_settings(self) -> dict[str, Any]:
     """What routers depend on when their guided warm-up is done."""
-    of_warmup = lambda key: key in ("guide", "batch") or key.startswith("warmup_guide")
+    of_warmup = lambda key: key in ("guide", "guide_stakes", "batch") or key.startswith("warmup_guide")
     return {"router": self.config.router, "train": {k: v for k, v in self.config.train.items() if of_warmup(k)}}
 
   def content(self, key: str, readers: Sequence[pathlib.Path]) -> dict[str, str]:

@@ -219,11 +219,12 @@ def margins(
 
 @dataclasses.dataclass(frozen=True)
 class WarmupSettings:
-  """Steps, prompts a step, and peak learning rate of the warm-up; `config.train.warmup_guide_*`."""
+  """Steps, prompts a step, and peak learning rate of the warm-up, and `config.train.guide_stakes`."""
 
   steps: int
   batch: int
   learning_rate: float
+  stakes: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -307,7 +308,8 @@ def make_step(
     guided = in_context if scored else losses.guided_tokens(context, length, score.shape[2], routing)
     target = losses.targets(fisher, schedule, context, routing.bucket_multiple)
     margin = margins_of(params, context, score, hidden, schedule, decode_schedule)
-    return losses.guide_loss(margin, target, schedule, guided)
+    stake = losses.stakes(fisher, target, context, settings.stakes) if settings.stakes else 1.0
+    return losses.guide_loss(margin, target, schedule, guided, stake)
 
   @jax.jit
   def step(params, state, *batch):

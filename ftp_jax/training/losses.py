@@ -60,8 +60,30 @@ def targets(score_LxBxT, schedule_L, context_B, bucket_multiple: int) -> jax.Arr
   return jax.vmap(one)(score_LxBxT, schedule_L)
 
 
-def guide_loss(margin_LxBxT, target_LxBxT, schedule_L, guided_BxT) -> jax.Array:
-  """L_g: cross-entropy (nats a token and block) towards target decisions, over blocks that skip."""
+def stakes(score_LxBxT, target_LxBxT, context_B, share: float) -> jax.Array:
+  """Weights (L,B,T) of tokens in the guide loss, by what is lost where the router decides otherwise; 1 on average.
+
+  A `share` of each context token's weight is in proportion to the distance of its score from the highest one that
+  skips in its row, the rest is alike. Forced tokens, which no router decides about, have nothing at stake. Tokens that
+  are no context have weight 1.
+  """
+  num_positions = score_LxBxT.shape[2]
+  in_context = (jnp.arange(num_positions)[None] < context_B[:, None])[None]
+  skips = in_context & (target_LxBxT == 0)
+  cut = jnp.max(jnp.where(skips, score_LxBxT, -jnp.inf), axis=2, keepdims=True)
+  decided = in_context & ~forced_tokens(context_B, num_positions)[None] & jnp.isfinite(cut)
+  apart = jnp.where(decided, jnp.abs(score_LxBxT - jnp.where(decided, cut, 0.0)), 0.0)
+  mean = jnp.sum(apart, axis=(1, 2), keepdims=True) / jnp.sum(in_context)
+  relative = jnp.where(mean > 0, apart / jnp.where(mean > 0, mean, 1.0), 1.0)
+  return jnp.where(in_context, 1 - share + share * relative, 1.0)
+
+
+def guide_loss(margin_LxBxT, target_LxBxT, schedule_L, guided_BxT, stake_LxBxT=1.0) -> jax.Array:
+  """L_g: cross-entropy (nats a token and block) towards target decisions, over blocks that skip.
+
+  Args:
+    stake_LxBxT: `stakes`; 1: all tokens count alike.
+  """
   cross_entropy = jnp.logaddexp(0.0, margin_LxBxT) - margin_LxBxT * target_LxBxT
-  weight = guided_BxT[None] * (schedule_L > 0)[:, None, None]
+  weight = guided_BxT[None] * (schedule_L > 0)[:, None, None] * stake_LxBxT
   return scoring.weighted_mean(cross_entropy, weight.astype(jnp.float32))

@@ -43,6 +43,7 @@ class TrainSettings:
   guide_decay: str
   input_gradient: bool = True
   stand_in_learning_rate: float = 0.0
+  guide_stakes: float = 0.0
 
   def __post_init__(self):
     for name, allowed in (("distill", DISTILL), ("guide", GUIDES), ("guide_decay", DECAYS)):
@@ -52,6 +53,12 @@ class TrainSettings:
       raise UserError("train.steps, train.learning_rate and train.clip must be positive.")
     if self.stand_in_learning_rate < 0:
       raise UserError(f"train.stand_in_learning_rate={self.stand_in_learning_rate} must be at least 0.")
+    if not 0 <= self.guide_stakes <= 1:
+      raise UserError(f"train.guide_stakes={self.guide_stakes} must lie between 0 and 1.")
+    if self.guide_stakes and self.guide != "fisher":
+      raise UserError(
+          f"train.guide_stakes={self.guide_stakes} is about gate scores; set train.guide='fisher', or leave it at 0."
+      )
 
   @classmethod
   def from_config(cls, train_config) -> "TrainSettings":
@@ -165,8 +172,10 @@ def loss_fn(spec: StepSpec, params: Any, router: Any, batch: Batch, schedule_L, 
   after = losses.new_tokens(context, length, tokens.shape[1])
   if spec.routing.trains_continuation:  # no capacity bounds what they skip, so that too much costs as well
     sparsity += jnp.abs(spec.routing.decode_sparsity - jnp.mean(soft_share(after)))
-  target = losses.targets(guide_scores(spec, batch), schedule_L, context, spec.routing.bucket_multiple)
-  guide = losses.guide_loss(out.margin_LxBxT, target, schedule_L, guided)
+  scores = guide_scores(spec, batch)
+  target = losses.targets(scores, schedule_L, context, spec.routing.bucket_multiple)
+  stake = losses.stakes(scores, target, context, spec.train.guide_stakes) if spec.train.guide_stakes else 1.0
+  guide = losses.guide_loss(out.margin_LxBxT, target, schedule_L, guided, stake)
   weight_g = guide_weight(spec.train, step)
   total = spec.train.distill_weight * distill + spec.train.sparsity_weight * sparsity + weight_g * guide
   return total, {
