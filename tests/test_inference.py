@@ -223,6 +223,10 @@ def test_whole_numbers_may_be_of_any_library(engine):
   expected = tokens_of(engine.generate(PROMPTS, 5, DRAWN, seed=3))
   for whole in (np.int64, np.uint8, jnp.int32):
     assert tokens_of(engine.generate(PROMPTS, whole(5), DRAWN, seed=whole(3))) == expected
+  stopped = tokens_of(engine.generate(PROMPTS, 5, DRAWN, seed=3, stop_tokens=expected[0][1]))
+  for kind in (np.int64, jnp.int32, np.array, lambda stop: jnp.array([stop])):
+    stop = kind(expected[0][1])
+    assert tokens_of(engine.generate(PROMPTS, 5, DRAWN, seed=3, stop_tokens=stop)) == stopped != expected
   scores = engine.score(engine.prefill(PROMPTS), [[1], [2]], [1, 0])
   assert engine.score(engine.prefill(PROMPTS), [[1], [2]], jnp.array([1, 0])) == scores
 
@@ -598,6 +602,7 @@ def test_of_equally_likely_tokens_the_first_is_the_greedy_one(engine):
         (lambda e: e.generate(e.prefill([[1]]), None), "max_new_tokens=None must be a whole number, at least 1"),
         (lambda e: e.generate([[1]], 4, seed=None), "seed=None must be a whole number"),
         (lambda e: e.generate((row for row in [[1]]), 4), "The prompts must be a list of rows of token ids, not gener"),
+        (lambda e: e.prefill(np.array(5)), "The prompts must be a list of rows of token ids, not ndarray"),
         (lambda e: e.score([1], (row for row in [[1]])), "The continuations must be a list of rows of token ids"),
         (lambda e: e.score([1], [[1]], rows=0), "rows=0 must name, for each continuation, one of the 1 contexts"),
         (lambda e: e.score([1], [[1]], rows=[[0]]), "must name, for each continuation, one of the 1 contexts"),

@@ -270,14 +270,26 @@ def test_a_conversion_removes_what_a_killed_one_left_and_takes_what_another_proc
   convert_gguf(tiny[0], tmp_path / "m")
   assert not left.exists() and not (tmp_path / "m/half.safetensors").exists()
 
+  real = gguf_module.filelock.FileLock
+
   def made_meanwhile(lock):
     shutil.copytree(tmp_path / "m", tmp_path / "n")
     (tmp_path / "n/config.json").write_text("the other's")
-    return contextlib.nullcontext()
+    return real(lock)
 
   monkeypatch.setattr(gguf_module.filelock, "FileLock", made_meanwhile)
   convert_gguf(tiny[0], tmp_path / "n")
   assert (tmp_path / "n/config.json").read_text() == "the other's"
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOLCK, "No locks available"), NotImplementedError()])
+def test_a_conversion_where_no_file_can_be_locked(tiny, tmp_path, monkeypatch, error):
+  def acquire(lock, *args, **options):
+    raise error
+
+  monkeypatch.setattr(gguf_module.filelock.FileLock, "acquire", acquire)
+  convert_gguf(tiny[0], tmp_path / "m")
+  assert {path.name for path in tmp_path.iterdir()} == {"m"} and (tmp_path / "m/config.json").exists()
 
 
 def test_a_full_disk_at_the_tokenizer_is_one_sentence_and_leaves_nothing(tiny, tmp_path, monkeypatch):

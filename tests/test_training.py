@@ -494,6 +494,17 @@ def test_a_killed_training_resumes_bit_for_bit(where, call, tmp_path, monkeypatc
   check_equal(tmp_path, train(tmp_path), undisturbed)
 
 
+def test_checkpoints_of_before_a_key_go_on_without_it(tmp_path, monkeypatch, undisturbed):
+  identity, new = loop._identity, ("train.stand_in_learning_rate", "train.guide_stakes")
+  earlier = lambda *args: {name: value for name, value in identity(*args).items() if name not in new}
+  with monkeypatch.context() as patch, pytest.raises(Killed):
+    patch.setattr(loop, "_identity", earlier)
+    train(tmp_path, validate=killing(stand_in, 2))
+  check_equal(tmp_path, train(tmp_path), undisturbed)
+  for name in new:
+    assert name.removeprefix("train.") in {field.name for field in dataclasses.fields(step.TrainSettings)}
+
+
 def test_batches_of_length_buckets_train_as_padded_ones_do_and_resume_bit_for_bit(tmp_path, monkeypatch):
   buckets, rows = (13,), prompts(10)
   guided = dataclasses.replace(GUIDED, train=dataclasses.replace(GUIDED.train, distill_weight=1.0))

@@ -101,7 +101,7 @@ def _read(path, read):
   """What `read` makes of a file or directory; ValueError in one sentence if it cannot."""
   try:
     return read(path)
-  except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+  except (OSError, AttributeError, ValueError, KeyError, TypeError, SafetensorError) as error:
     reason = " ".join(str(error).split())[:200]
     raise ValueError(f"{path} cannot be read ({reason}); export or download it again.") from None
 
@@ -139,6 +139,8 @@ def fingerprint(tensors: dict[str, Any], tied: bool) -> str:
       continue
     tensor = tensors[name]
     shape = tuple(tensor.shape if isinstance(tensor, torch.Tensor) else tensor.get_shape())
+    if not shape or 0 in shape:
+      raise ValueError(f"The model holds {name!r} of shape {shape}, which is no weight of a supported one.")
     digest.update(f"{name} {shape}\n".encode())
     for row in sorted({0, shape[0] // 2, shape[0] - 1}):
       part = tensor[(slice(row, row + 1), *(slice(0, min(64, size)) for size in shape[1:]))]
@@ -223,6 +225,8 @@ def _weight_files(directory: pathlib.Path) -> list[pathlib.Path]:
     return [directory / "model.safetensors"]
   index = directory / "model.safetensors.index.json"
   read = lambda path: sorted(set(json.loads(path.read_text())["weight_map"].values()))
+  if not index.is_file() and any(directory.glob("model-*.safetensors")):
+    raise ValueError(f"{directory} holds parts of a model without their {index.name}; download it as well.")
   return [directory / name for name in _read(index, read)] if index.is_file() else []
 
 

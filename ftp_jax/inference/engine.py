@@ -337,15 +337,12 @@ class Engine:
   def _stops(self, tokens: int | Sequence[int] | None, strings: str | Sequence[str]) -> "_Stops":
     """The stops of `generate`; UserError where they are of another type."""
     strings = (strings,) if isinstance(strings, str) else strings
-    tokens = self.stop_tokens if tokens is None else (tokens,) if isinstance(tokens, int | np.integer) else tokens
-    strings, tokens = (tuple(some) if isinstance(some, Iterable) else some for some in (strings, tokens))
+    strings = tuple(strings) if isinstance(strings, Iterable) else strings
     if not isinstance(strings, Iterable) or not all(isinstance(text, str) for text in strings):
       raise UserError(f"stop_strings={strings!r} must be a text or several; leave it out for none.")
-    whole = lambda token: isinstance(token, int | np.integer) and not isinstance(token, bool)
-    if not isinstance(tokens, Iterable) or not all(whole(token) and abs(token) < 2**31 for token in tokens):
-      raise UserError(f"stop_tokens={tokens!r} must be a token's id or several; texts belong into stop_strings.")
+    ids = set(self.stop_tokens if tokens is None else _ids(tokens))
     added = self.model.tokenizer.get_added_vocab() if strings else {}
-    ids = {*map(int, tokens)} | {added[text] for text in strings if text in added}
+    ids |= {added[text] for text in strings if text in added}
     return _Stops(frozenset(ids), tuple(filter(None, strings)))
 
   def _generate(self, group: Group, max_new_tokens, sampling, stops: "_Stops", seed, stream) -> list[Generation]:
@@ -527,9 +524,27 @@ def _whole(name: str, value: Any, least: int | None = None) -> int:
   return whole
 
 
+def _ids(tokens: Any) -> list[int]:
+  """The ids of stop tokens, of one or of several; UserError where they are none."""
+  try:
+    several = [operator.index(tokens)]
+  except TypeError:
+    several = list(tokens) if isinstance(tokens, Iterable) else [tokens]
+  try:
+    ids = [operator.index(token) for token in several]
+  except TypeError:
+    ids = [2**31]
+  if any(abs(token) >= 2**31 for token in ids) or any(isinstance(token, bool) for token in (tokens, *several)):
+    raise UserError(f"stop_tokens={tokens!r} must be a token's id or several; texts belong into stop_strings.")
+  return ids
+
+
 def _check_sized(name: str, rows: Any) -> None:
-  if not hasattr(rows, "__len__"):
-    raise UserError(f"The {name} must be a list of rows of token ids, not {type(rows).__name__}; make it a list.")
+  try:
+    len(rows)
+  except TypeError:
+    kind = type(rows).__name__
+    raise UserError(f"The {name} must be a list of rows of token ids, not {kind}; make it a list.") from None
 
 
 def _check_tensor(tensor: int) -> None:

@@ -189,19 +189,26 @@ def _new_directory(final: pathlib.Path) -> Iterator[pathlib.Path | None]:
 
   None where another process has made it while this one waited for its turn.
   """
-  scratch = final.with_name(f".{final.name}.partial")
+  lock, scratch = filelock.FileLock(final.with_name(f".{final.name}.lock")), final.with_name(f".{final.name}.partial")
   try:
     final.parent.mkdir(parents=True, exist_ok=True)
-    with filelock.FileLock(final.with_name(f".{final.name}.lock")):
-      if final.exists():
-        yield None
-        return
-      shutil.rmtree(scratch, ignore_errors=True)  # that of a process that was killed
-      try:
-        scratch.mkdir()
-        yield scratch
-        scratch.rename(final)
-      finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+    try:
+      lock.acquire()
+    except (OSError, NotImplementedError):  # a file system without locks: each writes its own, and the first one stays
+      scratch = final.with_name(f".{final.name}.{os.getpid()}.partial")
+    if final.exists():
+      yield None
+      return
+    shutil.rmtree(scratch, ignore_errors=True)  # that of a process that was killed
+    scratch.mkdir()
+    yield scratch
+    try:
+      scratch.rename(final)
+    except OSError:
+      if not final.exists():
+        raise
   except OSError as error:
     raise UserError(f"cannot write {final} ({error.strerror}); free disk space or choose another place.") from None
+  finally:
+    shutil.rmtree(scratch, ignore_errors=True)
+    lock.release()

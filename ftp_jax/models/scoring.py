@@ -50,5 +50,5 @@ def row_mean(values_BxC: jax.Array, weight_BxC: jax.Array) -> jax.Array:
 
 
 def weighted_mean(values: jax.Array, weight: jax.Array) -> jax.Array:
-  """Mean of `values` where `weight` is 1."""
+  """Mean of `values` by `weight`, which is 0 and 1 or anything between and above; 0 where it is nowhere."""
   return jnp.sum(values * weight) / jnp.maximum(jnp.sum(weight), 1.0)

@@ -233,6 +233,8 @@ class RunDirectory:
   def training_scores(self, schedule: np.ndarray) -> np.ndarray:
     """The gate scores of the training prompts as training takes them under a schedule."""
     train = self.prompts("train")
+    if self.config.train.guide_stakes:  # otherwise only their order counts
+      guide.check_scores(self.guide_scores)
     return guide.with_new_tokens(self.guide_scores, train.context, train.length, schedule, self.routing)
 
   @functools.cached_property

@@ -30,7 +30,7 @@ def max_units(grid: int, max_sparsity: float) -> int:
     )
   units = min(math.floor(max_sparsity * grid + 1e-9), grid - 1)  # 0.29 * 100 is 28.999..., which means 29
   if units < 1:
-    raise UserError(f"search.max_sparsity {max_sparsity} is below one step of search.grid {grid}; raise either.")
+    raise UserError(f"search.max_sparsity {max_sparsity} is below one step of search.grid {grid}; raise the grid.")
   return units
 
 

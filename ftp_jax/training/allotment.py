@@ -76,11 +76,10 @@ def expected_loss(
     with sharding.over(frozen):
       context = sharding.place(frozen, data.context_N[filled], "batch")
       found = sharding.fetch(frozen, margins(params, context, *arrays, *asked))[:, : len(some)]
+    fisher = fisher_LxNxT[np.ix_(reading.blocks, some)]
+    guide.check_scores(fisher)
     if not np.isfinite(found).all():
       raise UserError("The guided warm-up has diverged; lower train.warmup_guide_learning_rate.")
-    fisher = fisher_LxNxT[np.ix_(reading.blocks, some)]
-    if not np.isfinite(fisher).all():
-      raise UserError("The gate scores have overflowed; take model.dtype=float32 and another --workdir.")
     losses[reading.blocks] += skipped_worth(found, fisher, data.context_N[some], sparsities).sum(axis=2)
   losses[np.asarray(schedule_L) <= 0] = np.nan  # a recurrent router is asked there as well, for the sake of its state
   return losses / len(rows)

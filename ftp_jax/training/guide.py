@@ -118,6 +118,12 @@ def collect_fisher(
   return result
 
 
+def check_scores(fisher_LxNxT: np.ndarray) -> None:
+  """UserError where gate scores are no finite numbers, or so large that sums of them are none."""
+  if not np.isfinite(fisher_LxNxT.sum(axis=(1, 2), dtype=np.float32)).all():
+    raise UserError("The gate scores have overflowed; take model.dtype=float32 and another --workdir.")
+
+
 def joint_scores(fisher_LxNxT: np.ndarray, one_pass_block: int) -> np.ndarray:
   """What a global router's guide ranks tokens by, (L,N,T): own scores, or under one-pass routing sums over blocks.
 

@@ -243,8 +243,9 @@ def _identity(spec, router_params, prompts, fisher_LxNxT, schedule_L) -> dict:
       if getattr(spec, section) is not None
       for name, value in dataclasses.asdict(getattr(spec, section)).items()
   }
-  if not spec.train.stand_in_learning_rate:  # checkpoints from before there was any are of trainings without
-    del named["train.stand_in_learning_rate"]
+  for key in ("train.stand_in_learning_rate", "train.guide_stakes"):  # checkpoints from before these are without
+    if not named[key]:
+      del named[key]
   return named | {
       "model.dtype": jnp.dtype(spec.dtype).name,
       "the number of scored tokens": spec.num_scored,
