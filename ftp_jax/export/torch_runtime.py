@@ -140,7 +140,7 @@ def fingerprint(tensors: dict[str, Any], tied: bool) -> str:
     tensor = tensors[name]
     shape = tuple(tensor.shape if isinstance(tensor, torch.Tensor) else tensor.get_shape())
     if not shape or 0 in shape:
-      raise ValueError(f"The model holds {name!r} of shape {shape}, which is no weight of a supported one.")
+      raise ValueError(f"The model holds {name!r} of shape {shape}, no weight of a supported one; take the original.")
     digest.update(f"{name} {shape}\n".encode())
     for row in sorted({0, shape[0] // 2, shape[0] - 1}):
       part = tensor[(slice(row, row + 1), *(slice(0, min(64, size)) for size in shape[1:]))]
