@@ -7,7 +7,7 @@
 A token that skips keeps its key and value throughout and is moved by a map; smollm2_135m_long.py lets it leave the
 cache from block 23 on, which is smaller and faster, but further from the dense model. The plan is made at block 18, not
 at 13 as that of short chats, and chosen on the validation chats; there the allotted schedule has no less KL than the
-Fisher one.
+Fisher one after the warm-up.
 
 Wall time: 5 minutes for the maps, 28 for the gate scores, 19 for the router of each seed, 6 for the chats, on 2 CPU
 cores (AMD EPYC); the evaluation of all methods, some minutes more, was not timed.
