@@ -394,7 +394,7 @@ def test_an_allotted_schedule_is_where_routers_lose_least(model_directory, tmp_p
   large.train.warmup_guide_prompts = large.data.num_train = 10**12
   with pytest.raises(UserError, match="GB of this machine's"):
     pipeline.run(large, str(tmp_path / "large"), pipeline.STAGES[:3])
-  config.train.warmup_guide_learning_rate = float("inf")
+  config.train.warmup_guide_learning_rate = 1e30
   with pytest.raises(UserError, match="warm-up has diverged; lower train.warmup_guide_learning_rate"):
     pipeline.run(config, str(tmp_path / "other"), pipeline.STAGES[:3])
 
@@ -444,7 +444,7 @@ def test_routers_a_block_learn_the_scores_of_their_blocks_whichever_block_evicts
     (lambda c: c.search.update(seed_schedules=([1],)), "seed_schedules"),
     (lambda c: c.router.update(factors=([1],)), "router.factors"),
     (lambda c: c.search.update(grid=40_001), "search.grid must be from 1 to 40000"),
-    (lambda c: (c.search.update(grid=2), c.update(sparsities=(0.1,))), "less than half a step of search.grid=2"),
+    (lambda c: (c.search.update(grid=2), c.update(sparsities=(0.05,))), "less than half a step of search.grid=2"),
     (lambda c: c.train.update(distill_weight=float("inf")), "train.distill_weight=inf is no finite number"),
     (lambda c: c.stand_in.update(rank=2, ridge=float("inf")), "stand_in.ridge=inf is no finite number"),
     (lambda c: c.update(sparsities=(0.3, 0.304)), "two decimals"),
