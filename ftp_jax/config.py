@@ -94,7 +94,7 @@ def get_config() -> config_dict.ConfigDict:
   c.train.warmup_guide_prompts = 256  # training prompts whose router inputs stay in host memory for that
   c.train.warmup_guide_learning_rate = 1e-3  # peak learning rate of those steps
   c.train.guide_weight = 1.0  # w_g at step 0
-  c.train.guide_stakes = 0.0  # share of a token's weight in it that grows with the distance of its score from the cut
+  c.train.guide_stakes = 0.0  # share of a token's weight in the guide that grows with its score's distance from the cut
   c.train.guide_decay = "cosine"  # decay of w_g to 0 over the steps: cosine, linear or none
   c.train.input_gradient = True  # gradients also pass through the hidden states that routers read
   c.train.stand_in_learning_rate = 0.0  # peak rate of maps for skipped blocks, beside the router; 0: as fitted

@@ -299,6 +299,12 @@ def test_a_template_without_system_turns_leaves_them_out():
   assert lm.apply_chat_template(turns) == lm.apply_chat_template(turns[1:]) == "[user] Hello"
 
 
+def test_a_template_that_fails_is_one_sentence():
+  lm = EngineLM(build(tokenizer=byte_tokenizer("{{ 'a' + 1 }}")))
+  with pytest.raises(UserError, match=r"chat template fails \(can only concatenate str .*\); leave it out\."):
+    lm.apply_chat_template([{"role": "user", "content": "Hello"}])
+
+
 def test_an_lm_eval_of_another_version_is_one_sentence(monkeypatch):
   monkeypatch.setitem(sys.modules, "ftp_jax.evaluation.harness.adapter", None)
   with pytest.raises(UserError, match=r"lm-eval 0\.4\.13 does not fit .*; run pip install '\.\[eval\]'"):

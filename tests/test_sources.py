@@ -530,6 +530,15 @@ def test_fetch_without_a_network_is_one_sentence(host, tmp_path, monkeypatch):
       fetch("tiny", tmp_path / "cache", progress=False)
 
 
+def test_fetch_where_files_cannot_be_locked_is_one_sentence(host, tmp_path, monkeypatch):
+  def acquire(lock, *args, **options):
+    raise NotImplementedError
+
+  monkeypatch.setattr(fetch_module.filelock.FileLock, "acquire", acquire)
+  with pytest.raises(UserError, match=r"\(files cannot be locked there\); free disk space or set FTP_JAX_CACHE"):
+    fetch("tiny", tmp_path / "cache")
+
+
 def test_fetch_onto_a_full_disk_is_one_sentence(host, tmp_path):
   (tmp_path / "cache/downloads").mkdir(parents=True)
   (tmp_path / "cache/downloads/tiny.whl.part").symlink_to("/dev/full")

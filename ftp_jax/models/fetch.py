@@ -22,7 +22,7 @@ import zipfile
 
 import filelock
 
-from ftp_jax.errors import UserError
+from ftp_jax.errors import UserError, brief
 from ftp_jax.models.gguf import convert_gguf
 
 _CHUNK = 1 << 20
@@ -92,9 +92,10 @@ def fetch(name: str, cache_dir: str | os.PathLike | None = None, progress: bool 
       convert_gguf(model, final)
       model.unlink()
       file.unlink()
-  except OSError as error:
+  except (OSError, NotImplementedError) as error:
+    reason = getattr(error, "strerror", None) or brief(error) or "files cannot be locked there"
     raise UserError(
-        f"cannot store {name} under {root} ({error.strerror or error}); "
+        f"cannot store {name} under {root} ({reason}); "
         "free disk space or set FTP_JAX_CACHE to another directory."
     ) from None
   return final

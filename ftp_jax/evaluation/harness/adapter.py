@@ -17,7 +17,7 @@ from lm_eval.api.registry import register_model
 from lm_eval.utils import get_rolling_token_windows, simple_parse_args_string
 from tqdm import tqdm
 
-from ftp_jax.errors import UserError
+from ftp_jax.errors import UserError, brief
 from ftp_jax.evaluation.harness.generation import read_options
 from ftp_jax.inference import Engine, Score
 from ftp_jax.inference.padding import Padding
@@ -125,10 +125,10 @@ class EngineLM(TemplateLM):
     )
     try:
       return rendered(chat_history)
-    except Exception:  # a template is a program of the checkpoint's, and may fail in any way
+    except Exception as error:  # a template is a program of the checkpoint's, and may fail in any way
       turns = [turn for turn in chat_history if turn["role"] != "system"]
       if turns == chat_history:
-        raise
+        raise UserError(f"The tokenizer's chat template fails ({brief(error)}); leave it out.") from error
       return rendered(turns)
 
   # --- likelihoods ---------------------------------------------------------------------------------
