@@ -187,6 +187,14 @@ def plan_preset(config: config_dict.ConfigDict, block: int) -> config_dict.Confi
   return config
 
 
+def stand_in_preset(config: config_dict.ConfigDict) -> config_dict.ConfigDict:
+  """Maps for skipped blocks, trained with the routers, whose dear errors count more; returns the config."""
+  config.stand_in.rank = 64
+  config.train.stand_in_learning_rate = 3e-4
+  config.train.guide_stakes = 0.5
+  return config
+
+
 def late_preset(config: config_dict.ConfigDict) -> config_dict.ConfigDict:
   """A late plan for SmolLM2-135M and its training, after `small_preset`; returns the config."""
   config.seeds = (0, 1, 2)

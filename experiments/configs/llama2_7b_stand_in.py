@@ -11,12 +11,10 @@ Wall time and result: not run here: no accelerator; checked by abstract evaluati
 """
 
 from ftp_jax.config import get_config as get_default_config
-from ftp_jax.config import large_preset, plan_preset
+from ftp_jax.config import large_preset, plan_preset, stand_in_preset
 
 
 def get_config():
-  config = plan_preset(large_preset(get_default_config()), 14)
+  config = stand_in_preset(plan_preset(large_preset(get_default_config()), 14))
   config.model.source = "meta-llama/Llama-2-7b-hf"
-  config.stand_in.rank = 64
-  config.train.stand_in_learning_rate = 3e-4
   return config

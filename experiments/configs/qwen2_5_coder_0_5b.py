@@ -12,14 +12,12 @@ model), 0.444 / 0.609 / 0.991 for truncation.
 """
 
 from ftp_jax.config import get_config as get_default_config
-from ftp_jax.config import late_preset, small_preset
+from ftp_jax.config import late_preset, small_preset, stand_in_preset
 
 
 def get_config():
-  config = late_preset(small_preset(get_default_config()))
+  config = stand_in_preset(late_preset(small_preset(get_default_config())))
   config.model.source = "Qwen/Qwen2.5-Coder-0.5B-Instruct"
-  config.stand_in.rank = 64
-  config.train.stand_in_learning_rate = 3e-4
   config.routing.one_pass_block = 10
   config.data.min_context = 28
   config.seeds = (0,)

@@ -16,16 +16,15 @@ plan at block 13 0.024 (seed 0).
 """
 
 from ftp_jax.config import get_config as get_default_config
-from ftp_jax.config import late_preset, long_chats_preset, small_preset
+from ftp_jax.config import late_preset, long_chats_preset, small_preset, stand_in_preset
 
 
 def get_config():
-  config = long_chats_preset(late_preset(small_preset(get_default_config())))
+  config = stand_in_preset(long_chats_preset(late_preset(small_preset(get_default_config()))))
   config.sparsities = (0.30,)
   config.routing.one_pass_block = 18
   config.search.schedule = "fisher"
-  config.stand_in.rank = 64
-  config.train.stand_in_learning_rate = 3e-4
+  config.train.guide_stakes = 0.0
   config.train.validate_every = 8
   config.train.checkpoint_every = 8
   return config
