@@ -3,8 +3,8 @@
   ftp-jax run --config=llama2_7b_stand_in --workdir=runs/llama2_7b_stand_in
 
 As llama2_7b.py, but what enters block 14 decides all gates from there on (about as deep as block 13 of SmolLM2's 30 and
-block 10 of Qwen's 24), in the allotted schedule, and maps of rank 64 stand in for skipped blocks. Both numbers
-are carried over, not chosen on this model.
+block 10 of Qwen's 24), in the allotted schedule, and maps of rank 64 stand in for skipped blocks. These numbers
+and train.guide_stakes are carried over, not chosen on this model.
 
 Wall time and result: not run here: no accelerator; checked by abstract evaluation of the full-size model
 (tests/test_configs.py).
