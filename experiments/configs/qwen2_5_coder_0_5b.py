@@ -7,7 +7,7 @@ writes chats in fewer tokens, so that contexts begin at 28. `data.path` as in sm
 GGUF file, as in the run below.
 
 Wall time: 33 minutes on 2 CPU cores (AMD EPYC) by its parts: 10 for gate scores and maps, 23 for three S.
-Result: KL to dense 0.0028 / 0.014 / 0.029 nats a token at S = 0.22 / 0.30 / 0.40 (seed 0; docs/results.md, A second
+Result: KL to dense 0.0034 / 0.0076 / 0.026 nats a token at S = 0.22 / 0.30 / 0.40 (seed 0; docs/results.md, A second
 model), 0.444 / 0.609 / 0.991 for truncation.
 """
 
