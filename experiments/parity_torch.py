@@ -14,9 +14,9 @@ says which operations of the dense model make the difference from fp64.
 JAX's products round less with JAX_DEFAULT_MATMUL_PRECISION=highest in the environment (docs/pytorch.md).
 
 SmolLM2-135M, S = 0.30, fp32, 2 CPU cores, torch 2.13. `exact` so, three seeds of --config=smollm2_135m_mixed without
-maps (Fisher schedule, guide_stakes=0), 32 prompts, 64 tokens, six minutes each: routes and generations of all 32 identical,
-largest logit difference over all steps 8.1e-5 to 8.5e-5, of logits up to 44. `speed` (a searched artifact), 2,048
-tokens, a minute: evict 1.37 times as fast as dense (ideal 1.41), project 1.34 (1.34).
+maps (Fisher schedule, guide_stakes=0), 32 prompts, 64 tokens, six minutes each: routes and generations of all 32
+identical, largest logit difference over all steps 8.1e-5 to 8.5e-5, of logits up to 44. `speed` (a searched artifact),
+2,048 tokens, a minute: evict 1.37 times as fast as dense (ideal 1.41), project 1.34 (1.34).
 """
 
 import collections
