@@ -95,6 +95,8 @@ def get_config() -> config_dict.ConfigDict:
   c.train.warmup_guide_learning_rate = 1e-3  # peak learning rate of those steps
   c.train.guide_weight = 1.0  # w_g at step 0
   c.train.guide_stakes = 0.0  # share of a token's weight in the guide that grows with its score's distance from the cut
+  c.train.raised_tokens = ""  # regular expression, as "[0-9]": tokens in whose text it is found have raised gate scores
+  c.train.raised_factor = 16.0  # what these scores are multiplied by
   c.train.guide_decay = "cosine"  # decay of w_g to 0 over the steps: cosine, linear or none
   c.train.input_gradient = True  # gradients also pass through the hidden states that routers read
   c.train.stand_in_learning_rate = 0.0  # peak rate of maps for skipped blocks, beside the router; 0: as fitted

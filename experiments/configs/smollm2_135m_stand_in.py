@@ -19,4 +19,6 @@ from ftp_jax.config import late_preset, small_preset, stand_in_preset
 
 
 def get_config():
-  return stand_in_preset(late_preset(small_preset(get_default_config())))
+  config = stand_in_preset(late_preset(small_preset(get_default_config())))
+  config.train.raised_tokens = "[0-9]"
+  return config

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import pathlib
+import re
 import socket
 
 import numpy as np
@@ -117,10 +118,26 @@ def check_config(config) -> None:
         f"train.stand_in_learning_rate={config.train.stand_in_learning_rate} has no maps to train; set stand_in.rank, "
         "or leave it at 0."
     )
+  if t.raised_tokens:
+    check_raised(t)
   if not 0 <= config.train.fisher_share <= 1:
     raise UserError(f"train.fisher_share={config.train.fisher_share} must lie between 0 and 1.")
   if config.data.chat and config.data.source in ("embedded", "text"):
     raise UserError("data.chat=True needs prompts; set data.source='prompts' or 'hub', or data.chat=False.")
+
+
+def check_raised(train) -> None:
+  """Raises UserError where gate scores are raised that nothing reads, by no number, or for no regular expression."""
+  if train.guide != "fisher":
+    raise UserError("train.raised_tokens is about gate scores; set train.guide='fisher', or leave it empty.")
+  if not 0 < train.raised_factor < math.inf:
+    raise UserError(f"train.raised_factor={train.raised_factor} must be a positive number.")
+  try:
+    re.compile(train.raised_tokens)
+  except re.error as error:
+    raise UserError(
+        f"train.raised_tokens={train.raised_tokens!r} is no regular expression ({error}); write one, as '[0-9]'."
+    ) from None
 
 
 def check_plan(config, num_blocks: int) -> None:
