@@ -4,9 +4,9 @@ r"""Makes items that ask for a number, a name or a word that a real text has sta
   ftp-jax eval --tasks=restated/number.jsonl,restated/name.jsonl,restated/word.jsonl --artifact=DIR
 
 A context is the beginning of a paragraph and then, again, the words before one of its words; the target is that word.
-It stands in the first half of the beginning, and once in it. There is a file of each kind, of lines {"context",
-"target"}: a right answer is one that greedy decoding would give. Unlike the retrieval task of `ftp-jax eval` it is
-about text as it is written, and not about numbers alone.
+It stands in the first half of the beginning, and nowhere else in it. There is a file of each kind, of lines {"id",
+"context", "target"}: an answer is right if greedy decoding gives it. Unlike the retrieval task of `ftp-jax eval` it is
+about text as it is written, and not about numbers alone. Many paragraphs are in the files of all kinds.
 """
 
 import json
@@ -47,7 +47,8 @@ def items(paragraphs: list[str], kind: str, num_words: int, count: int, seed: in
       continue
     asked = [
         at for at in range(_CUE, num_words // 2)
-        if KINDS[kind].fullmatch(words[at]) and words.count(words[at]) == 1 and words[at - 1] not in ".!?"
+        if KINDS[kind].fullmatch(words[at]) and sum(words[at] in word for word in words) == 1
+        and words[at - 1][-1] not in '.!?"'  # no name, but the beginning of a sentence
     ]
     if asked:
       at = asked[rng.integers(len(asked))]
@@ -56,8 +57,8 @@ def items(paragraphs: list[str], kind: str, num_words: int, count: int, seed: in
     if len(found) == count:
       return found
   raise UserError(
-      f"{len(found)} paragraphs of {num_words} words have a {kind} to ask for, not --count={count}; lower it or --words, "
-      "or name a longer text."
+      f"{len(found)} paragraphs of {num_words} words have a {kind} to ask for, not --count={count}; lower it or "
+      "--words, or name a longer text."
   )
 
 
@@ -66,9 +67,12 @@ def main() -> None:
     lines = pathlib.Path(_DOCUMENTS.value).read_text(encoding="utf-8").split("\n")
   except (OSError, UnicodeDecodeError) as error:
     raise UserError(f"--documents={_DOCUMENTS.value} cannot be read ({error}); name a text file.") from None
-  paragraphs = [line.strip() for line in lines]
-  made = {kind: items(paragraphs, kind, _WORDS.value, _COUNT.value, _SEED.value) for kind in KINDS}
   out = pathlib.Path(_OUT.value)
+  for path in (out / f"{kind}.jsonl" for kind in KINDS):
+    if path.exists() and path.samefile(_DOCUMENTS.value):
+      raise UserError(f"--out={out} would write over --documents; name another directory.")
+  paragraphs = list(dict.fromkeys(lines))
+  made = {kind: items(paragraphs, kind, _WORDS.value, _COUNT.value, _SEED.value) for kind in KINDS}
   try:
     out.mkdir(parents=True, exist_ok=True)
     for kind, records in made.items():

@@ -384,6 +384,7 @@ def test_an_allotted_schedule_is_where_routers_lose_least(model_directory, tmp_p
   assert (cell / "search" / "schedule.json").read_bytes() == before
   for section, key, value in (
       ("train", "warmup_guide_steps", 6), ("train", "warmup_guide_learning_rate", 0.1), ("train", "batch", 2),
+      ("train", "raised_tokens", "e"),
       ("router", "hidden_size", 8),
   ):
     other = config.copy_and_resolve_references()
@@ -405,7 +406,8 @@ def test_raised_scores_are_those_of_tokens_with_the_text(model_directory, finish
   config.finetune.rounds = 0
   runs = {}
   for name, pattern, factor in (("alike", "", 16.0), ("raised", "[aeiou]", 4.0), ("far", "[aeiou]", 1e6)):
-    config.train.update(raised_tokens=pattern, raised_factor=factor, warmup_guide_steps=100, warmup_guide_learning_rate=1e-2)
+    config.train.update(raised_tokens=pattern, raised_factor=factor)
+    config.train.update(warmup_guide_steps=100, warmup_guide_learning_rate=1e-2)
     for stage in ("data", "importance"):  # made without: the scores that are kept are not raised
       shutil.copytree(finished / stage, tmp_path / name / stage)
     pipeline.run(config, str(tmp_path / name), pipeline.STAGES[:5])
@@ -426,9 +428,8 @@ def test_raised_scores_are_those_of_tokens_with_the_text(model_directory, finish
     asked = run.schedule(cell)
     keep = masked.forward(model.config, run.routing, model.params, router, *train, asked).keep_LxBxT
     kept[name] = np.asarray(keep)[:-1, in_context & vowel].mean()  # what skips the last block is worth nothing
-  ps = [r.load_trained(r.cell(0.25, 0) / "finetune")[0].params for r in runs.values()]
-  assert kept["far"] > kept["raised"] > 0.9 > 0.8 > kept["alike"]
-  with pytest.raises(UserError, match="train.raised_factor"):  # the schedule would be another
+  assert min(kept["far"], kept["raised"]) > kept["alike"] + 0.08
+  with pytest.raises(UserError, match="search was made with train.raised_factor=4.0"):  # the schedule would be another
     config.train.raised_factor = 5.0
     pipeline.run(config, str(tmp_path / "raised"), ("search",))
   config.train.raised_tokens = "qqq"
@@ -503,9 +504,12 @@ def test_routers_a_block_learn_the_scores_of_their_blocks_whichever_block_evicts
     (lambda c: c.model.update(remat="some"), "model.remat"),
     (lambda c: c.train.update(batch=0), "train.batch"),
     (lambda c: c.train.update(fisher_share=1.5), "fisher_share"),
-    (lambda c: c.train.update(raised_tokens="[0-9"), "raised_tokens='\\[0-9' is no regular expression \\(.*\\); write one"),
-    (lambda c: c.train.update(raised_tokens="a", raised_factor=0.0), "raised_factor=0.0 must be a positive number"),
-    (lambda c: c.train.update(raised_tokens="a", guide="static"), "raised_tokens is about gate scores; set train.guide="),
+    (lambda c: c.train.update(raised_tokens="[0-9"), "tokens='\\[0-9' is no regular expression \\(.*\\); write one"),
+    (lambda c: c.train.update(raised_tokens="a", raised_factor=0.0), "raised_factor=0 must be more than 1 and at most"),
+    (lambda c: c.train.update(raised_tokens="a", raised_factor=1e39), "raised_factor=1e\\+39 must be more than 1"),
+    (lambda c: c.train.update(raised_tokens="[0-9]*"), "raised_tokens='\\[0-9\\]\\*' fits any text; write what"),
+    (lambda c: c.train.update(raised_tokens="a{99999999999}"), "raised_tokens='a.*' is no regular expression"),
+    (lambda c: c.train.update(raised_tokens="a", guide="static"), "raised_tokens is about gate scores; set train"),
     (lambda c: c.data.update(chat=True), "data.chat"),
     (lambda c: c.evaluation.update(perplexity_length=500), "perplexity_length"),
     (lambda c: c.model.update(dtype="float8"), "model.dtype"),

@@ -11,7 +11,7 @@ FILLER = "some text about one thing and another that goes on and on with nothing
 
 
 def paragraph(number: int) -> str:
-  first = f"on the day that it was built in {1900 + number} the Bridge near here seemed extraordinary , and"
+  first = f"on the day that it was built in {1900 + number} the Bridge near here seemed extraordinary . Then and"
   return " ".join([first, *[FILLER] * 4])
 
 

@@ -127,17 +127,19 @@ def check_config(config) -> None:
 
 
 def check_raised(train) -> None:
-  """Raises UserError where gate scores are raised that nothing reads, by no number, or for no regular expression."""
+  """Raises UserError where gate scores are raised for another guide, not really, or by no regular expression."""
   if train.guide != "fisher":
     raise UserError("train.raised_tokens is about gate scores; set train.guide='fisher', or leave it empty.")
-  if not 0 < train.raised_factor < math.inf:
-    raise UserError(f"train.raised_factor={train.raised_factor} must be a positive number.")
+  if not 1 < train.raised_factor <= 1e6:
+    raise UserError(f"train.raised_factor={train.raised_factor:g} must be more than 1 and at most 1e6.")
   try:
-    re.compile(train.raised_tokens)
-  except re.error as error:
+    empty = re.search(train.raised_tokens, "")
+  except (re.error, OverflowError, RecursionError) as error:
     raise UserError(
         f"train.raised_tokens={train.raised_tokens!r} is no regular expression ({error}); write one, as '[0-9]'."
     ) from None
+  if empty:
+    raise UserError(f"train.raised_tokens={train.raised_tokens!r} fits any text; write what some tokens have, '[0-9]'.")
 
 
 def check_plan(config, num_blocks: int) -> None:

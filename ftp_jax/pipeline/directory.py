@@ -238,10 +238,11 @@ class RunDirectory:
     if not pattern:
       return None
     raised = matching(pattern, train.tokens, self.described[1])
-    if not raised[np.arange(raised.shape[1])[None] < train.length[:, None]].any():
+    ends = train.length if self.routing.trains_continuation else train.context
+    if not raised[np.arange(raised.shape[1])[None] < ends[:, None]].any():
       raise UserError(
           f"train.raised_tokens={pattern!r} is found in no token of the training prompts; give a regular expression "
-          "that fits the text of single tokens, or leave it empty."
+          "that fits the text of single tokens, or none: --config.train.raised_tokens= on the command line."
       )
     return raised
 
