@@ -53,6 +53,7 @@ def get_config() -> config_dict.ConfigDict:
   c.routing.decode_threshold = 0.5  # skip probability above which it skips under the rule `threshold`
   c.routing.one_pass_block = -1  # block whose input decides the gates of all blocks from there on; -1: each its own
   c.routing.evict_from = 0  # under evict the first block that does; those before it project
+  c.routing.recent_tokens = 0  # last tokens that take a block's slots first, of contexts of at least four times as many
 
   c.stand_in = config_dict.ConfigDict()
   c.stand_in.rank = 0  # rank of the linear maps that stand in for skipped blocks; 0: none, as in the paper

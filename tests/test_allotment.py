@@ -18,16 +18,18 @@ GRID = np.arange(8) / 8
 CONTEXT = np.array([16, 9, 12, 5, 16, 7], np.int32)
 
 
-def test_what_skips_is_what_selection_skips():
+@pytest.mark.parametrize("recent", [0, 3])
+def test_what_skips_is_what_selection_skips(recent):
+  routing = RoutingConfig(recent_tokens=recent)
   rng = np.random.default_rng(0)
   margin = rng.standard_normal((3, 6, 20)).astype(np.float32)
   margin[0] = np.round(margin[0])  # ties
   fisher = rng.random((3, 6, 20)).astype(np.float32)
-  worth = allotment.skipped_worth(margin, fisher, CONTEXT, GRID)
+  worth = allotment.skipped_worth(margin, fisher, CONTEXT, routing, GRID)
   assert worth.shape == (3, 8, 6)
   in_context = np.arange(20)[None] < CONTEXT[:, None]
   for block, (u, sparsity) in itertools.product(range(3), enumerate(GRID)):
-    keep = np.asarray(keep_context(jnp.asarray(margin[block]), jnp.float32(sparsity), CONTEXT, RoutingConfig()))
+    keep = np.asarray(keep_context(jnp.asarray(margin[block]), jnp.float32(sparsity), CONTEXT, routing))
     expected = np.sum(fisher[block] * (in_context & ~keep), axis=1) / 2
     np.testing.assert_allclose(worth[block, u], expected, rtol=1e-5, atol=1e-7)
   assert np.all(worth[:, 0] == 0) and np.all(worth[:, -1] > 0)
@@ -65,7 +67,7 @@ def test_expected_losses_are_those_of_the_routers_margins(kind, names, one_pass_
         for i, s in zip(at, schedule)
     ])
   margin = np.asarray(guide.margins(config, params, features, jnp.asarray(data.hidden_UxNxTxD[at], jnp.float32)))
-  worth = allotment.skipped_worth(margin, data.fisher_LxNxT, CONTEXT, GRID)[:, :, rows].mean(axis=2)
+  worth = allotment.skipped_worth(margin, data.fisher_LxNxT, CONTEXT, RoutingConfig(), GRID)[:, :, rows].mean(axis=2)
   np.testing.assert_allclose(losses[0][1:], worth[1:], rtol=1e-5)
   assert np.isnan(losses[0][0]).all()  # of a recurrent router as well, which is asked there for its state
 

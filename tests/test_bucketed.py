@@ -63,7 +63,8 @@ class Case:
 ROUTED = (
     Case("one_block", tiny.config(num_blocks=1), "random", RoutingConfig("evict"), (7,), at_once=False),
     Case(
-        "random_evict", QWEN, "random", RoutingConfig("evict", "argmax", bucket_multiple=4, decode_sparsity=0.2),
+        "random_evict", QWEN, "random",
+        RoutingConfig("evict", "argmax", bucket_multiple=4, decode_sparsity=0.2, recent_tokens=2),
         (12, 2, DENSE, 12),
     ),
     Case("global_project", GQA, RouterConfig(), RoutingConfig("project", decode_sparsity=0.4), (DENSE, 4, 10, 6)),
@@ -74,7 +75,8 @@ ROUTED = (
     ),
     Case(
         "hidden_project", WINDOW, RouterConfig(factors=(), hidden_states=True),
-        RoutingConfig("project", decode_sparsity=0.5, decode_threshold=0.6, one_pass_block=0), (12, 6, 6, 5), 1,
+        RoutingConfig("project", decode_sparsity=0.5, decode_threshold=0.6, one_pass_block=0, recent_tokens=2),
+        (12, 6, 6, 5), 1,
     ),
     Case(
         "recurrent_evict", QWEN, RouterConfig("recurrent", hidden_states=True, hidden_size=16),
@@ -120,8 +122,8 @@ ROUTED = (
     ),
     Case(
         "per_block_late_plan_maps", WINDOW, RouterConfig("per_block", ("rank",), hidden_states=True),
-        RoutingConfig("project", decode_sparsity=0.4, decode_rule="quantile", one_pass_block=2), (DENSE, DENSE, 5, 9),
-        rank=5,
+        RoutingConfig("project", decode_sparsity=0.4, decode_rule="quantile", one_pass_block=2, recent_tokens=3),
+        (DENSE, DENSE, 5, 9), rank=5,
     ),
 )
 CASE = {case.name: case for case in ROUTED}

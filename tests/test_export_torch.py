@@ -44,7 +44,9 @@ unembed = jax.jit(decoder.unembed, static_argnums=0)
 # The reference of every case is compiled anew, so that a case has several options at once: every value of each is
 # there, and most pairs of them.
 CASES = {
-    "rope_llama3_argmax": ("llama-rope-llama3", RoutingConfig("evict", "argmax"), RouterConfig(factors=("rank",))),
+    "rope_llama3_argmax": (
+        "llama-rope-llama3", RoutingConfig("evict", "argmax", recent_tokens=2), RouterConfig(factors=("rank",))
+    ),
     "rope_linear_multiple": (
         "llama-rope-linear", RoutingConfig("project", "argmax", bucket_multiple=4, score_window=3),
         RouterConfig("recurrent", ("score", "sparsity")),
@@ -74,7 +76,8 @@ CASES = {
         RouterConfig("recurrent", hidden_states=True), (0.0, 0.7, 0.0),
     ),
     "late_plan_quantile": (
-        "mistral-window", RoutingConfig("project", one_pass_block=2, decode_sparsity=0.4, decode_rule="quantile"),
+        "mistral-window",
+        RoutingConfig("project", one_pass_block=2, decode_sparsity=0.4, decode_rule="quantile", recent_tokens=4),
         RouterConfig("per_block", ("rank", "score"), hidden_states=True), (0.0, 0.0, 0.7),
     ),
     "dense_between": (
@@ -461,17 +464,17 @@ def test_the_way_back_gives_the_identical_artifact(kind, tmp_path):
     assert (again / name).read_bytes() == (out / name).read_bytes()
 
 
-def test_an_export_that_says_nothing_of_evict_from_evicts_everywhere(tmp_path):
+def test_an_export_that_says_nothing_of_evict_from_and_recent_tokens_evicts_everywhere_and_has_none(tmp_path):
   out = exported(tmp_path, "llama-gqa", RoutingConfig("evict"), RouterConfig(), with_weights=True)
   said = json.loads((out / "ftp_config.json").read_text())
   logits = lambda: load_pruned(out)(torch.tensor([prompts_of()[0]])).logits
   expected = logits()
-  del said["routing"]["evict_from"]
+  del said["routing"]["evict_from"], said["routing"]["recent_tokens"]
   (out / "ftp_config.json").write_text(json.dumps(said))
   assert torch.equal(logits(), expected) and artifacts.load(out).routing == RoutingConfig("evict")
-  said["routing"]["evict_from"] = 2
-  (out / "ftp_config.json").write_text(json.dumps(said))
-  assert not torch.equal(logits(), expected)
+  for key, value in (("evict_from", 2), ("recent_tokens", 1)):
+    (out / "ftp_config.json").write_text(json.dumps(said | {"routing": said["routing"] | {key: value}}))
+    assert torch.equal(logits(), expected) == (key == "recent_tokens")  # the last one is kept anyway
 
 
 def test_shards_of_any_name_are_read_and_strays_are_not(tmp_path):

@@ -133,6 +133,22 @@ def test_argmax_keeps_winners_only_and_at_most_the_capacity():
   assert keep(4) == [0, 1, 3, 5]
 
 
+@pytest.mark.parametrize("selection", ["topk", "argmax"])
+def test_recent_tokens_of_long_contexts_come_behind_the_forced_ones_the_latest_first(selection):
+  margin = jnp.tile(jnp.array([9.0, 8.0, 7.0, -3.0, 6.0, 5.0, -1.0, -9.0, 4.0, -7.0, -8.0, -2.0]), (3, 1))
+  routing = RoutingConfig(selection=selection, recent_tokens=3)
+  rows = lambda s: [
+      np.flatnonzero(row).tolist() for row in keep_context(margin, jnp.float32(s), jnp.array([12, 11, 3]), routing)
+  ]
+  assert rows(0.5)[0] == [0, 1, 2, 9, 10, 11]  # of 12: the last three, whatever their margins
+  assert rows(0.5)[1] == [0, 1, 2, 4, 5, 10]  # of 11, less than four times three: the last alone
+  assert rows(0.8)[0] == [0, 10, 11]  # not all have a slot
+  assert rows(0.9)[0] == [0, 11]
+  assert rows(0.5)[2] == [0, 2] and rows(0.0)[0] == list(range(12))
+  with pytest.raises(UserError, match="recent_tokens=-1 must be a number of tokens"):
+    RoutingConfig(recent_tokens=-1)
+
+
 @pytest.mark.parametrize("selection,kept", [("topk", [0, 3, 4]), ("argmax", [0, 4])])
 def test_a_block_of_which_nothing_is_asked_keeps_every_context_token(selection, kept):
   margin = jnp.array([[-1.0, -3.0, -2.0, -1.0, -4.0, 9.0]])

@@ -123,7 +123,9 @@ def test_distillation_losses_by_hand():
 
 def test_targets_fill_the_capacity_with_forced_tokens_then_the_highest_scores():
   score = jnp.array([[[0.0, 5.0, 3.0, 5.0, 0.0, 9.0], [0.0, 1.0, 0.0, 9.0, 0.5, 0.0]]])
-  target = lambda s, m=1: losses.targets(score, jnp.array([s]), jnp.array([5, 3]), m)[0].tolist()
+  target = lambda s, m=1, recent=0: losses.targets(
+      score, jnp.array([s]), jnp.array([5, 3]), RoutingConfig(bucket_multiple=m, recent_tokens=recent)
+  )[0].tolist()
   after = [1], [1, 1, 0]  # those behind the context: whether the score is above 0
   rows = lambda first, second: [first + after[0], second + after[1]]
   assert target(0.4) == rows([1, 0, 0, 1, 1], [1, 0, 1])  # 3 slots: forced 0 and 4, tie 1 ~ 3: the later
@@ -131,6 +133,11 @@ def test_targets_fill_the_capacity_with_forced_tokens_then_the_highest_scores():
   assert target(0.9) == rows([1, 0, 0, 0, 1], [1, 0, 1])
   assert target(0.4, 4) == rows([1, 1, 0, 1, 1], [1, 1, 1])
   assert target(0.0) == rows([1, 1, 1, 1, 1], [1, 1, 1])
+  assert target(0.4, recent=1) == target(0.4)
+  score = jnp.tile(score, 2).at[0, 0, 6:].set(jnp.arange(6.0)[::-1])
+  recent = losses.targets(score, jnp.array([0.6]), jnp.array([12, 3]), RoutingConfig(recent_tokens=3))[0]
+  assert recent[0].tolist() == [1, 0, 0, 0, 0, 1, 0, 0, 0, 1, 1, 1]  # 5 slots: forced 0 and 11, recent 10 and 9, then 5
+  assert recent[1].tolist()[:3] == [1, 0, 1]  # a short context has none
 
 
 def test_the_guide_knows_of_new_tokens_where_these_are_trained():
@@ -248,18 +255,22 @@ def test_new_tokens_learn_what_is_asked_of_them_where_they_are_trained():
 def test_stakes_by_hand():
   scores = jnp.array([[[9.0, 7.0, 1.0, 4.0, 0.0, 8.0], [5.0, 6.0, 2.0, 9.0, 9.0, 9.0]]])
   context = jnp.array([5, 3])
-  target = losses.targets(scores, jnp.array([0.4]), context, 1)
+  target = losses.targets(scores, jnp.array([0.4]), context, RoutingConfig())
   assert target[0].tolist() == [[1, 1, 0, 0, 1, 1], [1, 0, 1, 1, 1, 1]]  # of the second row nothing else could skip
   apart = np.array([[0, 3, 3, 0, 0], [0, 0, 0, 0, 0]])  # from the 4 and the 6; the first and the last have no choice
   relative = apart / (6 / 8)  # eight context tokens
   for share in (1.0, 0.25):
-    found = np.asarray(losses.stakes(scores, target, context, share)[0])
+    found = np.asarray(losses.stakes(scores, target, context, RoutingConfig(), share)[0])
     expected = 1 - share + share * relative
     np.testing.assert_allclose(found[0, :5], expected[0], rtol=1e-6)
     np.testing.assert_allclose(found[1, :3], expected[1, :3], rtol=1e-6)
     assert (found[0, 5:] == 1).all() and (found[1, 3:] == 1).all()
     np.testing.assert_allclose(np.concatenate([found[0, :5], found[1, :3]]).mean(), 1, rtol=1e-6)
-  nothing = losses.stakes(scores, jnp.ones_like(target), context, 0.5)  # nothing skips, nothing is at stake
+  recent, twelve = RoutingConfig(recent_tokens=3), jnp.array([12])
+  row = jnp.arange(12.0)[None, None, ::-1]
+  found = np.asarray(losses.stakes(row, losses.targets(row, jnp.array([0.5]), twelve, recent), twelve, recent, 1.0))
+  assert (found[0, 0, [0, 9, 10, 11]] == 0).all() and (np.delete(found[0, 0], [0, 3, 9, 10, 11]) > 0).all()  # cut: 3
+  nothing = losses.stakes(scores, jnp.ones_like(target), context, RoutingConfig(), 0.5)  # none skips, none is at stake
   np.testing.assert_array_equal(nothing, 1.0)
 
 
@@ -297,7 +308,7 @@ def test_a_warm_up_teaches_new_tokens_to_skip_and_tells_them_from_the_context():
   margin = np.asarray(guide.margins(config, router, asked, jnp.asarray(hidden, jnp.float32)))
   guided = np.asarray(losses.guided_tokens(*rows[1:], 16, routing)) & after
   assert (np.sign(margin) == np.where(hidden[..., 1] > 0, 1, -1))[:, guided].mean() > 0.95
-  target = np.asarray(losses.targets(scores, schedule, rows.context, 1))
+  target = np.asarray(losses.targets(scores, schedule, rows.context, RoutingConfig()))
   assert ((margin > 0) == target)[:, ~after].mean() > 0.85
 
 
@@ -495,14 +506,16 @@ def test_a_killed_training_resumes_bit_for_bit(where, call, tmp_path, monkeypatc
 
 
 def test_checkpoints_of_before_a_key_go_on_without_it(tmp_path, monkeypatch, undisturbed):
-  identity, new = loop._identity, ("train.stand_in_learning_rate", "train.guide_stakes")
+  identity, new = loop._identity, ("train.stand_in_learning_rate", "train.guide_stakes", "routing.recent_tokens")
   earlier = lambda *args: {name: value for name, value in identity(*args).items() if name not in new}
   with monkeypatch.context() as patch, pytest.raises(Killed):
     patch.setattr(loop, "_identity", earlier)
     train(tmp_path, validate=killing(stand_in, 2))
   check_equal(tmp_path, train(tmp_path), undisturbed)
   for name in new:
-    assert name.removeprefix("train.") in {field.name for field in dataclasses.fields(step.TrainSettings)}
+    section, key = name.split(".")
+    settings = {"train": step.TrainSettings, "routing": RoutingConfig}[section]
+    assert key in {field.name for field in dataclasses.fields(settings)}
 
 
 def test_batches_of_length_buckets_train_as_padded_ones_do_and_resume_bit_for_bit(tmp_path, monkeypatch):

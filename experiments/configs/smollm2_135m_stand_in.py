@@ -21,4 +21,5 @@ from ftp_jax.config import late_preset, small_preset, stand_in_preset
 def get_config():
   config = stand_in_preset(late_preset(small_preset(get_default_config())))
   config.train.raised_tokens = "[0-9]"
+  config.routing.recent_tokens = 32
   return config

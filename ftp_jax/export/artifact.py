@@ -57,7 +57,10 @@ class Artifact:
   @property
   def digest(self) -> str:
     """Hash (16 hex digits) of all that decides what it computes: neither figures nor crossover, nor the layout."""
-    decides = (self.fingerprint, self.schedule, dataclasses.asdict(self.routing), dataclasses.asdict(self.router))
+    routing = dataclasses.asdict(self.routing)
+    if not routing["recent_tokens"]:  # digests from before there were any are without
+      del routing["recent_tokens"]
+    decides = (self.fingerprint, self.schedule, routing, dataclasses.asdict(self.router))
     found = hashlib.sha256(json.dumps(decides, sort_keys=True).encode())
     for name, a in sorted(_flat(_weights(self)).items()):
       found.update(f"{name}{a.dtype}{a.shape}".encode() + np.ascontiguousarray(a).tobytes())

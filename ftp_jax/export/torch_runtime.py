@@ -36,6 +36,7 @@ FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 EMPTY = 2**30  # position of a cache slot that holds no token
 _STEPS = 40_000  # sparsities count in steps of 1 / _STEPS, so that capacities are integer arithmetic
 _ROUNDING = 1e-5  # share by which a new token's margin may be below that of a context token and count as equal
+_MOST_RECENT = 4  # recent tokens are at most the 4th part of a context: a shorter one has none
 _CHUNK = 512  # queries that are masked at once
 # What a model's output calls its cache; transformers 5.24 changed the name.
 _CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
@@ -46,8 +47,8 @@ _CHOICES = {
     "kind": ("global", "per_block", "recurrent"),
 }
 _VALUES = (
-    "bucket_multiple", "score_window", "decode_sparsity", "decode_threshold", "one_pass_block", "evict_from", "factors",
-    "hidden_states", "hidden_size",
+    "bucket_multiple", "score_window", "decode_sparsity", "decode_threshold", "one_pass_block", "evict_from",
+    "recent_tokens", "factors", "hidden_states", "hidden_size",
 )
 _MAPS = "stand_in."  # how the names of the maps for skipped blocks begin in the file of weights
 _FACTORS = ("position", "score", "rank", "sparsity")
@@ -119,7 +120,7 @@ def read_artifact(directory) -> Artifact:
     raise ValueError(f"{directory} has the layout {layout!r}; convert it with `ftp-jax export --artifact={directory}`.")
   weights = _read(file.with_name(WEIGHTS_FILE), load_file)
   try:
-    routing = {"evict_from": 0} | said["routing"]  # absent in older artifacts
+    routing = {"evict_from": 0, "recent_tokens": 0} | said["routing"]  # absent in older artifacts
     schedule, options = torch.tensor(said["schedule"], dtype=torch.float32), routing | said["router"]
     unknown = set(options) ^ {*_CHOICES, *_VALUES} | set(options["factors"]) - set(_FACTORS)
     unknown |= {name for name, known in _CHOICES.items() if options[name] not in known}
@@ -375,10 +376,15 @@ def _descending(values_BxT: torch.Tensor) -> torch.Tensor:
   return values_BxT.shape[1] - 1 - order
 
 
-def select(margin_BxT: torch.Tensor, count: list[int], context: list[int], selection: str) -> torch.Tensor:
-  """Which context tokens (B,T) are computed: the `count` largest margins; the first and the last token always."""
+def select(
+    margin_BxT: torch.Tensor, count: list[int], context: list[int], selection: str, recent: int = 0
+) -> torch.Tensor:
+  """Which context tokens (B,T) are computed: the first and the last, `recent` ones, then the largest margins."""
   t, m = torch.arange(margin_BxT.shape[1], device=margin_BxT.device)[None], margin_BxT.new_tensor(context)[:, None]
   valid, forced = t < m, (t == 0) | (t == m - 1)
+  if recent:
+    latest = (t >= m - recent) & (m >= _MOST_RECENT * recent)
+    margin_BxT = margin_BxT.masked_fill(latest, torch.finfo(torch.float32).max)
   value = torch.where(forced, torch.inf, margin_BxT).masked_fill(~valid, -torch.inf)
   chosen = t < margin_BxT.new_tensor(count)[:, None]
   keep = valid & torch.zeros_like(valid).scatter(1, _descending(value), chosen.expand_as(valid))
@@ -453,7 +459,8 @@ class _ContextGates(_Gates):
       last_B = torch.tensor(count, device=margin_P.device) - 1
       self.cache.least_LxB[block] = margin_BxT.sort(descending=True).values.gather(1, last_B[:, None])[:, 0]
     count = capacity(self.schedule[block], context, self.routing["bucket_multiple"])
-    return self.tokens.unpad(select(margin_BxT, count, context, self.routing["selection"]))
+    routing = self.routing
+    return self.tokens.unpad(select(margin_BxT, count, context, routing["selection"], routing["recent_tokens"]))
 
   def observe(self, computed: Packed, q_KxHxN, slots: Slots, window: int) -> None:
     late = computed.take(computed.of(self.tokens.position_P >= self.known_P - self.routing["score_window"]))

@@ -64,6 +64,8 @@ class RoutingConfig:
     one_pass_block: one-pass routing: the gates of this block and all after it are decided from what enters this
       block, so that the whole plan is known there; -1: every block decides from what enters it.
     evict_from: under `evict`, the first block that evicts; those before it project.
+    recent_tokens: the last tokens of a context that take a block's slots first, behind the forced ones, the latest
+      before all; contexts of less than four times as many have none.
   """
 
   kv_mode: str = "project"
@@ -75,6 +77,7 @@ class RoutingConfig:
   decode_threshold: float = 0.5
   one_pass_block: int = -1
   evict_from: int = 0
+  recent_tokens: int = 0
 
   def __post_init__(self):
     if self.kv_mode not in KV_MODES:
@@ -91,6 +94,8 @@ class RoutingConfig:
       raise UserError(f"routing.decode_threshold={self.decode_threshold} must lie between 0 and 1.")
     if self.one_pass_block < -1:
       raise UserError(f"routing.one_pass_block={self.one_pass_block} must be a block, counted from 0, or -1 for none.")
+    if self.recent_tokens < 0:
+      raise UserError(f"routing.recent_tokens={self.recent_tokens} must be a number of tokens, or 0 for none.")
     if self.evict_from < 0:
       raise UserError(f"routing.evict_from={self.evict_from} must be a block, counted from 0.")
     if self.evict_from and self.kv_mode != "evict":

@@ -16,10 +16,9 @@ from ftp_jax.models import decoder, kernels
 from ftp_jax.models.attention import attend, attention_rows
 from ftp_jax.models.config import ModelConfig
 from ftp_jax.routing import factors as factor_lib
-from ftp_jax.routing import routers, stand_in
+from ftp_jax.routing import routers, selection, stand_in
 from ftp_jax.routing.config import FACTORS, SCORE_FACTORS, RoutingConfig
 from ftp_jax.routing.routers import Router
-from ftp_jax.routing.selection import decode_schedule, forced_tokens, keep_context, keep_continuation, least_kept_margin
 from ftp_jax.sharding import constrain
 
 ATTENTIONS = ("auto", "full", "splash")
@@ -245,7 +244,8 @@ def forward(
   causal_view = routing.decode_sparsity > 0
   sin, cos = decoder.angles(config, t)
   mask = decoder.causal_mask(config, length_B, num_positions)
-  forced = forced_tokens(context_B, num_positions)
+  settled = selection.forced_tokens(context_B, num_positions)  # of which no router decides
+  settled |= selection.recent_tokens(context_B, num_positions, routing)
   block = decoder.Block(config)
   dynamic = router.kind == "dynamic"
   splash = choose_attention(attention, config, routing, num_positions) == "splash"
@@ -262,13 +262,13 @@ def forward(
     read = features[..., [names.index(name) for name in router.factors]] if router.factors else None
     x = x if input_gradient else jax.lax.stop_gradient(x)
     margin, state = routers.margin(router, router_slice, read, x, state, position, row_B, index)
-    keep = keep_context(margin, sparsity, context_B, routing)
-    least = least_kept_margin(margin, decode_sparsity, context_B) if causal_view else None
-    keep |= valid & ~in_context & keep_continuation(router.kind, margin, decode_sparsity, least, routing)
+    keep = selection.keep_context(margin, sparsity, context_B, routing)
+    least = selection.least_kept_margin(margin, decode_sparsity, context_B) if causal_view else None
+    keep |= valid & ~in_context & selection.keep_continuation(router.kind, margin, decode_sparsity, least, routing)
     gate = keep.astype(jnp.float32)
     if straight_through:
       soft = jax.nn.sigmoid(margin)
-      decided = valid & ~forced & (jnp.where(in_context, sparsity, decode_sparsity) > 0)
+      decided = valid & ~settled & (jnp.where(in_context, sparsity, decode_sparsity) > 0)
       gate += jnp.where(decided, soft - jax.lax.stop_gradient(soft), 0.0)
     return keep, gate, margin, state, features
 
@@ -304,7 +304,7 @@ def forward(
   xs = (
       params["blocks"],
       schedule_L,
-      decode_schedule(schedule_L, routing.decode_sparsity),
+      selection.decode_schedule(schedule_L, routing.decode_sparsity),
       jnp.arange(num_blocks),
       router.params if router.per_block else None,
   )

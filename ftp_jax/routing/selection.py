@@ -16,6 +16,7 @@ _STEPS = 40_000
 # Margins that differ by less than this share of the larger of 1 and the second count as equal where a new token's is
 # compared with a context token's: equal inputs give equal margins, but for the rounding of programs of other shapes.
 _ROUNDING = 1e-5
+_MOST_RECENT = 4  # recent tokens are at most the 4th part of a context: a shorter one has none
 
 
 def capacity(sparsity: jax.Array, context_B: jax.Array, bucket_multiple: int = 1) -> jax.Array:
@@ -87,6 +88,20 @@ def forced_tokens(context_B: jax.Array, num_positions: int) -> jax.Array:
   return (t == 0) | (t == context_B[:, None] - 1)
 
 
+def recent_tokens(context_B: jax.Array, num_positions: int, routing: RoutingConfig) -> jax.Array:
+  """(B,T) boolean: the last `routing.recent_tokens` of contexts of at least four times as many, first to be kept."""
+  t, m, count = jnp.arange(num_positions)[None], context_B[:, None], routing.recent_tokens
+  return (t >= m - count) & (t < m) & (m >= _MOST_RECENT * count)
+
+
+def first_to_keep(value_BxT: jax.Array, context_B: jax.Array, routing: RoutingConfig) -> jax.Array:
+  """Values that tokens are ranked by, with those of recent ones above all others but infinite ones, and alike."""
+  if not routing.recent_tokens:
+    return value_BxT
+  recent_BxT = recent_tokens(context_B, value_BxT.shape[1], routing)
+  return jnp.where(recent_BxT, jnp.finfo(jnp.float32).max, value_BxT)
+
+
 def select(margin_BxT, capacity_B, forced_BxT, valid_BxT, selection: str) -> jax.Array:
   """Which context tokens are computed.
 
@@ -118,6 +133,7 @@ def keep_context(margin_BxT: jax.Array, sparsity: jax.Array, context_B: jax.Arra
   num_positions = margin_BxT.shape[1]
   in_context = jnp.arange(num_positions)[None] < context_B[:, None]
   slots = capacity(sparsity, context_B, routing.bucket_multiple)
+  margin_BxT = first_to_keep(margin_BxT, context_B, routing)
   keep = select(margin_BxT, slots, forced_tokens(context_B, num_positions), in_context, routing.selection)
   return jnp.where(sparsity > 0, keep, in_context)
 

@@ -16,11 +16,13 @@ import numpy as np
 from ftp_jax import sharding
 from ftp_jax.errors import UserError
 from ftp_jax.routing.config import RouterConfig, RoutingConfig
-from ftp_jax.routing.selection import capacity
+from ftp_jax.routing.selection import capacity, first_to_keep
 from ftp_jax.training import guide
 
 
-def skipped_worth(margin_LxBxT: np.ndarray, fisher_LxBxT: np.ndarray, context_B: np.ndarray, sparsities) -> np.ndarray:
+def skipped_worth(
+    margin_LxBxT: np.ndarray, fisher_LxBxT: np.ndarray, context_B: np.ndarray, routing: RoutingConfig, sparsities
+) -> np.ndarray:
   """What each block loses at each of U sparsities under `topk`, (L,U,B): half the Fisher scores of what skips, in nats.
 
   Args:
@@ -28,7 +30,8 @@ def skipped_worth(margin_LxBxT: np.ndarray, fisher_LxBxT: np.ndarray, context_B:
   """
   t, last = np.arange(margin_LxBxT.shape[2]), context_B[:, None] - 1
   stays = (t == 0) | (t >= last)  # forced tokens, and what is no context
-  order = np.argsort(np.where(stays, np.inf, margin_LxBxT), axis=2, kind="stable")  # of equals the later one is kept
+  ranked = np.asarray(jax.vmap(lambda a: first_to_keep(a, jnp.asarray(context_B), routing))(jnp.asarray(margin_LxBxT)))
+  order = np.argsort(np.where(stays, np.inf, ranked), axis=2, kind="stable")  # of equals the later one is kept
   worth = np.cumsum(np.take_along_axis(fisher_LxBxT.astype(np.float64), order, axis=2), axis=2)
   worth = np.pad(worth, ((0, 0), (0, 0), (1, 0))) / 2
   slots = np.asarray(capacity(jnp.asarray(sparsities, jnp.float32)[:, None], jnp.asarray(context_B)[None]))
@@ -80,7 +83,7 @@ def expected_loss(
     guide.check_scores(fisher)
     if not np.isfinite(found).all():
       raise UserError("The guided warm-up has diverged; lower train.warmup_guide_learning_rate.")
-    losses[reading.blocks] += skipped_worth(found, fisher, data.context_N[some], sparsities).sum(axis=2)
+    losses[reading.blocks] += skipped_worth(found, fisher, data.context_N[some], routing, sparsities).sum(axis=2)
   losses[np.asarray(schedule_L) <= 0] = np.nan  # a recurrent router is asked there as well, for the sake of its state
   return losses / len(rows)
 

@@ -312,9 +312,9 @@ def make_step(
     in_context = jnp.arange(score.shape[2])[None] < context[:, None]
     # What new tokens have paid is not collected.
     guided = in_context if scored else losses.guided_tokens(context, length, score.shape[2], routing)
-    target = losses.targets(fisher, schedule, context, routing.bucket_multiple)
+    target = losses.targets(fisher, schedule, context, routing)
     margin = margins_of(params, context, score, hidden, schedule, decode_schedule)
-    stake = losses.stakes(fisher, target, context, settings.stakes) if settings.stakes else 1.0
+    stake = losses.stakes(fisher, target, context, routing, settings.stakes) if settings.stakes else 1.0
     return losses.guide_loss(margin, target, schedule, guided, stake)
 
   @jax.jit

@@ -243,7 +243,7 @@ def _identity(spec, router_params, prompts, fisher_LxNxT, schedule_L) -> dict:
       if getattr(spec, section) is not None
       for name, value in dataclasses.asdict(getattr(spec, section)).items()
   }
-  for key in ("train.stand_in_learning_rate", "train.guide_stakes"):  # checkpoints from before these are without
+  for key in ("train.stand_in_learning_rate", "train.guide_stakes", "routing.recent_tokens"):  # earlier ones have none
     if not named[key]:
       del named[key]
   return named | {

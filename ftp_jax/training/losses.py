@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 from ftp_jax.models import scoring
 from ftp_jax.routing.config import RoutingConfig
-from ftp_jax.routing.selection import capacity, descending_rank, forced_tokens
+from ftp_jax.routing.selection import capacity, descending_rank, first_to_keep, forced_tokens, recent_tokens
 
 
 def distill_kl(teacher_BxCxV, student_BxCxV, weight_BxC) -> jax.Array:
@@ -43,35 +43,36 @@ def guided_tokens(context_B, length_B, num_positions: int, routing: RoutingConfi
   return in_context | new_tokens(context_B, length_B, num_positions) if routing.trains_continuation else in_context
 
 
-def targets(score_LxBxT, schedule_L, context_B, bucket_multiple: int) -> jax.Array:
+def targets(score_LxBxT, schedule_L, context_B, routing: RoutingConfig) -> jax.Array:
   """Guide targets (L,B,T): 1 for the context tokens of highest score that fill each block's capacity.
 
-  Of other tokens: 1 where the score is above 0.
+  Forced and recent tokens fill it first. Of tokens that are no context: 1 where the score is above 0.
   """
   num_positions = score_LxBxT.shape[-1]
   in_context = jnp.arange(num_positions)[None] < context_B[:, None]
   forced = forced_tokens(context_B, num_positions)
 
   def one(score_BxT, sparsity):
-    rank = descending_rank(jnp.where(forced, jnp.inf, score_BxT), in_context)
-    fits = rank < capacity(sparsity, context_B, bucket_multiple)[:, None]
+    rank = descending_rank(jnp.where(forced, jnp.inf, first_to_keep(score_BxT, context_B, routing)), in_context)
+    fits = rank < capacity(sparsity, context_B, routing.bucket_multiple)[:, None]
     return jnp.where(in_context, fits, score_BxT > 0).astype(jnp.float32)
 
   return jax.vmap(one)(score_LxBxT, schedule_L)
 
 
-def stakes(score_LxBxT, target_LxBxT, context_B, share: float) -> jax.Array:
+def stakes(score_LxBxT, target_LxBxT, context_B, routing: RoutingConfig, share: float) -> jax.Array:
   """Weights (L,B,T) of tokens in the guide loss, by what is lost where the router decides otherwise; 1 on average.
 
   A `share` of each context token's weight is in proportion to the distance of its score from the highest one that
-  skips in its row, the rest is alike. Forced tokens, which no router decides about, have nothing at stake. Tokens that
-  are no context have weight 1.
+  skips in its row, the rest is alike. Forced and recent tokens, which no router decides about, have nothing at stake.
+  Tokens that are no context have weight 1.
   """
   num_positions = score_LxBxT.shape[2]
   in_context = (jnp.arange(num_positions)[None] < context_B[:, None])[None]
-  skips = in_context & (target_LxBxT == 0)
+  settled = forced_tokens(context_B, num_positions) | recent_tokens(context_B, num_positions, routing)
+  skips = in_context & ~settled[None] & (target_LxBxT == 0)
   cut = jnp.max(jnp.where(skips, score_LxBxT, -jnp.inf), axis=2, keepdims=True)
-  decided = in_context & ~forced_tokens(context_B, num_positions)[None] & jnp.isfinite(cut)
+  decided = in_context & ~settled[None] & jnp.isfinite(cut)
   apart = jnp.where(decided, jnp.abs(score_LxBxT - jnp.where(decided, cut, 0.0)), 0.0)
   mean = jnp.sum(apart, axis=(1, 2), keepdims=True) / jnp.sum(in_context)
   relative = jnp.where(mean > 0, apart / jnp.where(mean > 0, mean, 1.0), 1.0)

@@ -173,8 +173,9 @@ def loss_fn(spec: StepSpec, params: Any, router: Any, batch: Batch, schedule_L, 
   if spec.routing.trains_continuation:  # no capacity bounds what they skip, so that too much costs as well
     sparsity += jnp.abs(spec.routing.decode_sparsity - jnp.mean(soft_share(after)))
   scores = guide_scores(spec, batch)
-  target = losses.targets(scores, schedule_L, context, spec.routing.bucket_multiple)
-  stake = losses.stakes(scores, target, context, spec.train.guide_stakes) if spec.train.guide_stakes else 1.0
+  target = losses.targets(scores, schedule_L, context, spec.routing)
+  stakes = spec.train.guide_stakes
+  stake = losses.stakes(scores, target, context, spec.routing, stakes) if stakes else 1.0
   guide = losses.guide_loss(out.margin_LxBxT, target, schedule_L, guided, stake)
   weight_g = guide_weight(spec.train, step)
   total = spec.train.distill_weight * distill + spec.train.sparsity_weight * sparsity + weight_g * guide
