@@ -226,6 +226,19 @@ def test_capacity_and_ties_are_those_of_jax():
   assert keep == [[1, 0, 0, 0, 0, 1], [1, 1, 0, 1, 0, 0]]
 
 
+@pytest.mark.parametrize("chosen", ["topk", "argmax"])
+def test_recent_tokens_are_those_of_jax(chosen):
+  rng, contexts, routing = np.random.default_rng(0), [20, 12, 11, 3], RoutingConfig(selection=chosen, recent_tokens=3)
+  for sparsity in np.float32([0.2, 0.5, 0.8]):  # at the last not all of them have slots
+    margin = np.round(rng.normal(size=(4, 20)), 1).astype(np.float32)  # ties
+    expected = np.asarray(selection.keep_context(margin, jnp.float32(sparsity), np.array(contexts), routing))
+    count = torch_runtime.capacity(float(sparsity), contexts, 1)
+    keep = torch_runtime.select(torch.tensor(margin), count, contexts, chosen, recent=3).numpy()
+    np.testing.assert_array_equal(keep, expected)
+    without = torch_runtime.select(torch.tensor(margin), count, contexts, chosen).numpy()
+    assert (keep != without).any(axis=1).tolist()[2:] == [False, False] and (keep != without)[:2].any()
+
+
 @pytest.mark.parametrize("window", [0, 6])
 def test_queries_masked_in_chunks_see_all_their_keys_whatever_the_other_rows_are(window, monkeypatch):
   # The shorter row stands later than the longer one in the last chunk, which it fills in part.
@@ -469,12 +482,13 @@ def test_an_export_that_says_nothing_of_evict_from_and_recent_tokens_evicts_ever
   said = json.loads((out / "ftp_config.json").read_text())
   logits = lambda: load_pruned(out)(torch.tensor([prompts_of()[0]])).logits
   expected = logits()
-  del said["routing"]["evict_from"], said["routing"]["recent_tokens"]
+  assert "recent_tokens" not in said["routing"]  # earlier readers know of none
+  del said["routing"]["evict_from"]
   (out / "ftp_config.json").write_text(json.dumps(said))
   assert torch.equal(logits(), expected) and artifacts.load(out).routing == RoutingConfig("evict")
-  for key, value in (("evict_from", 2), ("recent_tokens", 1)):
+  for key, value in (("evict_from", 2), ("recent_tokens", 4)):
     (out / "ftp_config.json").write_text(json.dumps(said | {"routing": said["routing"] | {key: value}}))
-    assert torch.equal(logits(), expected) == (key == "recent_tokens")  # the last one is kept anyway
+    assert not torch.equal(logits(), expected)
 
 
 def test_shards_of_any_name_are_read_and_strays_are_not(tmp_path):

@@ -145,8 +145,10 @@ def test_recent_tokens_of_long_contexts_come_behind_the_forced_ones_the_latest_f
   assert rows(0.8)[0] == [0, 10, 11]  # not all have a slot
   assert rows(0.9)[0] == [0, 11]
   assert rows(0.5)[2] == [0, 2] and rows(0.0)[0] == list(range(12))
-  with pytest.raises(UserError, match="recent_tokens=-1 must be a number of tokens"):
+  with pytest.raises(UserError, match="recent_tokens=-1 must be from 0"):
     RoutingConfig(recent_tokens=-1)
+  with pytest.raises(UserError, match="recent_tokens=536870912 must be from 0"):
+    RoutingConfig(recent_tokens=2**29)
 
 
 @pytest.mark.parametrize("selection,kept", [("topk", [0, 3, 4]), ("argmax", [0, 4])])

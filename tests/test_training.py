@@ -138,6 +138,8 @@ def test_targets_fill_the_capacity_with_forced_tokens_then_the_highest_scores():
   recent = losses.targets(score, jnp.array([0.6]), jnp.array([12, 3]), RoutingConfig(recent_tokens=3))[0]
   assert recent[0].tolist() == [1, 0, 0, 0, 0, 1, 0, 0, 0, 1, 1, 1]  # 5 slots: forced 0 and 11, recent 10 and 9, then 5
   assert recent[1].tolist()[:3] == [1, 0, 1]  # a short context has none
+  few = losses.targets(score, jnp.array([0.8]), jnp.array([12, 3]), RoutingConfig(recent_tokens=3))[0, 0]
+  assert np.flatnonzero(few).tolist() == [0, 10, 11]  # not all recent ones have slots
 
 
 def test_the_guide_knows_of_new_tokens_where_these_are_trained():
@@ -146,6 +148,9 @@ def test_the_guide_knows_of_new_tokens_where_these_are_trained():
   ).astype(int).tolist()
   context = [[1, 1, 1, 0, 0, 0, 0], [1, 0, 0, 0, 0, 0, 0]]
   assert guided() == guided(decode_sparsity=0.2, decode_rule="quantile") == context
+  assert guided(recent_tokens=1)[0] == [1, 1, 1, 0, 0, 0, 0]  # the context is too short
+  many = losses.guided_tokens(jnp.array([8]), jnp.array([9]), 9, RoutingConfig(recent_tokens=2))
+  assert many.astype(int).tolist() == [[1, 1, 1, 1, 1, 1, 0, 0, 0]]
   assert guided(decode_sparsity=0.2) == [[1, 1, 1, 1, 1, 0, 0], [1, 1, 0, 0, 0, 0, 0]]  # but for the last, unread
 
 
@@ -270,6 +275,9 @@ def test_stakes_by_hand():
   row = jnp.arange(12.0)[None, None, ::-1]
   found = np.asarray(losses.stakes(row, losses.targets(row, jnp.array([0.5]), twelve, recent), twelve, recent, 1.0))
   assert (found[0, 0, [0, 9, 10, 11]] == 0).all() and (np.delete(found[0, 0], [0, 3, 9, 10, 11]) > 0).all()  # cut: 3
+  few = row.at[0, 0, 9].set(50.0)  # one of the recent has no slot: it is no measure of the cut
+  found = np.asarray(losses.stakes(few, losses.targets(few, jnp.array([0.8]), twelve, recent), twelve, recent, 1.0))
+  assert (found[0, 0, [0, 1, 9, 10, 11]] == 0).all() and found[0, 0, 2] > 0
   nothing = losses.stakes(scores, jnp.ones_like(target), context, RoutingConfig(), 0.5)  # none skips, none is at stake
   np.testing.assert_array_equal(nothing, 1.0)
 

@@ -62,7 +62,7 @@ class Bench:
     return self.routed("static_uniform", sparsity, None, routers.STATIC, np.full(self.blocks, sparsity))
 
   def random(self, sparsity: float, seed: int) -> dict[str, Any]:
-    """Random tokens, the same number in every block."""
+    """Random tokens, behind recent ones if there are any, the same number in every block."""
     router = routers.Router("random", None, jax.random.key(seed))
     return self.routed("random", sparsity, seed, router, np.full(self.blocks, sparsity))
 

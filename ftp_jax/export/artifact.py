@@ -57,10 +57,7 @@ class Artifact:
   @property
   def digest(self) -> str:
     """Hash (16 hex digits) of all that decides what it computes: neither figures nor crossover, nor the layout."""
-    routing = dataclasses.asdict(self.routing)
-    if not routing["recent_tokens"]:  # digests from before there were any are without
-      del routing["recent_tokens"]
-    decides = (self.fingerprint, self.schedule, routing, dataclasses.asdict(self.router))
+    decides = (self.fingerprint, self.schedule, _described(self.routing), dataclasses.asdict(self.router))
     found = hashlib.sha256(json.dumps(decides, sort_keys=True).encode())
     for name, a in sorted(_flat(_weights(self)).items()):
       found.update(f"{name}{a.dtype}{a.shape}".encode() + np.ascontiguousarray(a).tobytes())
@@ -80,13 +77,18 @@ def save(artifact: Artifact, directory: str | os.PathLike, layout: str = "flax")
       "fingerprint": artifact.fingerprint,
       "family": artifact.family,
       "schedule": list(artifact.schedule),
-      "routing": dataclasses.asdict(artifact.routing),
+      "routing": _described(artifact.routing),
       "router": dataclasses.asdict(artifact.router),
       "figures": artifact.figures,
       "crossover": artifact.crossover,
   }
   with replacing(directory / CONFIG_FILE) as file:
     file.write((json.dumps(described, indent=1) + "\n").encode())
+
+
+def _described(routing: RoutingConfig) -> dict[str, Any]:
+  """The fields as they are written; without `recent_tokens` where there are none, as from before there were any."""
+  return {name: value for name, value in dataclasses.asdict(routing).items() if value or name != "recent_tokens"}
 
 
 def withdraw(directory: pathlib.Path) -> None:

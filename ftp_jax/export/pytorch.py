@@ -95,6 +95,7 @@ def card(artifact: Artifact, with_weights: bool) -> str:
   base = artifact.base_model
   weights = "| `*.safetensors`, `config.json`, tokenizer files | the base model, unchanged |\n" if with_weights else ""
   new_tokens = f"asked to skip {routing.decode_sparsity:g}" if routing.decode_sparsity else "computed in every block"
+  recent = f", the last {routing.recent_tokens} tokens of long prompts first" if routing.recent_tokens else ""
   skipped = "keeps its state"
   if artifact.stand_in is not None:
     skipped = f"is moved by a linear map of rank {artifact.stand_in['down'].shape[-1]} of the block"
@@ -150,7 +151,7 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens=16)[0]))
 | sparsity asked of each block | {", ".join(f"{s:g}" for s in artifact.schedule)} |
 | a skipped token | {skipped} |
 | keys and values of skipped tokens | {routing.kv} |
-| selection | {routing.selection} |
+| selection | {routing.selection}{recent} |
 | router | {router.kind}, {router.hidden_size} wide, reads {", ".join(inputs)} |
 | new tokens | {new_tokens} |
 

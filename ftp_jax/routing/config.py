@@ -58,14 +58,14 @@ class RoutingConfig:
     decode_sparsity: sparsity asked of continuation tokens, the schedule scaled to this mean; 0 computes
       them all (strict). In training it is what routers learn to skip of them.
     decode_rule: when the dynamic router lets a continuation token skip: `threshold` (the paper's: its skip probability
-      is above `decode_threshold`) or `quantile` (causal router: its margin is below those of the context tokens that
-      would be kept at the sparsity asked of continuation tokens).
+      is above `decode_threshold`) or `quantile` (causal router: its margin is below the largest ones of the context,
+      as many as would be kept at the sparsity asked of continuation tokens).
     decode_threshold: see there.
     one_pass_block: one-pass routing: the gates of this block and all after it are decided from what enters this
       block, so that the whole plan is known there; -1: every block decides from what enters it.
     evict_from: under `evict`, the first block that evicts; those before it project.
-    recent_tokens: the last tokens of a context that take a block's slots first, behind the forced ones, the latest
-      before all; contexts of less than four times as many have none.
+    recent_tokens: how many of a context's last tokens take a block's slots before all but the forced ones, the latest
+      first. Contexts of less than four times as many have none, so that on these it has no effect.
   """
 
   kv_mode: str = "project"
@@ -94,8 +94,8 @@ class RoutingConfig:
       raise UserError(f"routing.decode_threshold={self.decode_threshold} must lie between 0 and 1.")
     if self.one_pass_block < -1:
       raise UserError(f"routing.one_pass_block={self.one_pass_block} must be a block, counted from 0, or -1 for none.")
-    if self.recent_tokens < 0:
-      raise UserError(f"routing.recent_tokens={self.recent_tokens} must be a number of tokens, or 0 for none.")
+    if not 0 <= self.recent_tokens <= 2**20:
+      raise UserError(f"routing.recent_tokens={self.recent_tokens} must be from 0, which is none, to {2**20}.")
     if self.evict_from < 0:
       raise UserError(f"routing.evict_from={self.evict_from} must be a block, counted from 0.")
     if self.evict_from and self.kv_mode != "evict":

@@ -94,19 +94,19 @@ def recent_tokens(context_B: jax.Array, num_positions: int, routing: RoutingConf
   return (t >= m - count) & (t < m) & (m >= _MOST_RECENT * count)
 
 
-def first_to_keep(value_BxT: jax.Array, context_B: jax.Array, routing: RoutingConfig) -> jax.Array:
-  """Values that tokens are ranked by, with those of recent ones above all others but infinite ones, and alike."""
+def first_to_keep(value: jax.Array, context_B: jax.Array, routing: RoutingConfig) -> jax.Array:
+  """Values (...,B,T) that tokens are ranked by, with those of recent ones above all others but infinite ones."""
   if not routing.recent_tokens:
-    return value_BxT
-  recent_BxT = recent_tokens(context_B, value_BxT.shape[1], routing)
-  return jnp.where(recent_BxT, jnp.finfo(jnp.float32).max, value_BxT)
+    return value
+  recent_BxT = recent_tokens(context_B, value.shape[-1], routing)
+  return jnp.where(jnp.broadcast_to(recent_BxT, value.shape), jnp.finfo(jnp.float32).max, value)
 
 
 def select(margin_BxT, capacity_B, forced_BxT, valid_BxT, selection: str) -> jax.Array:
   """Which context tokens are computed.
 
   Args:
-    margin_BxT: compute logit minus skip logit, fp32.
+    margin_BxT: what tokens are ranked by, fp32: compute logit minus skip logit but as `first_to_keep` changes it.
     capacity_B: slots of each row, at least its number of forced tokens.
     forced_BxT: tokens computed whatever their margin; they take slots first.
     valid_BxT: the context tokens.

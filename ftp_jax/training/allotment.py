@@ -30,7 +30,7 @@ def skipped_worth(
   """
   t, last = np.arange(margin_LxBxT.shape[2]), context_B[:, None] - 1
   stays = (t == 0) | (t >= last)  # forced tokens, and what is no context
-  ranked = np.asarray(jax.vmap(lambda a: first_to_keep(a, jnp.asarray(context_B), routing))(jnp.asarray(margin_LxBxT)))
+  ranked = np.asarray(first_to_keep(margin_LxBxT, jnp.asarray(context_B), routing))
   order = np.argsort(np.where(stays, np.inf, ranked), axis=2, kind="stable")  # of equals the later one is kept
   worth = np.cumsum(np.take_along_axis(fisher_LxBxT.astype(np.float64), order, axis=2), axis=2)
   worth = np.pad(worth, ((0, 0), (0, 0), (1, 0))) / 2

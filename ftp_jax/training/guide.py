@@ -311,7 +311,8 @@ def make_step(
   def loss_fn(params, context, length, score, hidden, fisher, schedule, decode_schedule):
     in_context = jnp.arange(score.shape[2])[None] < context[:, None]
     # What new tokens have paid is not collected.
-    guided = in_context if scored else losses.guided_tokens(context, length, score.shape[2], routing)
+    guided = losses.guided_tokens(context, length, score.shape[2], routing)
+    guided = guided & in_context if scored else guided
     target = losses.targets(fisher, schedule, context, routing)
     margin = margins_of(params, context, score, hidden, schedule, decode_schedule)
     stake = losses.stakes(fisher, target, context, routing, settings.stakes) if settings.stakes else 1.0

@@ -38,9 +38,10 @@ def new_tokens(context_B, length_B, num_positions: int) -> jax.Array:
 
 
 def guided_tokens(context_B, length_B, num_positions: int, routing: RoutingConfig) -> jax.Array:
-  """Tokens (B,T) whose gates the guide knows of: the context's and, if they are trained, `new_tokens`."""
+  """Tokens (B,T) whose gates the guide knows of: the context's but recent ones, if they are trained `new_tokens`."""
   in_context = jnp.arange(num_positions)[None] < context_B[:, None]
-  return in_context | new_tokens(context_B, length_B, num_positions) if routing.trains_continuation else in_context
+  decided = in_context & ~recent_tokens(context_B, num_positions, routing)
+  return decided | new_tokens(context_B, length_B, num_positions) if routing.trains_continuation else decided
 
 
 def targets(score_LxBxT, schedule_L, context_B, routing: RoutingConfig) -> jax.Array:

@@ -17,7 +17,7 @@ from ftp_jax import sharding
 from ftp_jax.errors import UserError
 from ftp_jax.models import scoring
 from ftp_jax.models.config import ModelConfig
-from ftp_jax.routing import masked, routers, stand_in
+from ftp_jax.routing import masked, routers, selection, stand_in
 from ftp_jax.routing.config import RouterConfig, RoutingConfig
 from ftp_jax.training import losses
 
@@ -167,7 +167,9 @@ def loss_fn(spec: StepSpec, params: Any, router: Any, batch: Batch, schedule_L, 
   in_context = jnp.arange(tokens.shape[1])[None] < context[:, None]
   guided = losses.guided_tokens(context, length, tokens.shape[1], spec.routing)
   skipping = (schedule_L > 0).astype(jnp.float32)
-  soft_share = lambda tokens: losses.skipped_share(jax.nn.sigmoid(out.margin_LxBxT), tokens) * skipping
+  recent = selection.recent_tokens(context, tokens.shape[1], spec.routing)  # their margins decide nothing
+  soft = jnp.where(recent, out.keep_LxBxT.astype(jnp.float32), jax.nn.sigmoid(out.margin_LxBxT))
+  soft_share = lambda tokens: losses.skipped_share(soft, tokens) * skipping
   sparsity = losses.sparsity_loss(schedule_L * skipping, soft_share(in_context), spec.train.sparsity_two_sided)
   after = losses.new_tokens(context, length, tokens.shape[1])
   if spec.routing.trains_continuation:  # no capacity bounds what they skip, so that too much costs as well
