@@ -468,6 +468,9 @@ def test_the_way_back_gives_the_identical_artifact(kind, tmp_path):
   told = dataclasses.replace(after, figures={}, crossover={"context": 9})  # what is told of it does not compute
   other = dataclasses.replace(after, params=jax.tree.map(lambda a: a + 1, after.params))
   assert before.digest == told.digest != other.digest != dataclasses.replace(other, schedule=(0.5,) * 3).digest
+  recent = dataclasses.replace(before, routing=dataclasses.replace(before.routing, recent_tokens=8))
+  artifacts.save(recent, tmp_path / "recent")
+  assert artifacts.load(tmp_path / "recent").routing.recent_tokens == 8 and recent.digest != before.digest
   assert all(jax.tree.leaves(jax.tree.map(same_bits, before.params, after.params)))
   weights = torch_runtime.read_artifact(out).weights
   lead = (3,) if kind == "per_block" else ()

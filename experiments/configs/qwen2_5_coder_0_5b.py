@@ -1,4 +1,4 @@
-"""Qwen2.5-Coder-0.5B-Instruct on chats, with plan, maps and training of smollm2_135m_stand_in.py.
+"""Qwen2.5-Coder-0.5B-Instruct on chats, with plan, maps and training of smollm2_135m_stand_in.py, no scores raised.
 
   ftp-jax run --config=qwen2_5_coder_0_5b --workdir=runs/qwen2_5_coder_0_5b
 

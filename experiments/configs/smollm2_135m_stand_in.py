@@ -5,7 +5,9 @@
 Blocks 0 to 12 are dense. What enters block 13 decides all gates from there on, a router a block, in the schedule in
 which such routers are expected to lose least; errors that cost more count more (docs/method.md, section 3). A context
 token that skips a block is moved by a map of rank 64, fitted in closed form and then trained with the router
-(section 4). `data.path` as in smollm2_135m.py.
+(section 4). Gate scores of digits are raised (section 2), and in prompts of 128 tokens or more, longer than any that is
+trained on, the last 32 take slots first: without the two, digits and questions are lost (docs/recipe.md). Prompts in
+which no digit stands need --config.train.raised_tokens= (empty). `data.path` as in smollm2_135m.py.
 
 Wall time: about 30 minutes on 2 CPU cores (AMD EPYC) by its parts: 3 for gate scores and maps, 2 to 3 for each of nine
 cells, 3 for the evaluation.
