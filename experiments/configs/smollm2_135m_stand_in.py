@@ -11,9 +11,9 @@ which no digit stands need --config.train.raised_tokens= (empty). `data.path` as
 
 Wall time: about 30 minutes on 2 CPU cores (AMD EPYC) by its parts: 3 for gate scores and maps, 2 to 3 for each of nine
 cells, 3 for the evaluation.
-Result: KL to dense 0.0019 / 0.0073 / 0.027 nats a token at S = 0.22 / 0.30 / 0.40 (+- 0.0001, 0.0004 and 0.0010 over
-seeds); with all errors alike (--config.train.guide_stakes=0) 0.0025 / 0.0076 / 0.031, with that and in the Fisher
-schedule (--config.search.schedule=fisher) 0.003 / 0.010 / 0.046.
+Result: KL to dense 0.0022 / 0.0075 / 0.029 nats a token at S = 0.22 / 0.30 / 0.40 (+- 0.0002, 0.0006 and 0.0007 over
+seeds); without raised scores 0.0019 / 0.0073 / 0.027, then with all errors alike (--config.train.guide_stakes=0)
+0.0025 / 0.0076 / 0.031, and that in the Fisher schedule (--config.search.schedule=fisher) 0.003 / 0.010 / 0.046.
 """
 
 from ftp_jax.config import get_config as get_default_config
