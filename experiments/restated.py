@@ -1,7 +1,7 @@
 r"""Makes items that ask for a number, a name or a word that a real text has stated: what is lost of what a text says.
 
-  python experiments/restated.py --documents=wikitext2_test.txt --out=restated
-  ftp-jax eval --tasks=restated/number.jsonl,restated/name.jsonl,restated/word.jsonl --artifact=DIR
+  python experiments/restated.py --documents=wikitext2_valid.txt --out=restated
+  ftp-jax eval --tasks=restated/number.jsonl,restated/name.jsonl,restated/word.jsonl --artifact=DIR --fallback=never
 
 A context is the beginning of a paragraph and then, again, the words before one of its words; the target is that word.
 It stands in the first half of the beginning, and nowhere else in it. There is a file of each kind, of lines {"id",
