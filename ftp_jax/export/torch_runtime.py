@@ -41,15 +41,16 @@ _CHUNK = 512  # queries that are masked at once
 # What a model's output calls its cache; transformers 5.24 changed the name.
 _CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 _WHOLE = 0.3  # from this share of queries on, causal attention of all tokens is faster than masked of some
-# What an artifact chooses, with the values known here, and its other fields.
+# What an artifact chooses, with the values known here, and the types of its other fields.
 _CHOICES = {
     "kv_mode": ("evict", "project"), "selection": ("topk", "argmax"), "decode_rule": ("threshold", "quantile"),
     "kind": ("global", "per_block", "recurrent"),
 }
-_VALUES = (
-    "bucket_multiple", "score_window", "decode_sparsity", "decode_threshold", "one_pass_block", "evict_from",
-    "recent_tokens", "factors", "hidden_states", "hidden_size",
-)
+_VALUES = {
+    **dict.fromkeys(("bucket_multiple", "score_window", "one_pass_block", "evict_from", "recent_tokens"), (int,)),
+    "decode_sparsity": (int, float), "decode_threshold": (int, float), "hidden_size": (int,), "hidden_states": (bool,),
+    "factors": (list,),
+}
 _MAPS = "stand_in."  # how the names of the maps for skipped blocks begin in the file of weights
 _FACTORS = ("position", "score", "rank", "sparsity")
 
@@ -124,6 +125,7 @@ def read_artifact(directory) -> Artifact:
     schedule, options = torch.tensor(said["schedule"], dtype=torch.float32), routing | said["router"]
     unknown = set(options) ^ {*_CHOICES, *_VALUES} | set(options["factors"]) - set(_FACTORS)
     unknown |= {name for name, known in _CHOICES.items() if options[name] not in known}
+    unknown |= {name for name, types in _VALUES.items() if type(options[name]) not in types}  # a bool is no int
     maps = {name.removeprefix(_MAPS): weights.pop(name) for name in list(weights) if name.startswith(_MAPS)}
     if unknown or not ((schedule >= 0) & (schedule <= 1)).all():
       raise ValueError(", ".join(sorted(unknown)) or "its schedule")
