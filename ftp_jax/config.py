@@ -1,4 +1,4 @@
-"""The default configuration: every key of a run, each with a one-line comment.
+"""The base configuration: every key of a run, each with a comment.
 
 Run configs (`experiments/configs/*.py`) start from `get_config()` and only override. Keys are
 declared here and nowhere else; the dict is locked, so an unknown key is an error.
@@ -106,8 +106,10 @@ def get_config() -> config_dict.ConfigDict:
   c.train.checkpoint_every = 25  # steps between two checkpoints
 
   c.finetune = config_dict.ConfigDict()
+  # 0 where training asks for the very schedule: train.fisher_share=0, or search.schedule fisher or allotted
   c.finetune.rounds = 1  # of (schedule fine-tuning; training again before every further one)
-  # 0: none, where training asks for the very schedule: train.fisher_share=0 or search.schedule fisher or allotted
+
+
   c.finetune.generations = 8  # generations of the fine-tuning search
 
   c.evaluation = config_dict.ConfigDict()

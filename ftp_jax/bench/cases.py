@@ -98,7 +98,7 @@ def _pruned(base: Case, params, schedule_L, routing: RoutingConfig, router: Rout
 
 
 def untrained_router(model: Model, kind: str) -> Router:
-  """`dynamic`, as the default config trains, or `factors`, as in the paper: good for nothing but its time."""
+  """`dynamic`, as the base config trains, or `factors`, as in the paper: good for nothing but its time."""
   config = RouterConfig() if kind == "factors" else RouterConfig.from_config(get_config().router)
   params = init_router(config, jax.random.key(0), model.config.num_blocks, model.config.hidden_size)
   return Router("dynamic", config, params)

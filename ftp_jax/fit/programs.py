@@ -1,6 +1,6 @@
 """The programs of a run, traced over shapes that say where each array lies: what is compiled is what runs.
 
-  train    a step of the router that the default config trains, Fisher guide, schedule as data
+  train    a step of the router that the base config trains, Fisher guide, schedule as data
   warmup   a step of its guided warm-up, all blocks
   search   the judge's call for one chunk of candidates, every block routed
   prefill  the bucketed prefill under a built-in schedule
