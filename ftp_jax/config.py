@@ -108,8 +108,6 @@ def get_config() -> config_dict.ConfigDict:
   c.finetune = config_dict.ConfigDict()
   # 0 where training asks for the very schedule: train.fisher_share=0, or search.schedule fisher or allotted
   c.finetune.rounds = 1  # of (schedule fine-tuning; training again before every further one)
-
-
   c.finetune.generations = 8  # generations of the fine-tuning search
 
   c.evaluation = config_dict.ConfigDict()
