@@ -330,12 +330,19 @@ def test_a_prompt_that_fits_the_largest_bucket_is_run_whatever_its_padding(engin
 
 @pytest.mark.parametrize("stops", [
     dict(stop_tokens="ab"), dict(stop_tokens=["a"]), dict(stop_tokens=[None]), dict(stop_tokens=[2**31]),
-    dict(stop_tokens=1.0), dict(stop_strings=None), dict(stop_strings=[3]),
+    dict(stop_tokens=1.0), dict(stop_strings=None), dict(stop_strings=[3]), dict(sampling=0.5),
 ])
-def test_stops_of_another_type_are_one_sentence(engine, stops, monkeypatch):
+def test_stops_and_sampling_of_another_type_are_one_sentence(engine, stops, monkeypatch):
   monkeypatch.setattr(programs, "prefill", None)  # before any work
   with pytest.raises(UserError, match=f"{next(iter(stops))}=.* must be"):
     engine.generate(PROMPTS, 18, **stops)
+
+
+@pytest.mark.parametrize("text", [b"bytes", None, "half \ud83d"])
+def test_what_is_no_text_is_not_encoded(engine, text):
+  with pytest.raises(UserError, match="is no text that a tokenizer reads; decode it as UTF-8 first") as error:
+    engine.encode(text)
+  assert str(error.value).isprintable()
 
 
 def test_tokenizer_and_checkpoint_name_the_default_stops(engine, monkeypatch):
@@ -903,6 +910,18 @@ def test_the_command_asks_for_a_prompt_on_a_terminal(directories, capsys, monkey
   monkeypatch.setattr("sys.stdin", terminal)
   assert generate(directories) == 2
   assert "pipe a text in" in capsys.readouterr().err
+  monkeypatch.setattr("sys.stdin", None)  # it was closed
+  assert generate(directories) == 2
+  assert "pipe a text in" in capsys.readouterr().err
+
+
+def test_characters_that_a_terminal_has_not_do_not_end_the_command(directories, tmp_path, monkeypatch):
+  shown, record = io.TextIOWrapper(io.BytesIO(), encoding="ascii", write_through=True), tmp_path / "record.jsonl"
+  monkeypatch.setattr(Engine, "decode", lambda self, tokens: "caf\xe9"[: len(tokens)])
+  monkeypatch.setattr("sys.stdout", shown)
+  assert generate(directories, "--prompt=a", "--max-new-tokens=6", f"--json={record}") == 0
+  assert shown.buffer.getvalue() == b"caf?\n"
+  assert json.loads(record.read_text(encoding="utf-8"))["text"] == "caf\xe9"
 
 
 def test_interrupting_the_command_promises_no_saved_state(capsys, monkeypatch):

@@ -208,6 +208,20 @@ def test_other_weights_in_the_same_place_are_noticed(finished, model_directory, 
     pipeline.run(config, str(tmp_path / "run"), pipeline.STAGES[:2])
 
 
+def test_another_config_of_the_same_weights_is_noticed(model_directory, tmp_path):
+  """Same weights with other angles or norms are another function: stages of the two do not mix."""
+  model, run = tmp_path / "model", tmp_path / "run"
+  shutil.copytree(model_directory, model)
+  pipeline.run(tiny_run(model), str(run), pipeline.STAGES[:1])
+  described = json.loads((model / "config.json").read_text())
+  (model / "config.json").write_text(json.dumps(described | {"rope_theta": 1e6, "rope_parameters": None}))
+  with pytest.raises(UserError, match=r"now says rope_theta=1000000.0, and \d+.0 when .* was begun; restore it"):
+    pipeline.run(tiny_run(model), str(run), pipeline.STAGES[:2])
+  remembered = json.loads((run / "data" / "model.json").read_text())
+  (run / "data" / "model.json").write_text(json.dumps({"fingerprint": remembered["fingerprint"]}))
+  pipeline.run(tiny_run(model), str(run), pipeline.STAGES[:1])  # an earlier version wrote no more
+
+
 def test_an_artifact_does_not_outlive_what_it_is_made_of(finished, model_directory, tmp_path):
   copy = tmp_path / "run"
   shutil.copytree(finished, copy)

@@ -232,6 +232,23 @@ def test_score_window_averages_the_last_computed_context_queries():
   rows = jax.nn.softmax(jnp.where(mask, jnp.einsum("bthn,bshn->bts", q, k) / np.sqrt(8), -jnp.inf))[0]
   expected = (rows[1] + rows[3]) / 2  # window 1..3, query 2 is skipped
   np.testing.assert_allclose(table[0], jnp.where(keep[0], expected, 0), atol=1e-6)
+  wide = lambda window: masked.update_scores(
+      masked.init_scores(1, 4, False), q, k, mask, keep, jnp.array([4]), window
+  ).prefill_BxT
+  np.testing.assert_array_equal(wide(4), wide(5))
+  assert str(2**20) not in str(jax.make_jaxpr(lambda: wide(2**20))())  # no more queries than there are positions
+
+
+@pytest.mark.parametrize("name", ["bucket_multiple", "score_window", "recent_tokens"])
+@pytest.mark.parametrize("tokens", [-1, 2**20 + 1])
+def test_numbers_of_tokens_out_of_range_are_refused(name, tokens):
+  with pytest.raises(UserError, match=f"routing.{name}={tokens} must be from . to 1048576"):
+    RoutingConfig(**{name: tokens})
+
+
+def test_a_router_without_width_is_refused():
+  with pytest.raises(UserError, match="router.hidden_size=0 must be at least 1"):
+    RouterConfig(hidden_size=0)
 
 
 # --- execution -------------------------------------------------------------------------------

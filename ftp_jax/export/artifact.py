@@ -40,7 +40,7 @@ class Artifact:
     stand_in: the maps of `routing.stand_in`, numpy; None: a token that skips keeps its state.
     figures: what was measured (asked and achieved sparsity, KL, ...).
     crossover: {"context": shortest prompt in tokens from which a pruned prefill was faster than a dense one,
-      None if it never was, "machine": where}; None if not measured.
+      None if it never was, "machine": where, "dtype": in which}; None if not measured.
   """
 
   base_model: str

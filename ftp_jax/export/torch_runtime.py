@@ -18,6 +18,7 @@ import copy
 import dataclasses
 import hashlib
 import json
+import math
 import pathlib
 from typing import Any, NamedTuple
 
@@ -41,15 +42,18 @@ _CHUNK = 512  # queries that are masked at once
 # What a model's output calls its cache; transformers 5.24 changed the name.
 _CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 _WHOLE = 0.3  # from this share of queries on, causal attention of all tokens is faster than masked of some
-# What an artifact chooses, with the values known here, and the types of its other fields.
+# What an artifact chooses, with the values known here; its numbers, with the least and the largest; their types.
 _CHOICES = {
     "kv_mode": ("evict", "project"), "selection": ("topk", "argmax"), "decode_rule": ("threshold", "quantile"),
     "kind": ("global", "per_block", "recurrent"),
 }
-_VALUES = {
-    **dict.fromkeys(("bucket_multiple", "score_window", "one_pass_block", "evict_from", "recent_tokens"), (int,)),
-    "decode_sparsity": (int, float), "decode_threshold": (int, float), "hidden_size": (int,), "hidden_states": (bool,),
-    "factors": (list,),
+_RANGES = {
+    "bucket_multiple": (1, 2**20), "score_window": (1, 2**20), "recent_tokens": (0, 2**20), "decode_sparsity": (0, 1),
+    "decode_threshold": (0, 1), "one_pass_block": (-1, math.inf), "evict_from": (0, math.inf),
+    "hidden_size": (1, math.inf),
+}
+_TYPES = {"hidden_states": (bool,), "factors": (list,)} | {
+    name: (int, float) if name.startswith("decode") else (int,) for name in _RANGES
 }
 _MAPS = "stand_in."  # how the names of the maps for skipped blocks begin in the file of weights
 _FACTORS = ("position", "score", "rank", "sparsity")
@@ -123,9 +127,10 @@ def read_artifact(directory) -> Artifact:
   try:
     routing = {"evict_from": 0, "recent_tokens": 0} | said["routing"]  # absent in older artifacts
     schedule, options = torch.tensor(said["schedule"], dtype=torch.float32), routing | said["router"]
-    unknown = set(options) ^ {*_CHOICES, *_VALUES} | set(options["factors"]) - set(_FACTORS)
+    unknown = set(options) ^ {*_CHOICES, *_TYPES} | set(options["factors"]) - set(_FACTORS)
     unknown |= {name for name, known in _CHOICES.items() if options[name] not in known}
-    unknown |= {name for name, types in _VALUES.items() if type(options[name]) not in types}  # a bool is no int
+    unknown |= {name for name, types in _TYPES.items() if type(options[name]) not in types}  # a bool is no int
+    unknown |= {name for name in set(_RANGES) - unknown if not _RANGES[name][0] <= options[name] <= _RANGES[name][1]}
     maps = {name.removeprefix(_MAPS): weights.pop(name) for name in list(weights) if name.startswith(_MAPS)}
     if unknown or not ((schedule >= 0) & (schedule <= 1)).all():
       raise ValueError(", ".join(sorted(unknown)) or "its schedule")
@@ -172,6 +177,9 @@ def _check_fit(artifact: Artifact, tensors: dict[str, Any], config) -> None:
   if artifact.maps:
     size, rank = (blocks, config.hidden_size), shapes.get("down", (0,))[-1]
     want |= {"bias": size, "down": (*size, rank), "up": (blocks, rank, config.hidden_size)}
+  named = {name: artifact.routing[name] for name in ("one_pass_block", "evict_from")}
+  if max(named.values()) >= blocks:
+    raise ValueError(f"The artifact names blocks, {named}, that this model of {blocks} has not; export it again.")
   if shapes != want or len(artifact.schedule) != blocks:
     raise ValueError(
         f"The artifact's router {shapes} and schedule of {len(artifact.schedule)} blocks do not fit this model of "

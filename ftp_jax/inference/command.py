@@ -41,6 +41,8 @@ def run(arguments: argparse.Namespace) -> None:
         decode_threshold=arguments.decode_threshold, tensor=arguments.tensor,
     )
   prompts = [engine.encode(text, arguments.chat) for text in texts]
+  if isinstance(sys.stdout, io.TextIOWrapper):
+    sys.stdout.reconfigure(errors="replace")  # characters that the terminal's encoding has not
   engine.check(prompts, arguments.max_new_tokens)  # all of them, before the first is run
   try:
     with (
@@ -69,7 +71,7 @@ def read_prompts(prompt: str | None, path: str | None) -> list[str]:
     return _read_file(path)
   if prompt is not None:
     given = os.fsencode(prompt)  # as it was typed, whatever the locale made of it
-  elif sys.stdin.isatty():
+  elif sys.stdin is None or sys.stdin.isatty():  # None: it was closed
     raise UserError("There is no prompt; pass --prompt=TEXT, --prompts=FILE, or pipe a text in.")
   else:
     given = sys.stdin.buffer.read().rstrip(b"\r\n")

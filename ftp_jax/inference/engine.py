@@ -228,9 +228,14 @@ class Engine:
         special tokens that the tokenizer adds to a text are added.
 
     Raises:
-      UserError: `chat`, but the tokenizer has no usable chat template.
+      UserError: `text` is none that UTF-8 can hold, or `chat` and the tokenizer has no usable chat template.
     """
+    try:
+      text.encode("utf-8")
+    except (AttributeError, UnicodeEncodeError):
+      raise UserError(f"{repr(text)[:80]} is no text that a tokenizer reads; decode it as UTF-8 first.") from None
     tokenizer = self.model.tokenizer
+
     if not chat:
       return tokenizer.encode(text)
     if not tokenizer.chat_template:
@@ -318,9 +323,11 @@ class Engine:
         are pruned come before those computed densely.
 
     Raises:
-      UserError: as `prefill`, or the prompt and the new tokens together exceed the model's positions, or a stop is of
-        another type.
+      UserError: as `prefill`, or the prompt and the new tokens together exceed the model's positions, or a stop or
+        `sampling` is of another type.
     """
+    if not isinstance(sampling, Sampling):
+      raise UserError(f"sampling={sampling!r} must be a Sampling, such as Sampling(temperature=0.8).")
     stops, seed = self._stops(stop_tokens, stop_strings), _whole("seed", seed)
     max_new_tokens = _whole("max_new_tokens", max_new_tokens, 1)
     if not isinstance(prompts, Prefix):

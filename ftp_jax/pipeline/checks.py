@@ -1,5 +1,6 @@
 """What a config may ask for, checked before any work begins."""
 
+import dataclasses
 import hashlib
 import json
 import math
@@ -7,6 +8,7 @@ import os
 import pathlib
 import re
 import socket
+from typing import Any
 
 import numpy as np
 
@@ -27,8 +29,8 @@ SCHEDULES = ("ga", "uniform", "middle", "late", "influence", "fisher", "allotted
 _AT_LEAST = {
     1: (
         "data.num_search", "data.num_train", "data.num_validation", "data.num_test", "search.batch", "train.batch",
-        "train.fisher_draws", "train.warmup_guide_prompts", "router.hidden_size", "evaluation.batch",
-        "evaluation.redundancy_prompts", "train.validate_every", "train.checkpoint_every",
+        "train.fisher_draws", "train.warmup_guide_prompts", "evaluation.batch", "evaluation.redundancy_prompts",
+        "train.validate_every", "train.checkpoint_every",
     ),
     0: (
         "train.warmup", "train.warmup_guide_steps", "search.generations", "finetune.rounds", "finetune.generations",
@@ -211,12 +213,25 @@ def check_workdir(directory: pathlib.Path) -> None:
     raise UserError(f"{path} is not the config of a run; give another --workdir.")
 
 
-def check_weights(path: pathlib.Path, model: str) -> None:
-  """Raises UserError if a run was begun with a model of other weights than those in the directory `model`."""
-  if path.exists() and read_json(path)["fingerprint"] != fingerprint(model):
-    raise UserError(
-        f"The weights in {model} are not those that {path.parent.parent} was begun with; give another --workdir."
-    )
+def described_model(model: ModelConfig, directory: pathlib.Path) -> dict[str, Any]:
+  """What a run remembers of the model it was begun with."""
+  return {"fingerprint": fingerprint(directory), "config": flatten(dataclasses.asdict(model))}
+
+
+def check_model(path: pathlib.Path, model: ModelConfig, directory: pathlib.Path) -> None:
+  """Raises UserError if the run that wrote `path` was begun with a model of other weights or another config."""
+  if not path.exists():
+    return
+  begun, now = read_json(path), described_model(model, directory)
+  run = path.parent.parent
+  if begun["fingerprint"] != now["fingerprint"]:
+    raise UserError(f"The weights in {directory} are not those that {run} was begun with; give another --workdir.")
+  for name, value in begun.get("config", {}).items():  # absent in earlier runs
+    if now["config"].get(name, value) != value:
+      raise UserError(
+          f"The config of the model in {directory} now says {name}={now['config'][name]!r}, and {value!r} when {run} "
+          "was begun; restore it, or give another --workdir."
+      )
 
 
 def check_alike(config, stages: tuple[str, ...]) -> None:

@@ -163,7 +163,7 @@ class RunDirectory:
       for cell in self.cells:
         if not (self.cell(*cell) / "search" / stages_lib.DONE).exists():
           self.schedule_file(cell[0], config.num_blocks)
-    distributed.on_first(lambda: checks.check_weights(self.workdir / "data" / "model.json", directory))
+    distributed.on_first(lambda: checks.check_model(self.workdir / "data" / "model.json", config, directory))
     checks.check_same_model(config, directory)
     return found
 

@@ -17,7 +17,7 @@ from ftp_jax.data.sources import load_splits
 from ftp_jax.data.windows import perplexity_windows
 from ftp_jax.errors import UserError
 from ftp_jax.evaluation import redundancy
-from ftp_jax.models.huggingface import fingerprint
+from ftp_jax.pipeline import checks
 from ftp_jax.pipeline.directory import STAND_IN, RunDirectory, save_weights
 from ftp_jax.routing.config import RoutingConfig
 from ftp_jax.stages import load_arrays, save_arrays, write_json
@@ -26,7 +26,7 @@ from ftp_jax.training import stand_in as stand_in_fit
 
 
 def data(run: RunDirectory) -> None:
-  """Writes the sets of prompts, the windows and the fingerprint of the weights, none of which it loads."""
+  """Writes the sets of prompts, the windows and what tells the model from others, whose weights it does not load."""
   c = run.config
 
   def work(directory):
@@ -48,7 +48,7 @@ def data(run: RunDirectory) -> None:
     for split, prompts in load_splits(c.data, tokenizer).items():
       save_arrays(directory / f"{split}.npz", **prompts._asdict())
     save_arrays(directory / "windows.npz", **windows._asdict())
-    write_json(directory / "model.json", {"fingerprint": fingerprint(source)})
+    write_json(directory / "model.json", checks.described_model(config, source))
 
   run.run_stage(run.workdir / "data", "data", work)
 

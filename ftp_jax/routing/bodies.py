@@ -54,7 +54,7 @@ class ScoreTable:
       always: every block that it is given to is scored; otherwise inputs say which.
     """
     self._contexts, self._always = contexts, always
-    self._window_BxW = factor_lib.window_rows(contexts.context_B, score_window)
+    self._window_BxW = factor_lib.window_rows(contexts.context_B, min(score_window, contexts.num_positions))
 
   def after(
       self, apply, x, k_BxSxGxN, key, keep_BxT, score, inputs, to_positions: Callable[[jax.Array], jax.Array]

@@ -11,6 +11,7 @@ KV_MODES = ("evict", "project")
 SELECTIONS = ("topk", "argmax")
 DECODE_RULES = ("threshold", "quantile")
 KINDS = ("global", "per_block", "recurrent")
+_MOST = 2**20  # tokens that a key may name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +44,8 @@ class RouterConfig:
       raise UserError(f"router.factors={self.factors} must be distinct names out of {', '.join(FACTORS)}.")
     if not self.factors and not self.hidden_states:
       raise UserError("The router has no input: name router.factors or set router.hidden_states=True.")
+    if self.hidden_size < 1:
+      raise UserError(f"router.hidden_size={self.hidden_size} must be at least 1.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,16 +89,15 @@ class RoutingConfig:
       raise UserError(f"routing.selection={self.selection!r} is unknown; choose one of {', '.join(SELECTIONS)}.")
     if self.decode_rule not in DECODE_RULES:
       raise UserError(f"routing.decode_rule={self.decode_rule!r} is unknown; choose one of {', '.join(DECODE_RULES)}.")
-    if self.bucket_multiple < 1 or self.score_window < 1:
-      raise UserError("routing.bucket_multiple and routing.score_window must be at least 1.")
+    for name, least in (("bucket_multiple", 1), ("score_window", 1), ("recent_tokens", 0)):
+      if not least <= getattr(self, name) <= _MOST:
+        raise UserError(f"routing.{name}={getattr(self, name)} must be from {least} to {_MOST}.")
     if not 0 <= self.decode_sparsity < 1:
       raise UserError(f"routing.decode_sparsity={self.decode_sparsity} must be at least 0 and below 1.")
     if not 0 < self.decode_threshold < 1:
       raise UserError(f"routing.decode_threshold={self.decode_threshold} must lie between 0 and 1.")
     if self.one_pass_block < -1:
       raise UserError(f"routing.one_pass_block={self.one_pass_block} must be a block, counted from 0, or -1 for none.")
-    if not 0 <= self.recent_tokens <= 2**20:
-      raise UserError(f"routing.recent_tokens={self.recent_tokens} must be from 0, which is none, to {2**20}.")
     if self.evict_from < 0:
       raise UserError(f"routing.evict_from={self.evict_from} must be a block, counted from 0.")
     if self.evict_from and self.kv_mode != "evict":

@@ -60,7 +60,7 @@ def update_scores(scores: Scores, q_BxTxHxN, k_BxTxGxN, mask_BxTxT, keep_BxT, co
     mask_BxTxT: visibility in this block (causal, padding, and evicted keys).
     keep_BxT: tokens computed in this block, boolean.
   """
-  rows_BxW = factor_lib.window_rows(context_B, window)
+  rows_BxW = factor_lib.window_rows(context_B, min(window, keep_BxT.shape[1]))
   at = jnp.maximum(rows_BxW, 0)
   pick = lambda a: jnp.take_along_axis(a, at.reshape(at.shape + (1,) * (a.ndim - 2)), axis=1)
   counts_BxW = (rows_BxW >= 0) & jnp.take_along_axis(keep_BxT, at, axis=1)
