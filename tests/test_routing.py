@@ -468,6 +468,28 @@ def test_straight_through_changes_no_value_and_reaches_the_router(kv_mode):
   assert np.abs(grads["out"]["kernel"]).max() > 0
 
 
+def test_no_gradient_passes_the_gates_of_recent_tokens():
+  """A router whose margins are 0 for the last tokens and saturated before them: all of its gradient is of those."""
+  c, at = tiny.config(), 11.5 / 15
+  p = tiny.params(c)
+  tokens, context, length = tiny.batch(c, [16], [20], 20)
+  step = {"kernel": jnp.full((1, 2), 3e3), "bias": jnp.array([-3e3 * at, -3e3 * at - 1])}  # silus 1 apart behind `at`
+  out = {"kernel": jnp.array([[0.0, -100.0], [0.0, 100.0]]), "bias": jnp.array([0.0, 100.0])}
+
+  def gradient(recent):
+    def total(bias):
+      params = {"hidden": step, "out": out | {"bias": bias}}
+      router = routers.Router("dynamic", RouterConfig(factors=("position",), hidden_size=2), params)
+      routing = RoutingConfig(recent_tokens=recent)
+      return jnp.sum(tiny.forward(
+          c, routing, p, router, tokens, context, length, jnp.array([0.0, 0.5, 0.5, 0.0]), straight_through=True
+      ).hidden_BxTxD)
+
+    return np.abs(jax.grad(total)(out["bias"])).max()
+
+  assert gradient(0) > 0.1 and gradient(4) == 0
+
+
 @pytest.mark.parametrize("through", [True, False])
 def test_gradients_pass_through_what_routers_read_or_not(through):
   c = tiny.config()
