@@ -502,6 +502,63 @@ def refused(data, tokenizer, message):
   assert str(caught.value).endswith(".") and "\n" not in str(caught.value)
 
 
+# Passages said twice
+
+
+def repeating(tmp_path, text, **settings):
+  """A config of 12 numbered prompts and passages of a text, contexts of 20 to 30 tokens."""
+  records = [{"context": f"the longer question {n:02d}", "continuation": f"an answer {n}"} for n in range(12)]
+  (tmp_path / "book.txt").write_text(text)
+  data = data_config(
+      path=write_jsonl(tmp_path / "a.jsonl", records), min_context=20, max_context=30, min_continuation=2, num_train=4,
+  )
+  data.update({"num_repeats": 5, "repeats_path": str(tmp_path / "book.txt")} | settings)
+  return data
+
+
+@pytest.mark.parametrize("adds_bos", [False, True])
+def test_further_training_prompts_say_passages_twice(tmp_path, adds_bos):
+  tokenizer, book = byte_tokenizer(adds_bos=adds_bos), "".join(chr(33 + n % 87) for n in range(400))
+  data = repeating(tmp_path, book)
+  plain, splits = (load_splits(d, tokenizer) for d in (repeating(tmp_path, book, num_repeats=0, repeats_path=""), data))
+  for name in ("search", "validation", "test"):
+    np.testing.assert_array_equal(plain[name].tokens, splits[name].tokens)
+  texts = rows_as_text(splits["train"], tokenizer)
+  start = "<|bos|>" * adds_bos
+  twice = [(context.removeprefix(start), after) for context, after in texts if "question" not in context]
+  assert len(texts) == 9 and sorted(set(texts) - {(start + c, a) for c, a in twice}) == sorted(
+      rows_as_text(plain["train"], tokenizer)
+  )
+  assert [row for row in texts if row[0].startswith(start + "the")] != texts[:4]  # in no order
+  passages = set()
+  for context, after in twice:
+    passage, again = context.split("\n\n")
+    passages.add(passage)
+    assert passage in book and passage.startswith(again) and 12 <= len(passage) <= 20
+    assert passage[len(again) :][:10] == after and 2 <= len(after) and 20 <= len(context) + adds_bos <= 30
+  assert len(passages) == 5 and len({len(passage) for passage in passages}) > 1
+  same, other = (load_splits(repeating(tmp_path, book, seed=seed), tokenizer)["train"] for seed in (0, 1))
+  np.testing.assert_array_equal(same.tokens, splits["train"].tokens)
+  assert (other.tokens != same.tokens).any()
+
+
+@pytest.mark.parametrize("settings, message", [
+    (dict(num_repeats=99), "has 20 passages of 20 tokens, not data.num_repeats=99; lower it or give a longer text"),
+    (dict(max_context=22, min_continuation=10), None),  # room for passages of one length
+    (dict(min_context=22, max_context=22, min_continuation=10), "leave no room to say a passage twice; widen them, or set"),
+    (dict(repeats_path=""), "data.num_repeats=5 and data.repeats_path='' need each other"),
+    (dict(num_repeats=0), "data.num_repeats=0 and data.repeats_path='.*' need each other"),
+    (dict(num_repeats=-1), "data.num_.* setting is negative"),
+    (dict(repeats_path="nowhere.txt"), "nowhere.txt"),
+])
+def test_passages_that_cannot_be_said_twice(tmp_path, tokenizer, settings, message):
+  data = repeating(tmp_path, "".join(chr(33 + n % 87) for n in range(400)), **settings)
+  if message:
+    refused(data, tokenizer, message)
+  else:
+    assert len(load_splits(data, tokenizer)["train"].tokens) == 9
+
+
 # Perplexity windows
 
 

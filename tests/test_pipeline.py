@@ -189,6 +189,20 @@ def test_a_file_that_is_needed_no_more_may_be_out_of_sight_but_not_changed(model
     pipeline.run(config, str(tmp_path / "run"), ("data",))
 
 
+def test_passages_said_twice_are_trained_on_and_their_text_may_not_change(model_directory, tmp_path):
+  config, text = tiny_run(model_directory), tmp_path / "book.txt"
+  with config.data.ignore_type():
+    config.data.update(max_context=30, num_repeats=4, repeats_path=str(text))
+  config.train.warmup_guide_prompts = 12
+  text.write_text("".join(chr(33 + n % 89) for n in range(300)))
+  pipeline.run(config, str(tmp_path / "run"), pipeline.STAGES[:4])
+  assert len(np.load(tmp_path / "run" / "data" / "train.npz")["tokens"]) == 12
+  assert np.load(tmp_path / "run" / "importance" / "fisher.npz")["fisher_LxNxT"].shape[1] == 12
+  text.write_text("Another text.")
+  with pytest.raises(UserError, match="was made with content of data.repeats_path="):
+    pipeline.run(config, str(tmp_path / "run"), pipeline.STAGES[:4])
+
+
 def test_two_runs_do_not_share_a_directory(model_directory, tmp_path):
   with alone_in(tmp_path), pytest.raises(UserError, match="Another run is writing to .*; wait for its end, or give an"):
     pipeline.run(tiny_run(model_directory), str(tmp_path), pipeline.STAGES[:1])

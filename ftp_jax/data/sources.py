@@ -17,6 +17,7 @@ import numpy as np
 from ftp_jax.data.encoding import encode_pairs, encode_windows
 from ftp_jax.data.prompts import Prompts, pack, shuffled, take
 from ftp_jax.data.records import Pair, read_source
+from ftp_jax.data.repeats import repeated_passages
 from ftp_jax.errors import UserError
 
 SPLITS = ("search", "train", "validation", "test")
@@ -36,8 +37,8 @@ def load_splits(data, tokenizer) -> dict[str, Prompts]:
     tokenizer: a transformers fast tokenizer.
 
   Returns:
-    Prompts (num_<split>, max_context + continuation) for each of SPLITS: no two equal rows, no
-    document in two of them unless the second rule above had to be used.
+    Prompts (num_<split>, max_context + continuation) for each of SPLITS: no two equal rows, no document in two of them
+    unless the second rule above had to be used. The training set has num_repeats more, of `repeats`, among the others.
 
   Raises:
     UserError: a setting is out of range, the data cannot be read, or there is too little of it.
@@ -58,7 +59,11 @@ def load_splits(data, tokenizer) -> dict[str, Prompts]:
         f"data.source={data.source!r} gives {len(documents)} distinct ones ({found}); "
         "lower the data.num_* settings, relax the lengths or give more data."
     )
-  return {split: take(prompts, indices[split]) for split in SPLITS}
+  splits = {split: take(prompts, indices[split]) for split in SPLITS}
+  if data.num_repeats:
+    both = Prompts(*map(np.concatenate, zip(splits["train"], repeated_passages(data, tokenizer))))
+    splits["train"] = take(both, shuffled(len(both.tokens), data.seed, len(_DRAWN) + 1))
+  return splits
 
 
 def load_prompts(data, tokenizer, shortest: int | None = None) -> tuple[Prompts, np.ndarray, str]:
@@ -157,8 +162,14 @@ def _by_position(documents: np.ndarray, counts: dict[str, int], seed: int) -> di
 
 def check_lengths(data) -> None:
   """Raises UserError for numbers of `config.data` that no data could meet."""
-  if data.seed < 0 or min(data.num_search, data.num_train, data.num_validation, data.num_test) < 0:
+  numbers = data.num_search, data.num_train, data.num_validation, data.num_test, data.num_repeats
+  if data.seed < 0 or min(numbers) < 0:
     raise UserError("data.seed or a data.num_* setting is negative; use 0 or more.")
+  if bool(data.num_repeats) != bool(data.repeats_path):
+    raise UserError(
+        f"data.num_repeats={data.num_repeats} and data.repeats_path={data.repeats_path!r} need each other: how many "
+        "passages are said twice, and a text to take them from; set both or none."
+    )
   if not 1 <= data.min_context <= data.max_context:
     raise UserError(
         f"data.min_context={data.min_context} and data.max_context={data.max_context} are not in order; "

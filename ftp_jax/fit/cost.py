@@ -160,7 +160,7 @@ def of_config(config: Any) -> Run:
   return Run(
       cells=len(config.sparsities) * len(config.seeds), search_batch=s.batch, train_batch=t.batch,
       positions=d.max_context + d.continuation, scored=d.continuation,
-      search_prompts=d.num_search, validation_prompts=d.num_validation, train_prompts=d.num_train,
+      search_prompts=d.num_search, validation_prompts=d.num_validation, train_prompts=d.num_train + d.num_repeats,
       warmup_prompts=t.warmup_guide_prompts if t.guide == "fisher" and t.warmup_guide_steps else 0,
       fisher_draws=t.fisher_draws if scored else 0, calls=sum(pool + generations for generations in rounds),
       children=children,

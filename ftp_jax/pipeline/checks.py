@@ -81,7 +81,7 @@ def check_config(config) -> None:
       if config[section][key] < least:
         raise UserError(f"{name}={config[section][key]} must be at least {least}.")
   t = config.train
-  warmed = min(t.warmup_guide_prompts, config.data.num_train) if t.guide == "fisher" and t.warmup_guide_steps else 0
+  warmed = min(t.warmup_guide_prompts, _trained(config.data)) if t.guide == "fisher" and t.warmup_guide_steps else 0
   if config.search.schedule == "allotted" and warmed < 2:
     raise UserError(
         "search.schedule='allotted' judges routers after their guided warm-up; set train.guide='fisher', "
@@ -126,6 +126,10 @@ def check_config(config) -> None:
     raise UserError(f"train.fisher_share={config.train.fisher_share} must lie between 0 and 1.")
   if config.data.chat and config.data.source in ("embedded", "text"):
     raise UserError("data.chat=True needs prompts; set data.source='prompts' or 'hub', or data.chat=False.")
+
+
+def _trained(data) -> int:
+  return data.num_train + data.num_repeats
 
 
 def check_raised(train) -> None:
@@ -173,8 +177,8 @@ def check_plan(config, num_blocks: int) -> None:
 def check_files(config) -> None:
   """Raises UserError where a file that the stage `data` reads cannot be opened, before a model is fetched."""
   check_source(config.data)
-  if config.evaluation.perplexity_path:
-    check_file(config.evaluation.perplexity_path)
+  for path in filter(None, (config.data.repeats_path, config.evaluation.perplexity_path)):
+    check_file(path)
 
 
 def check_memory(config, num_blocks: int, hidden_size: int) -> None:
@@ -182,7 +186,7 @@ def check_memory(config, num_blocks: int, hidden_size: int) -> None:
   t, d, p = config.train, config.data, config.routing.one_pass_block
   if t.guide != "fisher" or not t.warmup_guide_steps or not config.router.hidden_states:
     return
-  shape = num_blocks if p < 0 else p + 1, min(t.warmup_guide_prompts, d.num_train), d.max_context + d.continuation
+  shape = num_blocks if p < 0 else p + 1, min(t.warmup_guide_prompts, _trained(d)), d.max_context + d.continuation
   needed, there = 2 * math.prod(shape) * hidden_size, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
   if needed > there:
     raise UserError(

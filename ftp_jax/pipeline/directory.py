@@ -63,6 +63,7 @@ class RunDirectory:
             "evaluation": {k: v for k, v in c.evaluation.items() if k.startswith("perplexity")},
             **self.content("data.path", [self.workdir / "data"]),
             **self.content("evaluation.perplexity_path", [self.workdir / "data"]),
+            **(self.content("data.repeats_path", [self.workdir / "data"]) if c.data.num_repeats else {}),
         },
         "importance": {
             "model.dtype": c.model.dtype,
