@@ -4,9 +4,10 @@
   python experiments/late_maps.py --run=runs/stand_in --sparsity=0.3 --out=late_maps
   ftp-jax generate --artifact=late_maps --prompt="The capital of France is"
 
-It is the baseline `late_maps` (docs/baselines.md) on the prompts of --run, all that is read of it: the first seconds
-of `ftp-jax run` make them. Engine, harness, `ftp-jax bench` and PyTorch run it as any artifact. A killed run goes on
-where it was, from what it keeps in the folder `training` of --out.
+It is the baseline `late_maps` (docs/baselines.md) on the prompts of --run (passages said twice are among those of
+training, where it has any), all that is read of it: the first seconds of `ftp-jax run` make them. Engine, harness,
+`ftp-jax bench` and PyTorch run it as any artifact. A killed run goes on where it was, from what it keeps in the folder
+`training` of --out.
 
 Wall time: about 10 minutes with --steps=48 --prompts=192, on 2 CPU cores (AMD EPYC) that did other work beside it.
 Result: at S = 0.30 these have a KL of 0.034 nats a token on 64 test chats. The cell of main_table.py, which trains the

@@ -42,7 +42,7 @@ def get_config() -> config_dict.ConfigDict:
   c.data.num_validation = 32  # prompts that choose among generations and checkpoints
   c.data.num_test = 64  # held prompts; only evaluation reads them
   c.data.num_repeats = 0  # further training prompts, in which a passage of the next file is said twice
-  c.data.repeats_path = ""  # plain text or JSON Lines of documents ("text")
+  c.data.repeats_path = ""  # plain text or JSON Lines of documents ("text"), no text that is evaluated on
   c.data.seed = 0  # which prompts go where, and their order
 
   c.routing = config_dict.ConfigDict()

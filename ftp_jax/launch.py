@@ -110,7 +110,7 @@ def run_config(directory: pathlib.Path) -> ConfigDict:
 
 
 def _read_saved(path: pathlib.Path, advice: str = "name one with --config") -> ConfigDict:
-  """The default config with the values that a run directory holds."""
+  """The base config with the values that a run directory holds."""
   config = get_config()
   try:
     _fill(config, json.loads(path.read_text(encoding="utf-8")))

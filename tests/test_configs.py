@@ -1,4 +1,4 @@
-"""Run configs, the keys of the default config, and the large models by abstract evaluation."""
+"""Run configs, the keys of the base config, and the large models by abstract evaluation."""
 
 import ast
 import pathlib

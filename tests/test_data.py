@@ -545,7 +545,7 @@ def test_further_training_prompts_say_passages_twice(tmp_path, adds_bos):
 @pytest.mark.parametrize("settings, message", [
     (dict(num_repeats=99), "has 20 passages of 20 tokens, not data.num_repeats=99; lower it or give a longer text"),
     (dict(max_context=22, min_continuation=10), None),  # room for passages of one length
-    (dict(min_context=22, max_context=22, min_continuation=10), "leave no room to say a passage twice; widen them, or set"),
+    (dict(min_context=22, max_context=22, min_continuation=10), "leave no room to say a passage twice; widen them"),
     (dict(repeats_path=""), "data.num_repeats=5 and data.repeats_path='' need each other"),
     (dict(num_repeats=0), "data.num_repeats=0 and data.repeats_path='.*' need each other"),
     (dict(num_repeats=-1), "data.num_.* setting is negative"),

@@ -201,6 +201,12 @@ def test_passages_said_twice_are_trained_on_and_their_text_may_not_change(model_
   text.write_text("Another text.")
   with pytest.raises(UserError, match="was made with content of data.repeats_path="):
     pipeline.run(config, str(tmp_path / "run"), pipeline.STAGES[:4])
+  config.evaluation.perplexity_path = str(text)
+  with pytest.raises(UserError, match="is that of evaluation.perplexity_path as well, which is evaluated on; name"):
+    pipeline.run(config, str(tmp_path / "other"), pipeline.STAGES[:1])
+  config.evaluation.perplexity_path, config.data.source, config.data.path = "", "text", str(text)
+  with pytest.raises(UserError, match="is that of data.path as well"):
+    pipeline.run(config, str(tmp_path / "other"), pipeline.STAGES[:1])
 
 
 def test_two_runs_do_not_share_a_directory(model_directory, tmp_path):

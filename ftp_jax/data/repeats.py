@@ -13,7 +13,7 @@ from ftp_jax.data.records import read_documents
 from ftp_jax.errors import UserError
 
 _BETWEEN = "\n\n"
-_STREAM = 11  # of random numbers, apart from those that draw the sets
+_STREAM = 11  # of random numbers, and the next one, apart from those that draw the sets
 
 
 def repeated_passages(data, tokenizer) -> Prompts:
@@ -40,20 +40,21 @@ def repeated_passages(data, tokenizer) -> Prompts:
   lengths = sorted(room)
   documents = read_documents(data.repeats_path)
   windows = encode_windows(documents, tokenizer, len(start) + lengths[-1])
-  passages = list(dict.fromkeys(tuple(ids) for rows in windows for ids in rows))
+  begin = len(start) + lengths[0]  # no two passages begin alike, however long each will be
+  passages = list({tuple(ids[:begin]): ids for rows in windows for ids in rows}.values())
   if len(passages) < data.num_repeats:
     raise UserError(
         f"data.repeats_path={data.repeats_path} has {len(passages)} passages of {lengths[-1]} tokens, not "
         f"data.num_repeats={data.num_repeats}; lower it or give a longer text."
     )
   # Of these generators numpy keeps the raw bits fixed across its versions.
-  drawn = np.random.PCG64(np.random.SeedSequence((data.seed, _STREAM))).random_raw(2 * data.num_repeats).tolist()
+  drawn = np.random.PCG64(np.random.SeedSequence((data.seed, _STREAM + 1))).random_raw(2 * data.num_repeats).tolist()
   rows = []
   for i, at in enumerate(shuffled(len(passages), data.seed, _STREAM)[: data.num_repeats]):
     count = lengths[drawn[2 * i] % len(lengths)]
     least, most = room[count]
     again = least + drawn[2 * i + 1] % (most - least + 1)
-    passage = list(passages[at][len(start) : len(start) + count])
+    passage = passages[at][len(start) : len(start) + count]
     context = start + passage + between + passage[:again]
     rows.append((context + passage[again : again + data.continuation], len(context)))
   return pack(rows, data.max_context + data.continuation)

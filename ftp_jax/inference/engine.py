@@ -235,7 +235,6 @@ class Engine:
     except (AttributeError, UnicodeEncodeError):
       raise UserError(f"{repr(text)[:80]} is no text that a tokenizer reads; decode it as UTF-8 first.") from None
     tokenizer = self.model.tokenizer
-
     if not chat:
       return tokenizer.encode(text)
     if not tokenizer.chat_template:

@@ -177,8 +177,14 @@ def check_plan(config, num_blocks: int) -> None:
 def check_files(config) -> None:
   """Raises UserError where a file that the stage `data` reads cannot be opened, before a model is fetched."""
   check_source(config.data)
-  for path in filter(None, (config.data.repeats_path, config.evaluation.perplexity_path)):
+  repeats, evaluated = config.data.repeats_path, {"evaluation.perplexity_path": config.evaluation.perplexity_path}
+  for path in filter(None, (repeats, *evaluated.values())):
     check_file(path)
+  if config.data.source == "text":  # its windows are in the held sets too
+    evaluated["data.path"] = config.data.path
+  for name, path in evaluated.items():
+    if repeats and path and digest(repeats) == digest(path):
+      raise UserError(f"data.repeats_path={repeats} is that of {name} as well, which is evaluated on; name another.")
 
 
 def check_memory(config, num_blocks: int, hidden_size: int) -> None:
@@ -234,7 +240,7 @@ def check_model(path: pathlib.Path, model: ModelConfig, directory: pathlib.Path)
     if now["config"].get(name, value) != value:
       raise UserError(
           f"The config of the model in {directory} now says {name}={now['config'][name]!r}, and {value!r} when {run} "
-          "was begun; restore it, or give another --workdir."
+          "was begun; restore its config.json, or give another --workdir."
       )
 
 
