@@ -144,12 +144,11 @@ def load(directory: str | os.PathLike) -> Artifact:
 
 def _of_types(kind: type, values: dict[str, Any]) -> Any:
   """`kind(**values)`, a description whose values are of the types of its defaults, as JSON need not have them."""
-  made = kind(**values)
   for field in dataclasses.fields(kind):
-    value, types = getattr(made, field.name), (int, float) if type(field.default) is float else (type(field.default),)
-    if type(value) not in types:
+    value = values.get(field.name, field.default)
+    if type(value) not in ((int, float) if type(field.default) is float else (type(field.default),)):
       raise TypeError(f"{field.name}={value!r} is not of the type of {field.default!r}")
-  return made
+  return kind(**values)
 
 
 def _crossover(described: dict[str, Any]) -> dict[str, Any] | None:
