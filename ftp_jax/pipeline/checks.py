@@ -183,7 +183,7 @@ def check_files(config) -> None:
   if config.data.source == "text":  # its windows are in the held sets too
     evaluated["data.path"] = config.data.path
   for name, path in evaluated.items():
-    if repeats and path and digest(repeats) == digest(path):
+    if digest(repeats) and digest(repeats) == digest(path):  # a pipe has none
       raise UserError(f"data.repeats_path={repeats} is that of {name} as well, which is evaluated on; name another.")
 
 
