@@ -183,6 +183,12 @@ def small_preset(config: config_dict.ConfigDict) -> config_dict.ConfigDict:
   return config
 
 
+def needs_gate_scores(config: config_dict.ConfigDict) -> bool:
+  """Whether a run reads gate scores: the guide, its schedule or what a search starts from."""
+  begins = config.search.seed_schedules if config.search.schedule == "ga" else ()
+  return config.train.guide == "fisher" or "fisher" in (config.search.schedule, *begins)
+
+
 def plan_preset(config: config_dict.ConfigDict, block: int) -> config_dict.ConfigDict:
   """A late plan, made at this block, in the schedule where routers lose least; returns the config."""
   config.routing.one_pass_block = block  # routers of later blocks read what enters this one; those before are dense

@@ -33,7 +33,7 @@ def test_imports_point_downwards(path):
   known = rooms()
   own = path.relative_to(PACKAGE).with_suffix("").parts[0]
   if own not in known:
-    assert own in ("__init__", "__main__", "peers")  # the last is drawn with `distributed`
+    assert own in ("__init__", "peers")  # the last is drawn with `distributed`
     return
   above = known[: known.index(own)]
   assert not {name for name in imported(path) if name.partition(".")[0] in above}

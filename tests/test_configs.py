@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import pytest
 
 from ftp_jax import launch
-from ftp_jax.config import get_config
+from ftp_jax.config import get_config, needs_gate_scores
 from ftp_jax.data.records import embedded_documents
 from ftp_jax.errors import UserError
 from ftp_jax.models import decoder
@@ -205,3 +205,14 @@ def test_full_size_model_by_abstract_evaluation(name, maps):
   shapes = lambda tree: jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree)
   assert shapes(after) == shapes(state)
   assert metrics["loss"].shape == () and metrics["achieved"].shape == (config.num_blocks,)
+
+
+@pytest.mark.parametrize("guide, schedule, seeds, needed", [
+    ("fisher", "late", ("late",), True), ("static", "fisher", ("late",), True),
+    ("static", "ga", ("late", "fisher"), True), ("static", "ga", ("late",), False),
+    ("static", "late", ("late", "fisher"), False),  # nothing is searched from these
+])
+def test_gate_scores_are_made_where_something_reads_them(guide, schedule, seeds, needed):
+  config = get_config()
+  config.train.guide, config.search.schedule, config.search.seed_schedules = guide, schedule, seeds
+  assert needs_gate_scores(config) is needed

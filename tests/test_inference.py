@@ -219,6 +219,14 @@ def test_one_decode_program_serves_every_number_of_steps_and_the_stream(engine):
   assert programs.decode_steps._cache_size() == compiled
 
 
+def test_a_pruned_model_decodes_with_the_programs_of_the_dense_one():
+  """Where it projects and computes every new token."""
+  build(routing=None).generate(PROMPTS, 18)
+  compiled = programs.decode_steps._cache_size()
+  build(routing=RoutingConfig("project", one_pass_block=1)).generate(PROMPTS, 18)
+  assert programs.decode_steps._cache_size() == compiled
+
+
 def test_whole_numbers_may_be_of_any_library(engine):
   expected = tokens_of(engine.generate(PROMPTS, 5, DRAWN, seed=3))
   for whole in (np.int64, np.uint8, jnp.int32):
@@ -764,6 +772,7 @@ def test_prompts_of_other_systems_and_with_rare_line_ends(tmp_path):
 @pytest.mark.parametrize("change, message", [
     (lambda a: {"params": jax.tree.map(lambda w: w[:1], a.params)}, "is not of its ftp_config.json"),
     (lambda a: {"params": {"hidden": a.params["hidden"]}}, "is not of its ftp_config.json"),
+    (lambda a: {"stand_in": dict.fromkeys(("bias", "down", "up"), np.float32(0))}, "is not of its ftp_config.json"),
     (lambda a: {"schedule": (*a.schedule, 0.5)}, "one number from 0 to 1 for each of"),
     (lambda a: {"schedule": ("0.5", *a.schedule[1:])}, "one number from 0 to 1 for each of"),
     (lambda a: {"routing": RoutingConfig(one_pass_block=99)}, "routing.one_pass_block=99 does not exist"),

@@ -612,10 +612,13 @@ def test_what_only_later_stages_need_stops_no_earlier_one(model_directory, tmp_p
     pipeline.run(config, str(tmp_path), ("report",))
 
 
-def test_few_tokens_still_skip_by_argmax(model_directory):
+def test_a_multiple_above_all_contexts_is_for_argmax_alone(model_directory):
   config = tiny_run(model_directory)
   config.routing.update(bucket_multiple=64, selection="argmax")
   checks.check_config(config)
+  config.routing.selection = "topk"
+  with pytest.raises(UserError, match="rounds what contexts .* keep up to all of them"):
+    checks.check_config(config)
 
 
 def test_a_stage_that_made_nothing_may_begin_with_other_settings(model_directory, tmp_path, monkeypatch):

@@ -233,11 +233,14 @@ def test_new_tokens_learn_what_is_asked_of_them_where_they_are_trained():
   after = (t >= rows.context[:, None]) & (t < rows.length[:, None] - 1)
   settings = dataclasses.replace(GUIDED.train, distill_weight=0.0, sparsity_weight=0.0)
 
+  @functools.partial(jax.jit, static_argnums=0)
+  def differentiate(spec, params, router, batch):
+    return jax.value_and_grad(step.loss_fn, argnums=2, has_aux=True)(spec, params, router, batch, SCHEDULE, 0)
+
   def figures(routing, new_token_score=0.0, **changes):
     spec = dataclasses.replace(GUIDED, router=config, routing=routing, train=dataclasses.replace(settings, **changes))
     batch = step.Batch(*rows, np.where(after[None], new_token_score, scores).astype(np.float32))
-    loss = functools.partial(step.loss_fn, spec, frozen_params(CONFIG))
-    (_, parts), gradient = jax.value_and_grad(loss, has_aux=True)(new_router(config), batch, SCHEDULE, 0)
+    (_, parts), gradient = differentiate(spec, frozen_params(CONFIG), new_router(config), batch)
     return parts, np.concatenate([leaf.ravel() for leaf in jax.tree.leaves(gradient)])
 
   strict, trained = RoutingConfig(), RoutingConfig(decode_sparsity=0.15)
@@ -251,7 +254,7 @@ def test_new_tokens_learn_what_is_asked_of_them_where_they_are_trained():
   quantile = figures(dataclasses.replace(trained, decode_rule="quantile"), **only)[0]
   assert 0 < quantile["decode_achieved"] < 0.5 and quantile["sparsity"] == expected
   router = routers.Router("dynamic", config, new_router(config))
-  margin = masked.forward(CONFIG, trained, frozen_params(CONFIG), router, *rows, SCHEDULE).margin_LxBxT
+  margin = tiny.forward(CONFIG, trained, frozen_params(CONFIG), router, *rows, SCHEDULE).margin_LxBxT
   soft = np.mean((1 / (1 + np.exp(margin)))[:, after] * (SCHEDULE > 0)[:, None])
   np.testing.assert_allclose(parts["sparsity"] - expected, abs(0.15 - soft), rtol=1e-4)
   assert np.abs(gradient - of_context_gradient).max() > 1e-3
@@ -327,10 +330,10 @@ def test_a_step_weighs_tokens_by_their_stakes():
   settings = dataclasses.replace(SETTINGS, guide="fisher", distill_weight=0.0, sparsity_weight=0.0)
   spec = dataclasses.replace(SPEC, train=settings, start=0)
   weighed = dataclasses.replace(spec, train=dataclasses.replace(settings, guide_stakes=0.5))
-  guides = [
-      step.loss_fn(some, frozen_params(CONFIG), new_router(), batch, jnp.full(4, 0.5), 0)[1]["guide"]
-      for some in (spec, weighed)
-  ]
+  guide_of = lambda spec: jax.jit(step.loss_fn, static_argnums=0)(
+      spec, frozen_params(CONFIG), new_router(), batch, jnp.full(4, 0.5), 0
+  )[1]["guide"]
+  guides = guide_of(spec), guide_of(weighed)
   assert abs(guides[0] - guides[1]) > 1e-3
 
 
@@ -501,7 +504,7 @@ def killing(function, call):
 
 
 @pytest.mark.parametrize(
-    "where, call", [("step", 0), ("step", 7), ("step", 23), ("validate", 0), ("validate", 2), ("save", 0), ("save", 4)]
+    "where, call", [("step", 0), ("step", 23), ("validate", 2), ("save", 0), ("save", 4)]
 )
 def test_a_killed_training_resumes_bit_for_bit(where, call, tmp_path, monkeypatch, undisturbed):
   with monkeypatch.context() as patch, pytest.raises(Killed):
@@ -954,10 +957,15 @@ def test_warm_up_reduces_the_loss_and_learns_the_order_of_the_scores():
   data = guide.GuideData(rows.context, rows.length, rng.random((4, 10, 16), np.float32), hidden, precious)
   router_config = RouterConfig(kind="recurrent", hidden_states=True, hidden_size=8)
   settings = guide.WarmupSettings(steps=120, batch=8, learning_rate=2e-2)
-  run = lambda: guide.warm_up(
-      router_config, RoutingConfig(), settings, new_router(router_config), data, np.full(4, 0.5), seed=0
+  run = lambda asked: guide.warm_up(
+      router_config, RoutingConfig(), settings, new_router(router_config), data, np.full(4, asked), seed=0
   )
-  router, history = run()
+  router, history = run(0.5)
   assert len(history) == 120 and np.mean(history[-10:]) < 0.5 * history[0]
-  again, _ = run()
+  again, _ = run(0.5)
   assert same(router, again)
+  other, _ = run(0.25)
+  assert not same(router, other)
+  reading = guide.Reading.of(router_config, 4, np.full(4, 0.5))
+  step = guide.compiled_step(router_config, RoutingConfig(), settings, reading, "none")
+  assert step._cache_size() == 1  # other schedules of the same blocks compile nothing

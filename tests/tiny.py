@@ -10,7 +10,7 @@ from ftp_jax.routing import masked
 # Compiled whole: op by op, compiling every primitive takes longer than the tests themselves.
 forward = jax.jit(
     masked.forward,
-    static_argnames=("config", "routing", "start", "straight_through", "collect_factors", "dtype", "remat_policy"),
+    static_argnames=("config", "routing", "start", "straight_through", "dtype", "remat_policy"),
 )
 
 

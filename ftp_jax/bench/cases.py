@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ftp_jax.bench.settings import MAX_SPARSITY, Settings
+from ftp_jax.bench.settings import Settings
 from ftp_jax.bench.timing import seconds_of
 from ftp_jax.config import get_config
 from ftp_jax.data.records import read_documents
@@ -76,25 +76,23 @@ def pruned(model: Model, settings: Settings, artifacts: Sequence[Artifact]) -> l
   base = dense(model, settings.dtype)
   found = []
   for number, artifact in enumerate(artifacts, 1):
-    Engine(model, artifact)  # compares fingerprints
-    router = Router("dynamic", artifact.router, jax.tree.map(jnp.asarray, artifact.params))
+    _, weights = Engine(model, artifact, dtype=settings.dtype).execution
     shape = "artifact" if len(artifacts) == 1 else f"artifact {number}"
-    params = stand_in.attach(model.params, jax.tree.map(jnp.asarray, artifact.stand_in))
-    found.append(_pruned(base, params, artifact.schedule, artifact.routing, router, shape, np.mean(artifact.schedule)))
+    found.append(_pruned(base, weights, artifact.routing, shape, np.mean(artifact.schedule)))
   if found:
     return found
   router = STATIC if settings.router == "static" else untrained_router(model, settings.router)
   for shape, kv, sparsity in itertools.product(settings.shape, settings.kv, settings.sparsity):
     schedule_L = builtin(shape, model.config.num_blocks, sparsity)
-    case = _pruned(base, model.params, schedule_L, RoutingConfig(kv_mode=kv), router, shape, sparsity)
+    weights = Weights(model.params, router, jnp.asarray(schedule_L, jnp.float32))
+    case = _pruned(base, weights, RoutingConfig(kv_mode=kv), shape, sparsity)
     found.append(dataclasses.replace(case, labels=case.labels | {"router": settings.router}))
   return found
 
 
-def _pruned(base: Case, params, schedule_L, routing: RoutingConfig, router: Router, shape: str, sparsity) -> Case:
-  labels = {"sparsity": round(float(sparsity), 6), "shape": shape, "kv": routing.kv, "router": router.kind}
-  spec = dataclasses.replace(base.spec, routing=routing)
-  return Case("ftp", spec, Weights(params, router, jnp.asarray(schedule_L, jnp.float32)), labels)
+def _pruned(base: Case, weights: Weights, routing: RoutingConfig, shape: str, sparsity) -> Case:
+  labels = {"sparsity": round(float(sparsity), 6), "shape": shape, "kv": routing.kv, "router": weights.router.kind}
+  return Case("ftp", dataclasses.replace(base.spec, routing=routing), weights, labels)
 
 
 def untrained_router(model: Model, kind: str) -> Router:
@@ -108,10 +106,10 @@ def builtin(shape: str, num_blocks: int, sparsity: float) -> np.ndarray:
   """A schedule (L,) of mean `sparsity`: `middle`, `late`, or `ramp`, which asks something else of every block."""
   if shape == "ramp":
     grid = 1000
-    units = schedules.to_units(np.linspace(0, 2 * sparsity, num_blocks), sparsity, grid, MAX_SPARSITY)
+    units = schedules.to_units(np.linspace(0, 2 * sparsity, num_blocks), sparsity, grid, schedules.MAX_SPARSITY)
     return schedules.to_sparsity(units, grid)
   make = {"middle": schedules.middle, "late": schedules.late}[shape]
-  return np.round(make(num_blocks, sparsity, MAX_SPARSITY), 6)  # a remainder of 1e-16 is no sparsity
+  return make(num_blocks, sparsity, schedules.MAX_SPARSITY)
 
 
 def context_tokens(model: Model, settings: Settings, batch: int, context: int) -> np.ndarray:

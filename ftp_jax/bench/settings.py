@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from ftp_jax.errors import UserError, check_target
 from ftp_jax.models.sources import DTYPES
 from ftp_jax.routing.config import KV_MODES
+from ftp_jax.search import schedule as schedules
 
 KINDS = ("prefill", "decode", "overhead", "compile", "crossover")
 PLOTTED = ("prefill", "decode", "crossover")
@@ -16,7 +17,6 @@ WITH_BASELINES = ("prefill",)
 WITH_TEXT = ("prefill", "decode", "overhead")
 SHAPES = ("middle", "late")
 ROUTERS = ("static", "dynamic", "factors")
-MAX_SPARSITY = 0.975  # of a block in the built-in schedules
 _CONTEXTS = (512, 2048)
 _CROSSOVER_CONTEXTS = (64, 128, 256, 512, 1024, 2048)
 
@@ -94,10 +94,10 @@ def read(arguments: argparse.Namespace) -> Settings:
   if kind == "crossover" and len(batch) > 1:
     raise UserError("an artifact has one crossover; give bench crossover a single --batch.")
   sparsity = _numbers("sparsity", value("sparsity", "0.3,0.5"), float, 0)
-  if sparsity[-1] > MAX_SPARSITY:
+  if sparsity[-1] > schedules.MAX_SPARSITY:
     raise UserError(
-        f"--sparsity={sparsity[-1]:g} is out of reach; choose one between 0 and {MAX_SPARSITY}, the most that a block "
-        "skips here."
+        f"--sparsity={sparsity[-1]:g} is out of reach; choose one between 0 and {schedules.MAX_SPARSITY}, the most "
+        "that a block skips here."
     )
   if arguments.text and kind not in WITH_TEXT:
     raise UserError(f"bench {kind} reads no text; leave out --text.")

@@ -132,7 +132,8 @@ def read_artifact(directory) -> Artifact:
     unknown |= {name for name, types in _TYPES.items() if type(options[name]) not in types}  # a bool is no int
     unknown |= {name for name in set(_RANGES) - unknown if not _RANGES[name][0] <= options[name] <= _RANGES[name][1]}
     maps = {name.removeprefix(_MAPS): weights.pop(name) for name in list(weights) if name.startswith(_MAPS)}
-    if unknown or not ((schedule >= 0) & (schedule <= 1)).all():
+    unknown |= {"factors"} if len(set(options["factors"])) < len(options["factors"]) else set()
+    if unknown or schedule.ndim != 1 or not ((schedule >= 0) & (schedule <= 1)).all():
       raise ValueError(", ".join(sorted(unknown)) or "its schedule")
     return Artifact(said["base_model"], said["fingerprint"], schedule, routing, said["router"], weights, maps)
   except (KeyError, TypeError, ValueError) as error:
@@ -175,7 +176,7 @@ def _check_fit(artifact: Artifact, tensors: dict[str, Any], config) -> None:
     want = {name: (blocks, *shape) for name, shape in want.items()}
   shapes = {name: tuple(w.shape) for name, w in (artifact.weights | artifact.maps).items()}
   if artifact.maps:
-    size, rank = (blocks, config.hidden_size), shapes.get("down", (0,))[-1]
+    size, rank = (blocks, config.hidden_size), (0, *shapes.get("down", ()))[-1]
     want |= {"bias": size, "down": (*size, rank), "up": (blocks, rank, config.hidden_size)}
   named = {name: artifact.routing[name] for name in ("one_pass_block", "evict_from")}
   if max(named.values()) >= blocks:

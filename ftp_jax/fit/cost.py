@@ -17,6 +17,7 @@ import dataclasses
 import math
 from typing import Any
 
+from ftp_jax.config import needs_gate_scores
 from ftp_jax.fit import counts
 from ftp_jax.fit.topologies import Chip
 from ftp_jax.models.config import ModelConfig
@@ -26,6 +27,7 @@ from ftp_jax.models.config import ModelConfig
 TRAIN_FORWARDS = 4.13
 TRAIN_PASSES = 4
 _BYTES = 2  # of a bf16 number
+_WINDOW = 8  # the last queries of a context, whose attention gives the scores that routers read
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,14 +79,14 @@ def parameters(model: ModelConfig) -> int:
   return model.num_blocks * block_parameters(model) + tables * model.vocab_size * model.hidden_size
 
 
-def forward_flops(model: ModelConfig, positions: int, scored: int, window: int = 8) -> float:
+def forward_flops(model: ModelConfig, positions: int, scored: int) -> float:
   """FLOPs of a masked or dense forward of one row and its scored positions, the router's own left out.
 
-  Attention computes the tiles of splash where `positions` allows it, else all pairs; `window` queries give scores.
+  Attention computes the tiles of splash where `positions` allows it, else all pairs; _WINDOW queries give scores.
   """
   pairs = positions**2 if positions % 128 else counts.causal_pairs(positions)
   width = model.num_heads * model.head_dim
-  scores = 2.0 * (width + model.num_heads) * window * positions
+  scores = 2.0 * (width + model.num_heads) * _WINDOW * positions
   turned = 2.0 * positions * (width + model.num_kv_heads * model.head_dim) * model.head_dim  # see `rope.apply_rope`
   block = 2.0 * positions * block_parameters(model) + 4.0 * width * pairs + scores + turned
   return model.num_blocks * block + 2.0 * scored * model.vocab_size * model.hidden_size
@@ -155,7 +157,7 @@ def of_config(config: Any) -> Run:
   s, t, d = config.search, config.train, config.data
   children = s.population - s.elite
   pool = -(-max(s.population, len(s.seed_schedules)) // children)
-  scored = t.guide == "fisher" or s.schedule == "fisher" or "fisher" in s.seed_schedules
+  scored = needs_gate_scores(config)
   rounds = [s.generations] * (s.schedule == "ga") + [config.finetune.generations] * config.finetune.rounds
   return Run(
       cells=len(config.sparsities) * len(config.seeds), search_batch=s.batch, train_batch=t.batch,

@@ -34,7 +34,6 @@ from ftp_jax.training import guide, step
 PROGRAMS = ("train", "warmup", "search", "prefill", "decode")
 SERVING = ("prefill", "decode")
 SHAPES = ("late", "middle")
-_MAX_SPARSITY = 0.975
 _ROOM = 16  # slots for new tokens beside a cache
 
 
@@ -100,8 +99,8 @@ def check(case: Case, mesh: Mesh) -> None:
     raise UserError(
         f"--stand-in={case.stand_in} is no rank of maps of {case.model.hidden_size} columns; use 0 to that."
     )
-  if case.program in SERVING and not 0 <= case.sparsity <= _MAX_SPARSITY:
-    raise UserError(f"--sparsity={case.sparsity} must be from 0 to {_MAX_SPARSITY}.")
+  if case.program in SERVING and not 0 <= case.sparsity <= schedules.MAX_SPARSITY:
+    raise UserError(f"--sparsity={case.sparsity} must be from 0 to {schedules.MAX_SPARSITY}.")
   parts = sharding.batch_parts(mesh)
   if case.batch < 1 or case.batch % parts:
     raise UserError(
@@ -193,7 +192,7 @@ def _warmup(case: Case, mesh: Mesh) -> Traced:
   blocks, rows = case.model.num_blocks, (case.batch, case.context)
   settings = guide.WarmupSettings(300, case.batch, 1e-3)
   reading = guide.Reading.of(case.router, blocks, np.full(blocks, 0.3))
-  warmup = guide.make_step(case.router, RoutingConfig(case.kv_mode), settings, reading, case.remat)
+  warmup = guide.compiled_step(case.router, RoutingConfig(case.kv_mode), settings, reading, case.remat)
   params = _router(case, mesh).params
   shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), params)
   state = jax.eval_shape(guide.make_optimizer(settings).init, shapes)
@@ -227,7 +226,7 @@ def _inference(case: Case, mesh: Mesh):
       case.model, RoutingConfig(case.kv_mode), case.dtype, "splash" if case.attention == "splash" else "xla"
   )
   shape = {"late": schedules.late, "middle": schedules.middle}[case.shape]
-  schedule_L = shape(case.model.num_blocks, case.sparsity, _MAX_SPARSITY)
+  schedule_L = shape(case.model.num_blocks, case.sparsity, schedules.MAX_SPARSITY)
   weights = programs.Weights(params_of(case, mesh), _router(case, mesh), np.asarray(schedule_L, np.float32))
   with hardware.tracing_for("tpu"):
     return spec, spec.plan(weights, case.context), weights

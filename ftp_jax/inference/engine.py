@@ -352,7 +352,8 @@ class Engine:
     return _Stops(frozenset(ids), tuple(filter(None, strings)))
 
   def _generate(self, group: Group, max_new_tokens, sampling, stops: "_Stops", seed, stream) -> list[Generation]:
-    spec, batch = group.spec, len(group.index)
+    spec, plan, weights = group.spec.continuing(group.plan, group.weights)
+    batch = len(group.index)
     stop_K = np.full(power_of_two(max(len(stops.tokens), _STOP_SLOTS)), -1, np.int32)  # few sizes: each is a program
     stop_K[: len(stops.tokens)] = sorted(stops.tokens)
     seed_B = jnp.asarray([(seed + i) % 2**32 for i in group.index], jnp.uint32)
@@ -379,7 +380,7 @@ class Engine:
       steps = 1 if stream else min(_STEPS, left)
       with self._over():
         state, tokens, count = programs.decode_steps(
-            spec, group.plan, group.weights, sampling, steps, group.prefilled.cache, state, seed_B, stop_K
+            spec, plan, weights, sampling, steps, group.prefilled.cache, state, seed_B, stop_K
         )
       fresh = np.asarray(tokens)[:, : int(count)]
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from ftp_jax import distributed, sharding
 from ftp_jax import stages as stages_lib
-from ftp_jax.config import get_config
+from ftp_jax.config import get_config, needs_gate_scores
 from ftp_jax.data.encoding import matching
 from ftp_jax.data.prompts import Prompts, take
 from ftp_jax.errors import UserError, short_of_memory
@@ -47,9 +47,6 @@ class RunDirectory:
     self.search_settings = SearchSettings.from_config(config.search)
     self.train_settings = TrainSettings.from_config(config.train)
     self.num_scored = config.data.continuation
-    self.needs_fisher = (
-        config.train.guide == "fisher" or config.search.schedule == "fisher" or "fisher" in config.search.seed_schedules
-    )
 
   # --- what stages depend on -------------------------------------------------------------------
 
@@ -71,7 +68,7 @@ class RunDirectory:
             "stand_in": c.stand_in,
             "evaluation.redundancy_prompts": c.evaluation.redundancy_prompts,
             "train": {k: c.train[k] for k in ("fisher_draws", "batch")},
-            "gate scores needed": self.needs_fisher,
+            "gate scores needed": needs_gate_scores(c),
         },
         "search": {
             "routing": c.routing,
@@ -274,7 +271,6 @@ class RunDirectory:
   def named_schedule(self, name: str, sparsity: float) -> np.ndarray:
     """One of SCHEDULES (but ga and allotted) on the grid, int32 units (L,)."""
     s, blocks = self.config.search, self.frozen.config.num_blocks
-    schedules.total_units(sparsity, blocks, s.grid, s.max_sparsity)
     largest = schedules.max_units(s.grid, s.max_sparsity) / s.grid
     first = max(self.routing.one_pass_block, 0) if name == "fisher" else 0
     real = {

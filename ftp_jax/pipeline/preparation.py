@@ -12,6 +12,7 @@ import numpy as np
 import tqdm
 
 from ftp_jax import distributed
+from ftp_jax.config import needs_gate_scores
 from ftp_jax.data.prompts import take
 from ftp_jax.data.sources import load_splits
 from ftp_jax.data.windows import perplexity_windows
@@ -71,7 +72,7 @@ def importance(run: RunDirectory) -> None:
     write_json(directory / "influence.json", redundancy.block_influence(similarity).tolist())
     if run.config.stand_in.rank and not distributed.exists(directory / STAND_IN):
       fit_stand_in(run, directory / STAND_IN)
-    if run.needs_fisher:
+    if needs_gate_scores(run.config):
       routing = RoutingConfig(run.routing.kv_mode)  # evict_from aside: one set of scores serves all of them
       fisher = guide.collect_fisher(
           run.frozen.config, routing, run.frozen.params, run.prompts("train"), run.config.train.batch,

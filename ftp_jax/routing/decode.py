@@ -49,8 +49,8 @@ class Continuation:
   """
 
   def __init__(
-      self, config: ModelConfig, routing: RoutingConfig, plan: Plan, params: Any, router: Router, cache: Cache,
-      recent: Recent, num_new: int,
+      self, config: ModelConfig, routing: RoutingConfig, params: Any, router: Router, cache: Cache, recent: Recent,
+      num_new: int,
   ):
     self._config, self._routing, self._params, self._router, self._cache = config, routing, params, router, cache
     self._block, self._recent, self._count = decoder.Block(config), recent, recent.count
@@ -153,7 +153,7 @@ def extend(
   which the schedule asks anything ask no router.
   """
   batch, num_new = tokens_BxC.shape
-  new = Continuation(config, routing, plan, params, router, cache, recent, num_new)
+  new = Continuation(config, routing, params, router, cache, recent, num_new)
 
   def body(routes, plan_from, evict, sizes, carry, inputs):
     x, seen, state = carry

@@ -17,7 +17,7 @@ from ftp_jax.models.attention import attend, attention_rows
 from ftp_jax.models.config import ModelConfig
 from ftp_jax.routing import factors as factor_lib
 from ftp_jax.routing import routers, selection, stand_in
-from ftp_jax.routing.config import FACTORS, SCORE_FACTORS, RoutingConfig
+from ftp_jax.routing.config import SCORE_FACTORS, RoutingConfig
 from ftp_jax.routing.routers import Router
 from ftp_jax.sharding import constrain
 
@@ -189,13 +189,11 @@ class Routed(NamedTuple):
     hidden_BxTxD: states that leave the last block, before the final norm.
     keep_LxBxT: routes, boolean; False at padding.
     margin_LxBxT: compute minus skip logit of the router.
-    factors_LxBxTxF: the four factors, in the order of FACTORS; None unless collected.
   """
 
   hidden_BxTxD: jax.Array
   keep_LxBxT: jax.Array
   margin_LxBxT: jax.Array
-  factors_LxBxTxF: jax.Array | None
 
 
 def forward(
@@ -212,7 +210,6 @@ def forward(
     entry: Entry | None = None,
     straight_through: bool = False,
     input_gradient: bool = True,
-    collect_factors: bool = False,
     dtype: Any = jnp.float32,
     remat_policy: str = "none",
     attention: str = "auto",
@@ -230,7 +227,6 @@ def forward(
       were the sigmoid of its margin.
     input_gradient: let them pass through the states that routers read as well. From block to block these
       multiply, and where routes are bad they overflow.
-    collect_factors: also return the factors of every block.
     attention: one of ATTENTIONS.
 
   Returns:
@@ -249,17 +245,15 @@ def forward(
   block = decoder.Block(config)
   dynamic = router.kind == "dynamic"
   splash = choose_attention(attention, config, routing, num_positions) == "splash"
-  names = FACTORS if collect_factors else router.factors
-  scored = not SCORE_FACTORS.isdisjoint(names)
+  scored = not SCORE_FACTORS.isdisjoint(router.factors)
   position = jnp.broadcast_to(t, tokens_BxT.shape)
   row_B = routers.row_seed(tokens_BxT, context_B)
 
   def route(x, scores, state, sparsity, decode_sparsity, index, router_slice):
     """Gates (B,T) of one block: hard decisions and, for training, their differentiable values."""
-    features = factors(names, scores, sparsity, decode_sparsity, context_B) if names else None
     if router.kind == "given":
-      return router_slice > 0, router_slice, router_slice, state, features
-    read = features[..., [names.index(name) for name in router.factors]] if router.factors else None
+      return router_slice > 0, router_slice, router_slice, state
+    read = factors(router.factors, scores, sparsity, decode_sparsity, context_B) if router.factors else None
     x = x if input_gradient else jax.lax.stop_gradient(x)
     margin, state = routers.margin(router, router_slice, read, x, state, position, row_B, index)
     keep = selection.keep_context(margin, sparsity, context_B, routing)
@@ -270,12 +264,12 @@ def forward(
       soft = jax.nn.sigmoid(margin)
       decided = valid & ~settled & (jnp.where(in_context, sparsity, decode_sparsity) > 0)
       gate += jnp.where(decided, soft - jax.lax.stop_gradient(soft), 0.0)
-    return keep, gate, margin, state, features
+    return keep, gate, margin, state
 
   def body(plan_from, evict, carry, xs):
     x, scores, state = carry
     block_params, sparsity, decode_sparsity, index, router_slice = xs
-    keep, gate, margin, state, features = route(
+    keep, gate, margin, state = route(
         *(plan_from or (x, scores)), state, sparsity, decode_sparsity, index, router_slice
     )
     apply = lambda method, *args: block.apply({"params": block_params}, *args, method=method)
@@ -291,7 +285,7 @@ def forward(
       x = g * y + (1 - g) * skipping
     else:
       x = jnp.where(keep[:, :, None], y, skipping)
-    return (constrain(x, "batch", None, None), scores, state), (keep, margin, features if collect_factors else None)
+    return (constrain(x, "batch", None, None), scores, state), (keep, margin)
 
   num_blocks = config.num_blocks
   scores = init_scores(batch, num_positions, causal_view and scored)
@@ -325,10 +319,9 @@ def forward(
     carry, out = run(plan_from, carry, begin, end)
     parts.append(out)
   x = carry[0]
-  keep, margin, features = jax.tree.map(lambda *a: jnp.concatenate(a), *parts) if len(parts) > 1 else parts[0]
+  keep, margin = jax.tree.map(lambda *a: jnp.concatenate(a), *parts) if len(parts) > 1 else parts[0]
   if start:
     prefix = lambda value, like: jnp.broadcast_to(value, (start,) + like.shape[1:]).astype(like.dtype)
     keep = jnp.concatenate([prefix(valid, keep), keep])
     margin = jnp.concatenate([prefix(0.0, margin), margin])
-    features = None if features is None else jnp.concatenate([prefix(0.0, features), features])
-  return Routed(x, keep, margin, features)
+  return Routed(x, keep, margin)

@@ -43,7 +43,7 @@ def fits(stand_in: Any, num_blocks: int, hidden_size: int) -> bool:
     return True
   shapes = {name: jnp.shape(a) for name, a in stand_in.items()}
   size = (num_blocks, hidden_size)
-  rank = shapes.get("down", (0,))[-1]
+  rank = (0, *shapes.get("down", ()))[-1]
   return shapes == {"bias": size, "down": (*size, rank), "up": (num_blocks, rank, hidden_size)}
 
 

@@ -15,6 +15,7 @@ import numpy as np
 from ftp_jax.errors import UserError
 from ftp_jax.files import replacing
 
+MAX_SPARSITY = 0.975  # of a block in schedules that come without a search
 _EDGE_BLOCKS = 3  # the paper finds the first and last three blocks far less redundant than the rest
 _FINEST_GRID = 40_000  # capacities count in no finer steps
 _LARGEST_UNIT = 2**20  # reals are clipped here, so that their floors and shifts fit int32 and float32
@@ -118,7 +119,8 @@ def late(num_blocks: int, target: float, max_sparsity: float) -> np.ndarray:
   `max_sparsity` should be what the grid can express (max_units / grid), else the projection spreads what is cut off.
   """
   blocks_after = np.arange(num_blocks)[::-1]
-  return np.clip(target * num_blocks - blocks_after * max_sparsity, 0, max_sparsity)
+  rest = target * num_blocks - blocks_after * max_sparsity
+  return np.clip(rest, 0, max_sparsity).round(6)  # a remainder of 1e-16 is no sparsity
 
 
 def middle(num_blocks: int, target: float, max_sparsity: float) -> np.ndarray:

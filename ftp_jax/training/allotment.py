@@ -6,6 +6,7 @@ on one half of the prompts, choose among the tokens of the other half, and the s
 of what they skip add up to least.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -38,6 +39,11 @@ def skipped_worth(
   return np.take_along_axis(worth[:, None], (context_B - slots)[None, :, :, None], axis=3)[..., 0]
 
 
+@functools.lru_cache(maxsize=None)
+def _compiled_margins(router: RouterConfig, reading: guide.Reading) -> Any:
+  return jax.jit(guide.make_margins(router, reading, "none"))
+
+
 def expected_loss(
     router: RouterConfig,
     routing: RoutingConfig,
@@ -68,10 +74,10 @@ def expected_loss(
   """
   frozen = params if frozen is None else frozen
   reading = guide.Reading.of(router, len(data.score_UxNxT), schedule_L)
-  margins = jax.jit(guide.make_margins(router, reading, "none"))
+  margins = _compiled_margins(router, reading)
   params, asked = sharding.place(frozen, (params, guide.asked_of(reading, routing, schedule_L)))
-  losses = np.full((len(schedule_L), len(sparsities)), np.nan)
-  losses[reading.blocks] = 0.0
+  losses, blocks = np.full((len(schedule_L), len(sparsities)), np.nan), np.array(reading.blocks, int)
+  losses[blocks] = 0.0
   for start in range(0, len(rows), batch):
     some = rows[start : start + batch]
     filled = np.resize(some, batch)  # of one shape
@@ -79,11 +85,11 @@ def expected_loss(
     with sharding.over(frozen):
       context = sharding.place(frozen, data.context_N[filled], "batch")
       found = sharding.fetch(frozen, margins(params, context, *arrays, *asked))[:, : len(some)]
-    fisher = fisher_LxNxT[np.ix_(reading.blocks, some)]
+    fisher = fisher_LxNxT[np.ix_(blocks, some)]
     guide.check_scores(fisher)
     if not np.isfinite(found).all():
       raise UserError("The guided warm-up has diverged; lower train.warmup_guide_learning_rate.")
-    losses[reading.blocks] += skipped_worth(found, fisher, data.context_N[some], routing, sparsities).sum(axis=2)
+    losses[blocks] += skipped_worth(found, fisher, data.context_N[some], routing, sparsities).sum(axis=2)
   losses[np.asarray(schedule_L) <= 0] = np.nan  # a recurrent router is asked there as well, for the sake of its state
   return losses / len(rows)
 

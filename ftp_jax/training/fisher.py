@@ -20,7 +20,7 @@ from ftp_jax.routing.config import RoutingConfig
 
 
 @functools.partial(
-    jax.jit, static_argnames=("config", "routing", "num_scored", "draws", "dtype", "remat_policy", "attention")
+    jax.jit, static_argnames=("config", "routing", "num_scored", "draws", "dtype", "remat_policy")
 )
 def gate_fisher(
     config: ModelConfig,
@@ -35,7 +35,6 @@ def gate_fisher(
     draws: int,
     dtype: Any = jnp.float32,
     remat_policy: str = "none",
-    attention: str = "auto",
 ) -> jax.Array:
   """Fisher scores (L,B,T) in squared nats; zero at padding.
 
@@ -49,7 +48,7 @@ def gate_fisher(
   def log_probs(gate):
     out = masked.forward(
         config, routing, params, routers.Router("given", None, gate), tokens_BxT, context_B, length_B, schedule,
-        dtype=dtype, remat_policy=remat_policy, attention=attention,
+        dtype=dtype, remat_policy=remat_policy,
     )
     return scoring.log_probs(config, params, out.hidden_BxTxD, source)
 

@@ -235,7 +235,7 @@ class WarmupSettings:
 
 @dataclasses.dataclass(frozen=True)
 class Reading:
-  """Which blocks' guide losses count, and what their margins are computed from; index arrays.
+  """Which blocks' guide losses count, and what their margins are computed from; tuples of indices, hashable.
 
   Attributes:
     blocks: those whose loss counts.
@@ -244,20 +244,21 @@ class Reading:
     margin_of: of these margins, which is a block's.
   """
 
-  blocks: np.ndarray
-  inputs: np.ndarray
-  like: np.ndarray
-  input_of: np.ndarray
-  margin_of: np.ndarray
+  blocks: tuple[int, ...]
+  inputs: tuple[int, ...]
+  like: tuple[int, ...]
+  input_of: tuple[int, ...]
+  margin_of: tuple[int, ...]
 
   @classmethod
   def of(cls, router: RouterConfig, num_inputs: int, schedule_L: np.ndarray) -> "Reading":
     blocks = np.arange(len(schedule_L)) if router.kind == "recurrent" else np.flatnonzero(schedule_L)
     inputs, like, input_of = np.unique(np.minimum(blocks, num_inputs - 1), return_index=True, return_inverse=True)
-    if router.kind == "global" and "sparsity" not in router.factors:  # equal inputs give equal margins
-      return cls(blocks, inputs, like, np.arange(len(inputs)), input_of)
     every = np.arange(len(blocks))
-    return cls(blocks, inputs, every, input_of, every)
+    fields = blocks, inputs, every, input_of, every
+    if router.kind == "global" and "sparsity" not in router.factors:  # equal inputs give equal margins
+      fields = blocks, inputs, like, np.arange(len(inputs)), input_of
+    return cls(*(tuple(field.tolist()) for field in fields))
 
 
 def make_optimizer(settings: WarmupSettings) -> optax.GradientTransformation:
@@ -267,7 +268,8 @@ def make_optimizer(settings: WarmupSettings) -> optax.GradientTransformation:
 def asked_of(reading: Reading, routing: RoutingConfig, schedule_L: np.ndarray) -> tuple[jax.Array, jax.Array]:
   """What a schedule asks of context and of new tokens in `reading.blocks`."""
   asked = jnp.asarray(schedule_L, jnp.float32)
-  return asked[reading.blocks], decode_schedule(asked, routing.decode_sparsity)[reading.blocks]
+  blocks = np.array(reading.blocks, int)
+  return asked[blocks], decode_schedule(asked, routing.decode_sparsity)[blocks]
 
 
 def inputs_of(data: GuideData, reading: Reading, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
@@ -284,7 +286,8 @@ def make_margins(router: RouterConfig, reading: Reading, remat_policy: str) -> A
   blocks, like, input_of = reading.blocks, reading.like, reading.input_of
 
   def pick(array, index):
-    return array if np.array_equal(index, np.arange(len(array))) else array[index]  # no copy of what is read as it is
+    as_it_is = index == tuple(range(len(array)))  # not copied
+    return array if as_it_is else array[np.array(index, int)]
 
   def of_inputs(params, context, score, hidden, schedule, decode_schedule):
     of_block = lambda score, *asked: masked.factors(router.factors, masked.Scores(score, None), *asked, context)
@@ -298,12 +301,14 @@ def make_margins(router: RouterConfig, reading: Reading, remat_policy: str) -> A
   return of_inputs
 
 
-def make_step(
+@functools.lru_cache(maxsize=None)
+def compiled_step(
     router: RouterConfig, routing: RoutingConfig, settings: WarmupSettings, reading: Reading, remat_policy: str
 ) -> Any:
-  """A jitted step of the warm-up: params, state, context_B, length_B, then arrays -> params, state, loss.
+  """A step of the warm-up, jitted once for equal arguments.
 
-  The arrays: those of `inputs_of`; `fisher` of `reading.blocks`; what is asked, of `asked_of`.
+  params, state, context_B, length_B, then arrays -> params, state, loss. The arrays: those of `inputs_of`; `fisher` of
+  `reading.blocks`; what is asked, of `asked_of`.
   """
   scored = not SCORE_FACTORS.isdisjoint(router.factors)
   optimizer, margins_of = make_optimizer(settings), make_margins(router, reading, remat_policy)
@@ -353,7 +358,7 @@ def warm_up(
   """
   frozen = params if frozen is None else frozen
   reading = Reading.of(router, len(data.score_UxNxT), schedule_L)
-  step, state = make_step(router, routing, settings, reading, remat_policy), make_optimizer(settings).init(params)
+  step, state = compiled_step(router, routing, settings, reading, remat_policy), make_optimizer(settings).init(params)
   params, state, asked = sharding.place(frozen, (params, state, asked_of(reading, routing, schedule_L)))
   rows = np.arange(len(data.context_N)) if rows is None else rows
   history = []

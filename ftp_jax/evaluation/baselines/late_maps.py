@@ -31,7 +31,7 @@ ROUTING = RoutingConfig("project")
 
 def schedule(num_blocks: int, sparsity: float) -> np.ndarray:
   """The schedule (L,): the last blocks skip everything, and one before them what is left."""
-  return schedules.late(num_blocks, sparsity, 1.0).round(6)
+  return schedules.late(num_blocks, sparsity, 1.0)
 
 
 def settings(steps: int) -> TrainSettings:

@@ -53,12 +53,9 @@ def calibrate(model: Frozen, sparsity: float, calibration: Calibration, seed: in
   """
   shape, steps = (model.config.num_blocks, 2), calibration.steps
   router = {"kernel": jnp.zeros(shape + (model.config.hidden_size,)), "bias": jnp.full(shape, _FIRST_BIAS)}
-  optimizer = optax.chain(
-      optax.clip_by_global_norm(CLIP), optax.adam(optax.cosine_decay_schedule(LEARNING_RATE, steps, 0.1))
-  )
-  state = TrainState(router, optimizer.init(router))
+  state = TrainState(router, _optimizer(steps).init(router))
   prompts, num_scored = calibration.prompts, calibration.num_scored
-  step = jax.jit(functools.partial(_step, model.config, optimizer, num_scored, model.dtype))
+  step = functools.partial(_step, model.config, steps, num_scored, model.dtype)
   validate_every, save_every = max(1, steps // _VALIDATIONS), max(1, steps // 8)
   first = take(prompts, np.arange(min(_VALIDATION_PROMPTS, len(prompts.tokens))))
   with (
@@ -100,11 +97,17 @@ def _identity(model: Frozen, sparsity: float, calibration: Calibration, seed: in
   }
 
 
-def _step(config, optimizer, num_scored, dtype, params, router, state, rows: Prompts, sparsity, key):
+def _optimizer(steps: int) -> optax.GradientTransformation:
+  rate = optax.cosine_decay_schedule(LEARNING_RATE, steps, 0.1)
+  return optax.chain(optax.clip_by_global_norm(CLIP), optax.adam(rate))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _step(config, steps, num_scored, dtype, params, router, state, rows: Prompts, sparsity, key):
   grads, (distill, skipped) = jax.grad(_loss, argnums=3, has_aux=True)(
       config, num_scored, params, router, rows, sparsity, key, dtype
   )
-  updates, state = optimizer.update(grads, state, router)
+  updates, state = _optimizer(steps).update(grads, state, router)
   return optax.apply_updates(router, updates), state, distill, skipped
 
 
