@@ -48,12 +48,17 @@ class Spec:
     return make_plan(np.asarray(weights.schedule_L), num_positions, self.routing, max_buckets, buckets)
 
   def prefill(self, plan: Plan, weights: Weights, tokens_BxT: jax.Array, context_B: jax.Array) -> bucketed.Prefilled:
+    """Runs contexts of lengths `context_B`, right-padded to T = `plan.num_positions`; plan and weights belong together.
+
+    Other executions replace this and `extend`, each with a plan and a cache of its own kind.
+    """
     return bucketed.prefill(
         self.model, self.routing, plan, *weights[:2], tokens_BxT, context_B, weights.schedule_L, dtype=self.dtype,
         attention=self.attention,
     )
 
   def extend(self, plan: Plan, weights: Weights, cache: Cache, recent: Recent, tokens_BxC) -> decode.Extended:
+    """Runs C further tokens of every row behind what `prefill` and earlier calls left; `recent` has room for them."""
     return decode.extend(
         self.model, self.routing, plan, *weights[:2], cache, recent, tokens_BxC, weights.schedule_L, dtype=self.dtype
     )

@@ -1,7 +1,7 @@
 """A short hash of a model's weights, to notice that an artifact meets another base model.
 
 It depends on values only: not on how the checkpoint is cut into files, nor on a lossless change
-of its dtype. Needs nothing but numpy, so that it serves runtimes without JAX as well.
+of its dtype. `export/torch_runtime.py`, which stands alone, has it once more.
 """
 
 import hashlib

@@ -121,6 +121,7 @@ def find_schedule(
 
 
 def new_router(run: RunDirectory, seed: int) -> Any:
+  """Parameters of a router that has learned nothing yet."""
   model = run.frozen.config
   return routers.init_router(run.router_config, jax.random.key(seed), model.num_blocks, model.hidden_size)
 

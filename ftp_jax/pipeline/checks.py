@@ -22,6 +22,7 @@ from ftp_jax.models.config import ModelConfig
 from ftp_jax.models.decoder import REMAT
 from ftp_jax.models.huggingface import fingerprint
 from ftp_jax.models.sources import DTYPES
+from ftp_jax.routing.config import RoutingConfig
 from ftp_jax.search import schedule as schedules
 from ftp_jax.stages import flatten, read_json
 
@@ -42,19 +43,48 @@ _AT_LEAST = {
 
 def check_config(config) -> None:
   """Raises UserError for a value that no stage could work with."""
+  _check_values(config)
+  _check_cells(config)
+  _check_search(config)
+  check_lengths(config.data)
+  check_windows(config.evaluation.perplexity_windows, config.evaluation.perplexity_length)
+  _check_routing(config)
+  _check_train(config)
+  if config.data.chat and config.data.source in ("embedded", "text"):
+    raise UserError("data.chat=True needs prompts; set data.source='prompts' or 'hub', or data.chat=False.")
+
+
+def _check_values(config) -> None:
+  """Numbers that are there, finite and large enough, and names that are known."""
   known, found = flatten(get_config()), flatten(config)
   for name in known:
     if found.get(name) is None or found[name] != found[name]:
       raise UserError(f"The config has {name}={found.get(name)!r}; give it a value, such as {known[name]!r}.")
     if isinstance(found[name], float) and math.isinf(found[name]) and name != "train.clip":  # there: no clipping
       raise UserError(f"{name}={found[name]} is no finite number; give it one, such as {known[name]!r}.")
+  for name, value, allowed in (
+      ("search.schedule", config.search.schedule, SCHEDULES),
+      ("model.dtype", config.model.dtype, tuple(DTYPES)),
+      ("model.remat", config.model.remat, REMAT),
+  ):
+    if value not in allowed:
+      raise UserError(f"{name}={value!r} is unknown; choose one of {', '.join(allowed)}.")
+  for least, names in _AT_LEAST.items():
+    for name in names:
+      section, key = name.split(".")
+      if config[section][key] < least:
+        raise UserError(f"{name}={config[section][key]} must be at least {least}.")
+  if config.data.seed >= 2**32:
+    raise UserError(f"data.seed={config.data.seed} must be less than 2**32.")
+
+
+def _check_cells(config) -> None:
+  """Sparsities and seeds."""
   if not config.sparsities or not config.seeds:
     raise UserError("The run has nothing to do: give at least one of config.sparsities and of config.seeds.")
   for seed in config.seeds:
     if not isinstance(seed, int) or not 0 <= seed < 2**32:
       raise UserError(f"seeds={tuple(config.seeds)} must be whole numbers from 0 to 2**32 - 1.")
-  if config.data.seed >= 2**32:
-    raise UserError(f"data.seed={config.data.seed} must be less than 2**32.")
   largest = schedules.max_units(config.search.grid, config.search.max_sparsity) / config.search.grid
   for sparsity in config.sparsities:
     if not isinstance(sparsity, float) or not 0.005 <= sparsity <= largest:
@@ -65,21 +95,13 @@ def check_config(config) -> None:
   folders = [{f"{s:.2f}" for s in config.sparsities}, set(config.seeds)]
   if [len(names) for names in folders] != [len(config.sparsities), len(config.seeds)]:
     raise UserError("config.sparsities must differ in their first two decimals, and config.seeds from each other.")
+
+
+def _check_search(config) -> None:
+  """What the search starts from and leaves to train for."""
   starts = [name for name in SCHEDULES if name not in ("ga", "allotted", "file")]
-  for name, value, allowed in (
-      ("search.schedule", config.search.schedule, SCHEDULES),
-      ("model.dtype", config.model.dtype, tuple(DTYPES)),
-      ("model.remat", config.model.remat, REMAT),
-  ):
-    if value not in allowed:
-      raise UserError(f"{name}={value!r} is unknown; choose one of {', '.join(allowed)}.")
   if not config.search.seed_schedules or any(name not in starts for name in config.search.seed_schedules):
     raise UserError(f"search.seed_schedules must name one or more of {', '.join(starts)}.")
-  for least, names in _AT_LEAST.items():
-    for name in names:
-      section, key = name.split(".")
-      if config[section][key] < least:
-        raise UserError(f"{name}={config[section][key]} must be at least {least}.")
   t = config.train
   warmed = min(t.warmup_guide_prompts, _trained(config.data)) if t.guide == "fisher" and t.warmup_guide_steps else 0
   if config.search.schedule == "allotted" and warmed < 2:
@@ -87,30 +109,36 @@ def check_config(config) -> None:
         "search.schedule='allotted' judges routers after their guided warm-up; set train.guide='fisher', "
         "train.warmup_guide_steps above 0, and train.warmup_guide_prompts and data.num_train to at least 2."
     )
-  if config.finetune.rounds == 0 and config.train.guide == "fisher":
-    if config.train.fisher_share and config.search.schedule not in ("fisher", "allotted"):
+  if config.finetune.rounds == 0 and t.guide == "fisher":
+    if t.fisher_share and config.search.schedule not in ("fisher", "allotted"):
       raise UserError(
           "finetune.rounds=0 would keep a schedule that the router is not trained for; set train.fisher_share=0, "
           "search.schedule='fisher' or finetune.rounds=1."
       )
-  check_lengths(config.data)
-  check_windows(config.evaluation.perplexity_windows, config.evaluation.perplexity_length)
-  r = config.routing
+
+
+def _check_routing(config) -> None:
+  """What a run can train and measure of its routes."""
+  r = RoutingConfig(**config.routing)
   if r.selection == "topk" and r.bucket_multiple >= config.data.max_context:
     raise UserError(
         f"routing.bucket_multiple={r.bucket_multiple} rounds what contexts of at most data.max_context="
         f"{config.data.max_context} tokens keep up to all of them, so that nothing skips; choose a smaller one."
     )
-  if r.decode_sparsity and r.decode_rule == "threshold" and config.data.continuation < 2:
+  if r.trains_continuation and config.data.continuation < 2:
     raise UserError(
         "data.continuation=1 leaves no new token that routing.decode_sparsity could train; raise it, or set "
         "routing.decode_sparsity=0."
     )
-  if r.decode_sparsity and r.decode_rule == "threshold" and r.decode_threshold != 0.5:
+  if r.trains_continuation and r.decode_threshold != 0.5:
     raise UserError(
         f"routing.decode_threshold={r.decode_threshold:g} is not what new tokens are trained for, 0.5; keep that here "
         "and give another one to what runs the artifact."
     )
+
+
+def _check_train(config) -> None:
+  """Maps, raised scores and the schedule that training moves towards."""
   if config.stand_in.rank < 0 or config.stand_in.ridge <= 0:
     raise UserError(
         f"stand_in.rank={config.stand_in.rank} must be at least 0, and stand_in.ridge={config.stand_in.ridge} positive."
@@ -120,12 +148,10 @@ def check_config(config) -> None:
         f"train.stand_in_learning_rate={config.train.stand_in_learning_rate} has no maps to train; set stand_in.rank, "
         "or leave it at 0."
     )
-  if t.raised_tokens:
-    check_raised(t)
+  if config.train.raised_tokens:
+    check_raised(config.train)
   if not 0 <= config.train.fisher_share <= 1:
     raise UserError(f"train.fisher_share={config.train.fisher_share} must lie between 0 and 1.")
-  if config.data.chat and config.data.source in ("embedded", "text"):
-    raise UserError("data.chat=True needs prompts; set data.source='prompts' or 'hub', or data.chat=False.")
 
 
 def _trained(data) -> int:
@@ -166,8 +192,7 @@ def check_plan(config, num_blocks: int) -> None:
           f"{s.schedule!r} those before a plan are dense; choose a smaller S or a smaller routing.one_pass_block."
       )
   routed, new = num_blocks - max(first, 0), config.routing.decode_sparsity
-  trained = new > 0 and config.routing.decode_rule == "threshold"
-  if scored and trained and new * num_blocks >= routed:
+  if scored and RoutingConfig(**config.routing).trains_continuation and new * num_blocks >= routed:
     raise UserError(
         f"routing.decode_sparsity={new:g} would take all of the {routed} blocks that can skip, or more; choose a "
         "smaller one."

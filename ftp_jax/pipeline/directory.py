@@ -246,6 +246,7 @@ class RunDirectory:
 
   @functools.cached_property
   def guide_scores(self) -> np.ndarray:
+    """What the guide ranks the tokens of all training prompts by, (L,N,T)."""
     nested = self.router_config.kind == "global"  # one ranking; others rank the tokens anew for each block
     return guide.joint_scores(self.fisher, self.routing.one_pass_block) if nested else self.fisher
 
@@ -258,6 +259,7 @@ class RunDirectory:
 
   @functools.cached_property
   def guide_data(self) -> guide.GuideData:
+    """What routers read and should find in the prompts of the warm-up, collected on first use."""
     train = self.prompts("train")
     some = take(train, np.arange(min(self.config.train.warmup_guide_prompts, len(train.tokens))))
     with short_of_memory("lower train.warmup_guide_prompts"):

@@ -90,6 +90,7 @@ def route_maps(run: RunDirectory, router: routers.Router, model: Frozen, schedul
 def write_artifact(
     run: RunDirectory, directory, router: routers.Router, maps: Any, schedule: np.ndarray, record: dict[str, Any]
 ) -> None:
+  """Writes the artifact of a cell; `record` holds the figures that it is published with."""
   made = artifact_lib.Artifact(
       base_model=run.config.model.source,
       fingerprint=fingerprint(run.model.directory),

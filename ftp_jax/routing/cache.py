@@ -73,6 +73,7 @@ def empty_cache(config: ModelConfig, plan: Plan, batch: int, dtype) -> tuple[jax
 
 
 def empty_recent(config: ModelConfig, batch: int, room: int, dtype) -> Recent:
+  """Room for M = `room` new tokens of every row, none of them taken."""
   shape = (config.num_blocks, batch, config.num_kv_heads, room, config.head_dim)
   k, v = (constrain(jnp.zeros(shape, dtype), None, "batch", "kv_heads", None, None) for _ in range(2))
   computed = constrain(jnp.zeros((config.num_blocks, batch, room), bool), None, "batch", None)

@@ -262,6 +262,7 @@ class Reading:
 
 
 def make_optimizer(settings: WarmupSettings) -> optax.GradientTransformation:
+  """AdamW with cosine decay to 0."""
   return optax.adamw(optax.cosine_decay_schedule(settings.learning_rate, settings.steps), weight_decay=1e-3)
 
 

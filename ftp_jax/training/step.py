@@ -120,6 +120,7 @@ def make_optimizer(settings: TrainSettings) -> optax.GradientTransformation:
 
 
 def init_state(settings: TrainSettings, router_params: Any) -> TrainState:
+  """The state before the first step, of the parameters to start from."""
   return TrainState(jnp.zeros((), jnp.int32), router_params, make_optimizer(settings).init(router_params))
 
 
