@@ -107,10 +107,12 @@ class _Worker:
     import torch
     import transformers
 
+    from ftp_jax.export.torch_runtime import CACHE
+
     transformers.utils.logging.disable_progress_bar()
     device = "cuda" if gpu and torch.cuda.is_available() else "cpu"
     torch.set_float32_matmul_precision("high")  # on GPUs TF32, which is jax's default there; no change elsewhere
-    self.torch, self.device = torch, device
+    self.torch, self.device, self.cache = torch, device, CACHE
     self.model = transformers.AutoModelForCausalLM.from_pretrained(
         directory, dtype=getattr(torch, dtype), attn_implementation="sdpa", use_safetensors=True
     ).to(device).eval()
@@ -123,7 +125,9 @@ class _Worker:
     return time.perf_counter()
 
   def _run(self, tokens, past=None):
-    return self.model(input_ids=tokens, past_key_values=past, use_cache=True, logits_to_keep=1)
+    """The logits behind `tokens`, and the cache with them in it."""
+    out = self.model(input_ids=tokens, use_cache=True, logits_to_keep=1, **{self.cache: past})
+    return out.logits, getattr(out, self.cache)
 
   def _tokens(self, tokens_BxT):
     return self.torch.as_tensor(tokens_BxT).long().to(self.device)
@@ -139,8 +143,8 @@ class _Worker:
   def start(self, tokens_BxT) -> int:
     """Prefills for `decode`; bytes of the cache."""
     with self.torch.inference_mode():
-      out = self._run(self._tokens(tokens_BxT))
-      self.past, self.first = out.past_key_values, out.logits[:, -1].argmax(-1, keepdim=True)
+      logits, self.past = self._run(self._tokens(tokens_BxT))
+      self.first = logits[:, -1].argmax(-1, keepdim=True)
     return sum(layer.keys.nbytes + layer.values.nbytes for layer in self.past.layers)
 
   def decode(self, steps: int) -> float:
@@ -149,6 +153,6 @@ class _Worker:
       past, token = copy.deepcopy(self.past), self.first
       start = self._ready()
       for _ in range(steps):
-        out = self._run(token, past)
-        past, token = out.past_key_values, out.logits[:, -1].argmax(-1, keepdim=True)
+        logits, past = self._run(token, past)
+        token = logits[:, -1].argmax(-1, keepdim=True)
       return self._ready() - start

@@ -40,7 +40,7 @@ _ROUNDING = 1e-5  # share by which a new token's margin may be below that of a c
 _MOST_RECENT = 4  # recent tokens are at most the 4th part of a context: a shorter one has none
 _CHUNK = 512  # queries that are masked at once
 # What a model's output calls its cache; transformers 5.24 changed the name.
-_CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
+CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 _WHOLE = 0.3  # from this share of queries on, causal attention of all tokens is faster than masked of some
 # What an artifact chooses, with the values known here; its numbers, with the least and the largest; their types.
 _CHOICES = {
@@ -595,7 +595,7 @@ class PrunedModel:
     if labels is not None:
       loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size)
     use_cache = self.config.use_cache if use_cache is None else use_cache
-    out = CausalLMOutputWithPast(loss=loss, logits=logits, **{_CACHE: cache if use_cache else None})
+    out = CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE: cache if use_cache else None})
     return out.to_tuple() if return_dict is False else out
 
   def _run(self, x_PxD, tokens: Packed, gates: _Gates, cache: PrunedCache, wanted_P) -> torch.Tensor:
