@@ -72,9 +72,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "no warm-up": ("losses", {"train.warmup_guide_steps": 0}),
     "no warm-up and no guide": ("losses", {"train.guide_weight": 0.0, "train.warmup_guide_steps": 0}),
     "guide in the warm-up alone": ("losses", {"train.guide_weight": 0.0}),
-    "static guide without warm-up": (
-        "losses", {"train.guide": "static", "train.guide_stakes": 0.0, "train.raised_tokens": ""}
-    ),
+    "static guide without warm-up": ("losses", {"train.guide": "static", "train.guide_stakes": 0.0}),
     "without distillation": ("losses", {"train.distill_weight": 0.0}),
     "no gradient through inputs": ("losses", {"train.input_gradient": False}),
     "uniform without gradient through inputs": ("schedule", {

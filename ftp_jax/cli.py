@@ -40,6 +40,8 @@ tasks:
   retrieval    a number stated early in a long context and asked for at its end
   any other    a task of lm-eval's own, from the hub"""
 
+_MODEL = "any model source (default: what the artifact was made for, or else smollm2-135m)"
+
 
 def main(argv: Sequence[str] | None = None) -> int:
   """Runs a command; returns the exit status: 1 for what does not fit, 2 for a user's mistake, 130 for Ctrl-C, 143 for
@@ -121,7 +123,7 @@ def _parser() -> argparse.ArgumentParser:
   export.add_argument("--model", help="any model source, to compare and copy (default: what the artifact names)")
   export.add_argument("--with-weights", action="store_true", help="also copy the base model, unchanged")
   generate = add("generate", "continue prompts, dense or pruned by an artifact", _generate)
-  generate.add_argument("--model", default="smollm2-135m", help="any model source (default: smollm2-135m)")
+  generate.add_argument("--model", help=_MODEL)
   generate.add_argument("--artifact", metavar="DIR", help="what prunes the model (default: nothing does)")
   generate.add_argument("--prompt", metavar="TEXT", help="one prompt, printed as it is continued (default: stdin)")
   generate.add_argument(
@@ -152,7 +154,7 @@ def _parser() -> argparse.ArgumentParser:
   generate.add_argument("--json", metavar="FILE", help="also write the results to this file as JSON Lines")
   bench = add("bench", "measure time and memory of pruned inference on this machine", _bench, _BENCHES)
   bench.add_argument("kind", metavar="KIND", help="prefill, decode, overhead, compile or crossover")
-  bench.add_argument("--model", default="smollm2-135m", help="any model source (default: smollm2-135m)")
+  bench.add_argument("--model", help=_MODEL)
   for name, metavar, summary in (
       ("artifact", "DIR[,DIR]", "trained artifacts (numbered in this order) in place of built-in schedules"),
       ("baseline", "NAME|DIR[,..]", "prefill: also measure saved baselines, or truncation, random, static, late"),
@@ -177,7 +179,7 @@ def _parser() -> argparse.ArgumentParser:
   )
   evaluate = add("eval", "run benchmarks: lm-eval's tasks, your own files, long-context retrieval", _eval, _TASKS)
   evaluate.add_argument("--tasks", metavar="NAME[,NAME]", help="what to run, see below")
-  evaluate.add_argument("--model", default="smollm2-135m", help="any model source (default: smollm2-135m)")
+  evaluate.add_argument("--model", help=_MODEL)
   for name, metavar, kind, default, summary in (
       ("artifact", "DIR", str, None, "what prunes the model (default: nothing does)"),
       ("data", "DIR", str, None, "directory with arc_easy.jsonl, ... (default: lm-eval's tasks, from the hub)"),
@@ -235,21 +237,31 @@ def _export(arguments: argparse.Namespace) -> None:
   print(pytorch.export(arguments.artifact, arguments.out, arguments.model, arguments.with_weights))
 
 
+def _name_model(arguments: argparse.Namespace) -> None:
+  """Where no --model is given it is the one that the artifact, the first of several, was made for."""
+  from ftp_jax.export import artifact
+
+  arguments.model = arguments.model or artifact.base_model((arguments.artifact or "").partition(",")[0])
+
+
 def _generate(arguments: argparse.Namespace) -> None:
   from ftp_jax.inference import command
 
+  _name_model(arguments)
   command.run(arguments)
 
 
 def _bench(arguments: argparse.Namespace) -> None:
   from ftp_jax.bench import command
 
+  _name_model(arguments)
   command.run(arguments)
 
 
 def _eval(arguments: argparse.Namespace) -> None:
   from ftp_jax.evaluation.harness import command
 
+  _name_model(arguments)
   command.run(arguments)
 
 

@@ -92,14 +92,12 @@ def get_config() -> config_dict.ConfigDict:
   c.train.sparsity_weight = 1.0  # w_s
   c.train.sparsity_two_sided = False  # also punish skipping more than asked
   c.train.guide = "fisher"  # target of the guide loss: static or fisher
-  c.train.fisher_share = 0.5  # training asks for the found schedule, unless allotted moved this far to the Fisher one
+  c.train.fisher_share = 0.5  # training asks for the found schedule moved this far to the Fisher one; not if allotted
   c.train.warmup_guide_steps = 300  # steps on the guide alone (fisher), without passing the model
   c.train.warmup_guide_prompts = 256  # training prompts whose router inputs stay in host memory for that
   c.train.warmup_guide_learning_rate = 1e-3  # peak learning rate of those steps
   c.train.guide_weight = 1.0  # w_g at step 0
   c.train.guide_stakes = 0.0  # share of a token's weight in the guide that grows with its score's distance from the cut
-  c.train.raised_tokens = ""  # regular expression, as "[0-9]": tokens in whose text it is found have raised gate scores
-  c.train.raised_factor = 16.0  # what these scores are multiplied by
   c.train.guide_decay = "cosine"  # decay of w_g to 0 over the steps: cosine, linear or none
   c.train.input_gradient = True  # gradients also pass through the hidden states that routers read
   c.train.stand_in_learning_rate = 0.0  # peak rate of maps for skipped blocks, beside the router; 0: as fitted

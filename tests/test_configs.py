@@ -26,7 +26,7 @@ CONFIG = ROOT / "ftp_jax" / "config.py"
 CONFIGS = (
     "llama2_13b", "llama2_7b", "llama2_7b_stand_in", "llama3_8b", "paper_smollm2_135m", "quickstart", "qwen1_5_7b",
     "qwen2_5_coder_0_5b", "smollm2_135m", "smollm2_135m_late", "smollm2_135m_late_more", "smollm2_135m_long",
-    "smollm2_135m_long_stand_in", "smollm2_135m_mixed", "smollm2_135m_passages", "smollm2_135m_stand_in",
+    "smollm2_135m_long_stand_in", "smollm2_135m_mixed", "smollm2_135m_stand_in",
 )
 LARGE = {"llama2-7b": 6.74e9, "llama2-13b": 13.02e9, "llama3-8b": 8.03e9, "qwen1.5-7b": 7.72e9}
 KEYS = sorted(launch.keys(get_config()))
@@ -70,7 +70,8 @@ def test_a_config_without_a_text_asks_for_no_more_perplexity_windows_than_the_em
 def test_header_gives_command_time_and_result(name):
   header = ast.get_docstring(ast.parse((ROOT / "experiments" / "configs" / f"{name}.py").read_text()))
   assert f"ftp-jax run --config={name} --workdir=runs/{name}" in header
-  assert re.search(r"^Wall time", header, re.M) and "esult: " in header and "TODO" not in header
+  said = re.search(r"^Wall time.*esult: .*", header, re.M | re.S)[0]
+  assert re.search(r"\d", said) or "not run" in said
 
 
 def test_every_key_has_a_comment():

@@ -11,6 +11,7 @@ import math
 import os
 import pathlib
 import re
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -717,7 +718,8 @@ def directories(tmp_path_factory):
   save_params(params(c), c, root / "model", hf)
   byte_tokenizer(CHAT).save_pretrained(root / "model")
   made = artifact(c, RoutingConfig("evict"), RouterConfig(), measured(10))
-  artifacts.save(dataclasses.replace(made, fingerprint=fingerprint(root / "model")), root / "artifact")
+  made = dataclasses.replace(made, base_model=str(root / "model"), fingerprint=fingerprint(root / "model"))
+  artifacts.save(made, root / "artifact")
   return str(root / "model"), str(root / "artifact")
 
 
@@ -747,6 +749,17 @@ def test_the_command_streams_the_continuation_of_one_prompt(directories, served,
   assert generate(directories, "--prompt=Do tiny ones talk?", "--max-new-tokens=18", "--tensor=2") == 0
   out, err = capsys.readouterr()
   assert out == expected.text + "\n" and "pruned: no crossover was measured on this kind and number" in err
+
+
+def test_without_a_model_it_is_that_of_the_artifact(directories, served, capsys, tmp_path):
+  expected = served.generate([served.encode("Do tiny ones talk?")], 4)[0].text
+  asked = ["generate", "--prompt=Do tiny ones talk?", "--max-new-tokens=4"]
+  assert cli.main([*asked, f"--artifact={directories[1]}"]) == 0
+  assert capsys.readouterr().out == expected + "\n"
+  config = pathlib.Path(shutil.copytree(directories[1], tmp_path / "artifact")) / "ftp_config.json"
+  config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model": 3}))
+  assert cli.main([*asked, f"--artifact={config.parent}"]) == 2
+  assert "is incomplete or wrong (base_model=3 is no text); copy the artifact again." in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("typed", [b"caf\xe9", b""])

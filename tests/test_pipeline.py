@@ -418,7 +418,6 @@ def test_an_allotted_schedule_is_where_routers_lose_least(model_directory, tmp_p
   assert (cell / "search" / "schedule.json").read_bytes() == before
   for section, key, value in (
       ("train", "warmup_guide_steps", 6), ("train", "warmup_guide_learning_rate", 0.1), ("train", "batch", 2),
-      ("train", "raised_tokens", "e"),
       ("router", "hidden_size", 8),
   ):
     other = config.copy_and_resolve_references()
@@ -432,44 +431,6 @@ def test_an_allotted_schedule_is_where_routers_lose_least(model_directory, tmp_p
   config.train.warmup_guide_learning_rate = 1e30
   with pytest.raises(UserError, match="warm-up has diverged; lower train.warmup_guide_learning_rate"):
     pipeline.run(config, str(tmp_path / "other"), pipeline.STAGES[:3])
-
-
-def test_raised_scores_are_those_of_tokens_with_the_text(model_directory, finished, tmp_path):
-  config = tiny_run(model_directory)
-  config.search.update(schedule="fisher", max_sparsity=0.5)
-  config.finetune.rounds = 0
-  runs = {}
-  for name, pattern, factor in (("alike", "", 16.0), ("raised", "[aeiou]", 4.0), ("far", "[aeiou]", 1e6)):
-    config.train.update(raised_tokens=pattern, raised_factor=factor)
-    config.train.update(warmup_guide_steps=100, warmup_guide_learning_rate=1e-2)
-    for stage in ("data", "importance"):  # made without: the scores that are kept are not raised
-      shutil.copytree(finished / stage, tmp_path / name / stage)
-    pipeline.run(config, str(tmp_path / name), pipeline.STAGES[:5])
-    runs[name] = RunDirectory(config.copy_and_resolve_references(), tmp_path / name)
-  train, tokenizer = runs["alike"].prompts("train"), runs["alike"].described[1]
-  texts = [[tokenizer.decode([token]) for token in row] for row in train.tokens.tolist()]
-  vowel = np.array([[text in "aeiou" for text in row] for row in texts])
-  in_context = np.arange(24)[None] < train.context[:, None]
-  assert 0.1 < vowel[in_context].mean() < 0.5
-  alike, raised = runs["alike"].fisher, runs["raised"].fisher
-  np.testing.assert_array_equal(raised[:, vowel], 4 * alike[:, vowel])
-  np.testing.assert_array_equal(raised[:, ~vowel], alike[:, ~vowel])
-  # A router learns to keep such tokens.
-  kept = {}
-  for name, run in runs.items():
-    cell = run.cell(0.25, 0) / "finetune"
-    router, model = run.load_trained(cell)
-    asked = run.schedule(cell)
-    keep = masked.forward(model.config, run.routing, model.params, router, *train, asked).keep_LxBxT
-    kept[name] = np.asarray(keep)[:-1, in_context & vowel].mean()  # what skips the last block is worth nothing
-  assert min(kept["far"], kept["raised"]) > kept["alike"] + 0.08
-  with pytest.raises(UserError, match="search was made with train.raised_factor=4.0"):  # the schedule would be another
-    config.train.raised_factor = 5.0
-    pipeline.run(config, str(tmp_path / "raised"), ("search",))
-  config.train.raised_tokens = "qqq"
-  with pytest.raises(UserError, match="raised_tokens='qqq' is found in no token of the training prompts; give"):
-    pipeline.run(config, str(tmp_path / "none"), pipeline.STAGES[:2])
-  assert not list((tmp_path / "none" / "importance").glob("*.npz"))
 
 
 def test_new_tokens_that_skip_are_trained_and_reported(model_directory, tmp_path):
@@ -538,12 +499,6 @@ def test_routers_a_block_learn_the_scores_of_their_blocks_whichever_block_evicts
     (lambda c: c.model.update(remat="some"), "model.remat"),
     (lambda c: c.train.update(batch=0), "train.batch"),
     (lambda c: c.train.update(fisher_share=1.5), "fisher_share"),
-    (lambda c: c.train.update(raised_tokens="[0-9"), "tokens='\\[0-9' is no regular expression \\(.*\\); write one"),
-    (lambda c: c.train.update(raised_tokens="a", raised_factor=0.0), "raised_factor=0 must be more than 1 and at most"),
-    (lambda c: c.train.update(raised_tokens="a", raised_factor=1e39), "raised_factor=1e\\+39 must be more than 1"),
-    (lambda c: c.train.update(raised_tokens="[0-9]*"), "raised_tokens='\\[0-9\\]\\*' fits any text; write what"),
-    (lambda c: c.train.update(raised_tokens="a{99999999999}"), "raised_tokens='a.*' is no regular expression"),
-    (lambda c: c.train.update(raised_tokens="a", guide="static"), "raised_tokens is about gate scores; set train"),
     (lambda c: c.data.update(chat=True), "data.chat"),
     (lambda c: c.evaluation.update(perplexity_length=500), "perplexity_length"),
     (lambda c: c.model.update(dtype="float8"), "model.dtype"),

@@ -4,7 +4,8 @@
 
 As llama2_7b.py, but what enters block 14 decides all gates from there on (about as deep as block 13 of SmolLM2's 30 and
 block 10 of Qwen's 24), in the allotted schedule, and maps of rank 64 stand in for skipped blocks. These numbers
-and train.guide_stakes are carried over, not chosen on this model. No scores are raised, and there are no recent tokens.
+and train.guide_stakes are carried over, not chosen on this model. No passage is said twice, and there are no recent
+tokens.
 
 Wall time and result: not run here: no accelerator; checked by abstract evaluation of the full-size model
 (tests/test_configs.py).

@@ -4,10 +4,7 @@ A context and its continuation are tokenised apart and their ids concatenated, s
 straddles the boundary.
 """
 
-import re
 from typing import NamedTuple
-
-import numpy as np
 
 from ftp_jax.data.records import Pair
 from ftp_jax.errors import UserError
@@ -104,10 +101,3 @@ def bos_ids(tokenizer) -> list[int]:
 
 def _encode(texts: list[str], tokenizer) -> list[list[int]]:
   return tokenizer(texts, add_special_tokens=False, verbose=False).input_ids if texts else []
-
-
-def matching(pattern: str, tokens_NxT: np.ndarray, tokenizer) -> np.ndarray:
-  """Tokens (N,T) in whose own text the regular expression is found."""
-  found, index = np.unique(tokens_NxT, return_inverse=True)
-  texts = (tokenizer.decode([token], clean_up_tokenization_spaces=False) for token in found.tolist())
-  return np.array([bool(re.search(pattern, text)) for text in texts])[index].reshape(tokens_NxT.shape)

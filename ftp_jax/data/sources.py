@@ -165,10 +165,10 @@ def check_lengths(data) -> None:
   numbers = data.num_search, data.num_train, data.num_validation, data.num_test, data.num_repeats
   if data.seed < 0 or min(numbers) < 0:
     raise UserError("data.seed or a data.num_* setting is negative; use 0 or more.")
-  if bool(data.num_repeats) != bool(data.repeats_path):
+  if data.num_repeats and not data.repeats_path:
     raise UserError(
-        f"data.num_repeats={data.num_repeats} and data.repeats_path={data.repeats_path!r} need each other: how many "
-        "passages are said twice, and a text to take them from; set both or none."
+        f"data.num_repeats={data.num_repeats} passages are to be said twice, of no text; set data.repeats_path, or "
+        "data.num_repeats=0."
     )
   if not 1 <= data.min_context <= data.max_context:
     raise UserError(

@@ -54,7 +54,12 @@ def _prepare(config, routing, params, tokens, context, length, *, num_scored, de
 def batch_quality(
     config, routing, params, router, rows, teacher, schedules_PxL, entry, *, num_scored, start, dtype, attention="auto"
 ):
-  """Quality of P schedules on one batch, one by one, or spread over the mesh: arrays (P,B) and keep (P,L,B,T)."""
+  """Quality of P schedules on one batch, one by one, or spread over the mesh: arrays (P,B) and keep (P,L,B,T).
+
+  Args:
+    rows: tokens (B,T), context and length (B,); teacher: the dense log-probabilities (B,num_scored,V).
+    entry: dense states (B,T,D) that enter block `start`, before which no schedule skips anything; None at 0.
+  """
 
   def one(schedule, params, router, rows, teacher, entry):
     source, target, weight = scoring.continuation(*rows, num_scored)
@@ -112,7 +117,7 @@ class Judge:
     return other
 
   def quality(self, router: routers.Router, schedule_L, replaced: Prompts | None = None) -> Quality:
-    """Quality of one schedule.
+    """Quality of one schedule (L,).
 
     `replaced`: score these prompts, none longer, against the teacher of the original ones.
     """

@@ -35,7 +35,10 @@ def truncate(prompts: Prompts, sparsity: float) -> Prompts:
 
 
 class Bench:
-  """Test prompts and perplexity windows on which every method is measured."""
+  """Test prompts and perplexity windows on which every method is measured, in masked execution.
+
+  Each method gives a record of `_record`. `judge` has the model and the prompts, of `windows` `batch` run at once.
+  """
 
   def __init__(self, judge: Judge, windows: Prompts, batch: int):
     self.judge, self.windows, self.batch = judge, windows, batch

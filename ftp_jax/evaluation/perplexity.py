@@ -19,7 +19,11 @@ _CHUNK = 64  # positions whose logits exist at once
 
 
 def summed_nll(config, params, tokens, length, hidden):
-  """Sum of negative log-likelihoods (nats) of tokens 1..n-1, a chunk of positions at a time."""
+  """Sum over rows of the negative log-likelihoods (nats) of their tokens 1..n-1, a chunk of positions at a time.
+
+  Args:
+    tokens: (B,T); length: n of every row (B,); hidden: what the last block leaves (B,T,D).
+  """
   batch, num_positions = tokens.shape
   chunks = -(-(num_positions - 1) // _CHUNK)
   at = jnp.minimum(jnp.arange(chunks * _CHUNK), num_positions - 2).reshape(chunks, _CHUNK)

@@ -23,6 +23,7 @@ from ftp_jax.errors import UserError
 from ftp_jax.files import replacing
 from ftp_jax.routing.config import RouterConfig, RoutingConfig
 
+_AGAIN = "copy the artifact again"
 FORMAT_VERSION = 1
 LAYOUTS = ("flax", "torch")
 CONFIG_FILE, WEIGHTS_FILE = "ftp_config.json", "router.safetensors"
@@ -104,7 +105,7 @@ def read_config(directory: str | os.PathLike) -> dict[str, Any]:
   except FileNotFoundError:
     raise UserError(f"{directory} has no {CONFIG_FILE}; point at the artifact folder of a finished run.") from None
   except (OSError, ValueError) as error:
-    raise UserError(f"{directory / CONFIG_FILE} cannot be read ({error}); copy the artifact again.") from None
+    raise UserError(f"{directory / CONFIG_FILE} cannot be read ({error}); {_AGAIN}.") from None
   version = described.get("format_version") if isinstance(described, dict) else None
   if version != FORMAT_VERSION:
     raise UserError(f"{directory} has artifact format {version!r}, but {FORMAT_VERSION} is read here; update ftp_jax.")
@@ -112,6 +113,20 @@ def read_config(directory: str | os.PathLike) -> dict[str, Any]:
   if layout not in LAYOUTS:
     raise UserError(f"{directory} has the layout {layout!r}, but {', '.join(LAYOUTS)} are read here; update ftp_jax.")
   return described
+
+
+def base_model(directory: str | os.PathLike | None) -> str:
+  """The model source where none is named: what the artifact was made for, the smallest known model without one.
+
+  Raises:
+    UserError: as `load`.
+  """
+  if not directory:
+    return "smollm2-135m"
+  try:
+    return _text(read_config(directory), "base_model")
+  except (KeyError, TypeError) as error:
+    raise UserError(f"{pathlib.Path(directory) / CONFIG_FILE} is incomplete or wrong ({error}); {_AGAIN}.") from None
 
 
 def load(directory: str | os.PathLike) -> Artifact:
@@ -125,7 +140,7 @@ def load(directory: str | os.PathLike) -> Artifact:
   weights = load_weights(directory / WEIGHTS_FILE)
   stand_in = weights.pop(_STAND_IN, None)
   if not isinstance(stand_in, dict | None):
-    raise UserError(f"{directory / WEIGHTS_FILE} has {_STAND_IN!r} for a tensor; copy the artifact again.")
+    raise UserError(f"{directory / WEIGHTS_FILE} has {_STAND_IN!r} for a tensor; {_AGAIN}.")
   try:
     router = dict(described["router"])
     return Artifact(
@@ -139,7 +154,7 @@ def load(directory: str | os.PathLike) -> Artifact:
         stand_in=stand_in,
     )
   except (AttributeError, KeyError, TypeError, ValueError) as error:
-    raise UserError(f"{directory / CONFIG_FILE} is incomplete or wrong ({error}); copy the artifact again.") from None
+    raise UserError(f"{directory / CONFIG_FILE} is incomplete or wrong ({error}); {_AGAIN}.") from None
 
 
 def _of_types(kind: type, values: dict[str, Any]) -> Any:

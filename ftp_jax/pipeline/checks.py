@@ -6,7 +6,6 @@ import json
 import math
 import os
 import pathlib
-import re
 import socket
 from typing import Any
 
@@ -138,7 +137,7 @@ def _check_routing(config) -> None:
 
 
 def _check_train(config) -> None:
-  """Maps, raised scores and the schedule that training moves towards."""
+  """Maps, and the schedule that training moves towards."""
   if config.stand_in.rank < 0 or config.stand_in.ridge <= 0:
     raise UserError(
         f"stand_in.rank={config.stand_in.rank} must be at least 0, and stand_in.ridge={config.stand_in.ridge} positive."
@@ -148,30 +147,12 @@ def _check_train(config) -> None:
         f"train.stand_in_learning_rate={config.train.stand_in_learning_rate} has no maps to train; set stand_in.rank, "
         "or leave it at 0."
     )
-  if config.train.raised_tokens:
-    check_raised(config.train)
   if not 0 <= config.train.fisher_share <= 1:
     raise UserError(f"train.fisher_share={config.train.fisher_share} must lie between 0 and 1.")
 
 
 def _trained(data) -> int:
   return data.num_train + data.num_repeats
-
-
-def check_raised(train) -> None:
-  """Raises UserError where gate scores are raised for another guide, not really, or by no regular expression."""
-  if train.guide != "fisher":
-    raise UserError("train.raised_tokens is about gate scores; set train.guide='fisher', or leave it empty.")
-  if not 1 < train.raised_factor <= 1e6:
-    raise UserError(f"train.raised_factor={train.raised_factor:g} must be more than 1 and at most 1e6.")
-  try:
-    empty = re.search(train.raised_tokens, "")
-  except (re.error, OverflowError, RecursionError) as error:
-    raise UserError(
-        f"train.raised_tokens={train.raised_tokens!r} is no regular expression ({error}); write one, as '[0-9]'."
-    ) from None
-  if empty:
-    raise UserError(f"train.raised_tokens={train.raised_tokens!r} fits any text; write what some tokens have, '[0-9]'.")
 
 
 def check_plan(config, num_blocks: int) -> None:
@@ -202,7 +183,8 @@ def check_plan(config, num_blocks: int) -> None:
 def check_files(config) -> None:
   """Raises UserError where a file that the stage `data` reads cannot be opened, before a model is fetched."""
   check_source(config.data)
-  repeats, evaluated = config.data.repeats_path, {"evaluation.perplexity_path": config.evaluation.perplexity_path}
+  repeats = config.data.repeats_path if config.data.num_repeats else ""
+  evaluated = {"evaluation.perplexity_path": config.evaluation.perplexity_path}
   for path in filter(None, (repeats, *evaluated.values())):
     check_file(path)
   if config.data.source == "text":  # its windows are in the held sets too

@@ -13,7 +13,6 @@ import numpy as np
 from ftp_jax import distributed, sharding
 from ftp_jax import stages as stages_lib
 from ftp_jax.config import get_config, needs_gate_scores
-from ftp_jax.data.encoding import matching
 from ftp_jax.data.prompts import Prompts, take
 from ftp_jax.errors import UserError, short_of_memory
 from ftp_jax.evaluation.judge import Frozen, Judge
@@ -73,7 +72,6 @@ class RunDirectory:
         "search": {
             "routing": c.routing,
             "search": c.search,
-            "train": {k: v for k, v in c.train.items() if k.startswith("raised")},
             **(self.warmup_settings() if c.search.schedule == "allotted" else {}),
             **self.content("search.schedule_path", [self.cell(*cell) / "search" for cell in self.cells]),
         },
@@ -88,7 +86,7 @@ class RunDirectory:
 
   def warmup_settings(self) -> dict[str, Any]:
     """What routers depend on when their guided warm-up is done."""
-    of_warmup = lambda key: key in ("guide", "guide_stakes", "batch") or key.startswith(("warmup_guide", "raised"))
+    of_warmup = lambda key: key in ("guide", "guide_stakes", "batch") or key.startswith("warmup_guide")
     return {"router": self.config.router, "train": {k: v for k, v in self.config.train.items() if of_warmup(k)}}
 
   def content(self, key: str, readers: Sequence[pathlib.Path]) -> dict[str, str]:
@@ -223,26 +221,8 @@ class RunDirectory:
 
   @functools.cached_property
   def fisher(self) -> np.ndarray:
-    """Gate scores (L,N,T) of the training prompts, those of `raised` tokens multiplied by `train.raised_factor`."""
-    scores = load_arrays(self.workdir / "importance" / "fisher.npz")["fisher_LxNxT"]
-    if self.raised is None:
-      return scores
-    return scores * np.where(self.raised, np.float32(self.config.train.raised_factor), np.float32(1))
-
-  @functools.cached_property
-  def raised(self) -> np.ndarray | None:
-    """Tokens (N,T) of the training prompts in whose text `train.raised_tokens` is found; None if it is empty."""
-    pattern, train = self.config.train.raised_tokens, self.prompts("train")
-    if not pattern:
-      return None
-    raised = matching(pattern, train.tokens, self.described[1])
-    ends = train.length if self.routing.trains_continuation else train.context
-    if not raised[np.arange(raised.shape[1])[None] < ends[:, None]].any():
-      raise UserError(
-          f"train.raised_tokens={pattern!r} is found in no token of the training prompts; give a regular expression "
-          "that fits the text of single tokens, or none: --config.train.raised_tokens= on the command line."
-      )
-    return raised
+    """Gate scores (L,N,T) of the training prompts."""
+    return load_arrays(self.workdir / "importance" / "fisher.npz")["fisher_LxNxT"]
 
   @functools.cached_property
   def guide_scores(self) -> np.ndarray:

@@ -65,7 +65,6 @@ def importance(run: RunDirectory) -> None:
 
   def work(directory):
     train = run.prompts("train")
-    run.raised  # what is wrong with it shows before the scores are made
     some = take(train, np.arange(min(run.config.evaluation.redundancy_prompts, len(train.tokens))))
     similarity = redundancy.token_similarity(run.dense, some, run.config.evaluation.batch)
     write_json(directory / "redundancy.json", redundancy.summary(similarity, some))

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from ftp_jax.errors import UserError, brief
 from ftp_jax.evaluation.harness.generation import read_options
+from ftp_jax.export.artifact import base_model
 from ftp_jax.inference import Engine, Score
 from ftp_jax.inference.padding import Padding
 
@@ -84,7 +85,8 @@ class EngineLM(TemplateLM):
     given.pop("device", None)  # lm-eval's command always names one; jax has its own
     given = {name: _value(name, value) for name, value in given.items() if value is not None}
     own = {name: given.pop(name) for name in ("max_length", "batch_size", "seed") if name in given}
-    engine = Engine.load(given.pop("model", "smollm2-135m"), given.pop("artifact", None), **given)
+    artifact = given.pop("artifact", None)
+    engine = Engine.load(given.pop("model", None) or base_model(artifact), artifact, **given)
     return cls(engine, **own)
 
   # --- tokens ------------------------------------------------------------------------------------
