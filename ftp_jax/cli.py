@@ -238,10 +238,11 @@ def _export(arguments: argparse.Namespace) -> None:
 
 
 def _name_model(arguments: argparse.Namespace) -> None:
-  """Where no --model is given it is the one that the artifact, the first of several, was made for."""
+  """Where no --model is given it is the one that the artifact was made for; of several of `bench`, the first."""
   from ftp_jax.export import artifact
 
-  arguments.model = arguments.model or artifact.base_model((arguments.artifact or "").partition(",")[0])
+  first = (arguments.artifact or "").partition(",")[0] if arguments.name == "bench" else arguments.artifact
+  arguments.model = arguments.model or artifact.base_model(first)
 
 
 def _generate(arguments: argparse.Namespace) -> None:

@@ -756,7 +756,9 @@ def test_without_a_model_it_is_that_of_the_artifact(directories, served, capsys,
   asked = ["generate", "--prompt=Do tiny ones talk?", "--max-new-tokens=4"]
   assert cli.main([*asked, f"--artifact={directories[1]}"]) == 0
   assert capsys.readouterr().out == expected + "\n"
-  config = pathlib.Path(shutil.copytree(directories[1], tmp_path / "artifact")) / "ftp_config.json"
+  config = pathlib.Path(shutil.copytree(directories[1], tmp_path / "one,two")) / "ftp_config.json"
+  assert cli.main([*asked, f"--artifact={config.parent}"]) == 0
+  assert capsys.readouterr().out == expected + "\n"
   config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model": 3}))
   assert cli.main([*asked, f"--artifact={config.parent}"]) == 2
   assert "is incomplete or wrong (base_model=3 is no text); copy the artifact again." in capsys.readouterr().err
