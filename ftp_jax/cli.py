@@ -238,11 +238,10 @@ def _export(arguments: argparse.Namespace) -> None:
 
 
 def _name_model(arguments: argparse.Namespace) -> None:
-  """Where no --model is given it is the one that the artifact was made for; of several of `bench`, the first."""
+  """Where no --model is given it is the one that the artifact was made for."""
   from ftp_jax.export import artifact
 
-  first = (arguments.artifact or "").partition(",")[0] if arguments.name == "bench" else arguments.artifact
-  arguments.model = arguments.model or artifact.base_model(first)
+  arguments.model = arguments.model or artifact.base_model(arguments.artifact)
 
 
 def _generate(arguments: argparse.Namespace) -> None:
@@ -255,7 +254,6 @@ def _generate(arguments: argparse.Namespace) -> None:
 def _bench(arguments: argparse.Namespace) -> None:
   from ftp_jax.bench import command
 
-  _name_model(arguments)
   command.run(arguments)
 
 

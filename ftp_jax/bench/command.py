@@ -11,6 +11,7 @@ from ftp_jax.bench.cases import pruned
 from ftp_jax.bench.settings import Settings, read
 from ftp_jax.bench.torch_dense import TorchDense, TorchMissing
 from ftp_jax.errors import short_of_memory
+from ftp_jax.export.artifact import base_model
 from ftp_jax.export.artifact import load as load_artifact
 from ftp_jax.machine import describe_machine
 from ftp_jax.models.sources import Model, load_model
@@ -33,7 +34,7 @@ def run(arguments: argparse.Namespace) -> None:
   settings = read(arguments)
   artifacts = [load_artifact(directory) for directory in settings.artifact]
   with short_of_memory("set --dtype=bfloat16 or name a smaller --model"):
-    model = load_model(settings.model, settings.dtype)
+    model = load_model(settings.model or base_model(next(iter(settings.artifact), None)), settings.dtype)
   settings.check_positions(model.config.max_positions)
   cases = pruned(model, settings, artifacts)
   machine = describe_machine()

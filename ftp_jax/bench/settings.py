@@ -40,7 +40,7 @@ class Settings:
   """
 
   kind: str
-  model: str
+  model: str | None  # None: that of the first artifact
   context: tuple[int, ...]
   batch: tuple[int, ...]
   sparsity: tuple[float, ...]
